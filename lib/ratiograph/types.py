@@ -8,11 +8,17 @@ p is the teacher (or the data), q the student; ``log_ratio`` l = log p_t(x_t) / 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Condition", "Noisy", "expand"]
+if TYPE_CHECKING:
+    from ratiograph.denoisers import Denoiser, Encoding
+    from ratiograph.ratios import RatioEstimator
+
+__all__ = ["Batch", "Condition", "Evaluation", "Needs", "Nodes", "Noisy", "expand"]
 
 
 def expand(scale: Tensor, like: Tensor) -> Tensor:
@@ -60,3 +66,101 @@ class Noisy:
     def rescaled(self) -> tuple[Tensor, Tensor]:
         """``(x_t / alpha, sigma / alpha)``: the variance-exploding view in which EDM networks are native."""
         return self.x_t / expand(self.alpha, self.x_t), self.sigma / self.alpha
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The networks a term may ask about a noisy sample. A graph leaves out (None) those it does not have."""
+
+    teacher: Denoiser | None = None
+    student_score: Denoiser | None = None
+    ratio: RatioEstimator | None = None
+
+    def require(self, name: str, asked_by: str):
+        """The node ``name``, or a ValueError that says who needs it."""
+        node = getattr(self, name)
+        if node is None:
+            raise ValueError(f"{asked_by} needs a {name}, and this graph has none: bind Distillation.{name}")
+        return node
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the terms of an objective will ask of an evaluation, known before any network runs.
+
+    It decides which passes keep a graph: ``ratio_gradient`` the ratio estimator's (and of the teacher the encoder, if
+    the estimator sits on it), ``teacher_gradient`` the whole teacher's.
+    """
+
+    ratio_gradient: bool = False
+    teacher_gradient: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.ratio_gradient or other.ratio_gradient, self.teacher_gradient or other.teacher_gradient)
+
+
+class Evaluation:
+    """All that is known about a batch of noisy student samples, computed when first asked for and then kept.
+
+    Each network runs at most once, whoever asks and in whatever order; no attribute carries a graph unless it says so.
+
+    Args:
+        noisy: the samples; ``x_t`` is detached here.
+        x0: clean samples [B, ...] that ``noisy`` was made from, detached.
+        condition: what conditional networks are told.
+        nodes: the networks.
+        needs: which gradients with respect to x_t will be asked for.
+    """
+
+    def __init__(self, noisy: Noisy, x0: Tensor, condition: Condition, nodes: Nodes, needs: Needs = Needs()):
+        x_t = noisy.x_t.detach()
+        if needs.ratio_gradient or needs.teacher_gradient:
+            x_t.requires_grad_()
+        self.noisy = Noisy(x_t, noisy.t, noisy.alpha, noisy.sigma)
+        self.x0, self.condition, self.nodes, self.needs = x0.detach(), condition, nodes, needs
+
+    @cached_property
+    def teacher_encoding(self) -> Encoding:
+        """The teacher's encoder output; carries a graph to x_t if a gradient through it is needed."""
+        teacher = self.nodes.require("teacher", "this objective")
+        keep = self.needs.ratio_gradient and self.nodes.ratio is not None and self.nodes.ratio.on_teacher
+        with torch.set_grad_enabled(keep or self.needs.teacher_gradient):
+            return teacher.encode(self.noisy, self.condition)
+
+    @cached_property
+    def teacher_output(self) -> Tensor:
+        """mu_p(x_t) [B, ...]; carries a graph to x_t if ``needs.teacher_gradient``."""
+        keep = self.needs.teacher_gradient
+        encoding = self.teacher_encoding if keep else self.teacher_encoding.detach()
+        with torch.set_grad_enabled(keep):
+            return self.nodes.teacher.decode(encoding)
+
+    @property
+    def teacher_denoised(self) -> Tensor:
+        """mu_p(x_t) [B, ...] without a graph."""
+        return self.teacher_output.detach()
+
+    @cached_property
+    def student_score_denoised(self) -> Tensor:
+        """mu_q(x_t) [B, ...], the student-score network's estimate."""
+        with torch.no_grad():
+            return self.nodes.require("student_score", "this objective").denoise(self.noisy, self.condition)
+
+    @cached_property
+    def _log_ratio_with_graph(self) -> Tensor:
+        with torch.set_grad_enabled(self.needs.ratio_gradient):
+            return self.nodes.require("ratio", "this objective").log_ratio(self)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """l = log p_t/q_t at x_t [B]."""
+        return self._log_ratio_with_graph.detach()
+
+    @cached_property
+    def log_ratio_gradient(self) -> Tensor:
+        """grad_x l at x_t [B, ...]; exists when ``needs.ratio_gradient``."""
+        assert self.needs.ratio_gradient, "ask for it in needs before the networks run"
+        total = self._log_ratio_with_graph.sum()
+        # The tilted target differentiates the same teacher pass a second time.
+        (gradient,) = torch.autograd.grad(total, self.noisy.x_t, retain_graph=self.needs.teacher_gradient)
+        return gradient

@@ -1,0 +1,112 @@
+"""Trains what a gin file describes, and leaves everything a reader needs in one folder.
+
+  python launch/main.py --gin_file=gin/mnist_sba.gin                     train; rerun the same line to resume
+  python launch/main.py --gin_file=gin/mnist_sba.gin --dry_run           print the graph, build nothing heavy
+  python launch/main.py --gin_file=gin/mnist_sba.gin --gin_param='SBA.lam=1.0' --workdir=runs/lam1
+  python launch/main.py --gin_file=runs/lam1/config.gin --workdir=runs/again      repeat a run exactly
+
+Files are read in order, then --gin_param lines, then the flags for run-level values: --steps, --seed,
+--batch_size and --precision stand for `Experiment.steps = ...` and so on, --data and --teacher for the macros
+`DATA = ...` and `TEACHER = ...`. A later value wins. Strings in --gin_param need quotes of their own:
+--gin_param="DATA='mnist'".
+
+Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_multi_string("gin_file", [], "A gin file; repeatable, later files win over earlier ones.")
+flags.DEFINE_multi_string("gin_param", [], "A line of gin, e.g. 'SBA.lam=1.0'; repeatable, after the files.")
+flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/<name of the last gin file>.")
+flags.DEFINE_integer("steps", None, "Optimisation steps of the whole run (Experiment.steps).", lower_bound=1)
+flags.DEFINE_integer("batch_size", None, "Samples a step (Experiment.batch_size).", lower_bound=1)
+flags.DEFINE_integer("seed", None, "Seed of everything random (Experiment.seed).", lower_bound=0)
+flags.DEFINE_string("precision", None, "Arithmetic of the networks, e.g. auto (Experiment.precision).")
+flags.DEFINE_string("data", None, "Data set: an embedded one by name, or shards by pattern (macro DATA).")
+flags.DEFINE_string("teacher", None, "Weights file of the teacher, safetensors (macro TEACHER).")
+flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...: auto takes a GPU if there is one.")
+flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
+flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
+flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
+
+OVERRIDES = {
+    "steps": "Experiment.steps",
+    "batch_size": "Experiment.batch_size",
+    "seed": "Experiment.seed",
+    "precision": "Experiment.precision",
+    "data": "DATA",
+    "teacher": "TEACHER",
+}
+
+
+def parse_flags(config, arguments):
+    """The checked configuration that the command line asks for."""
+    if arguments:
+        raise config.ConfigError(f"'{arguments[0]}' is no flag. Did you mean --gin_file={arguments[0]}?")
+    if not FLAGS.gin_file:
+        raise config.ConfigError("no configuration: name one, e.g. --gin_file=gin/mnist_sba.gin.")
+    overrides = {key: FLAGS[flag].value for flag, key in OVERRIDES.items() if FLAGS[flag].value is not None}
+    return config.parse(FLAGS.gin_file, FLAGS.gin_param, overrides)
+
+
+def claim(config, cfg, workdir):
+    """Refuses a folder that holds another run's results; the number of steps alone may differ."""
+    saved = workdir / "config.gin"
+    results = [*sorted(workdir.glob("checkpoints/*.pt")), *workdir.glob("*.safetensors")]
+    if results and not FLAGS.resume:
+        raise config.ConfigError(
+            f"--noresume: {workdir} already holds {results[0].relative_to(workdir)}. Give another --workdir, "
+            "delete the folder, or drop --noresume to continue its run."
+        )
+    differing = config.differences(cfg, saved, ignore=["Experiment.steps"]) if saved.exists() else []
+    if results and differing:
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise config.ConfigError(
+            f"{saved}: the folder holds a run of another configuration: {differing[0]}{more}. "
+            "Give another --workdir, or delete the folder to start over."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    config.save(cfg, saved)
+
+
+def dry_run(config, cfg):
+    """Builds the graph without memory for its weights and prints it."""
+    import torch
+
+    from ratiograph import graph
+
+    with torch.device("meta"):
+        experiment = config.build(cfg)
+    print(graph.render_tree(graph.describe(experiment)))
+
+
+def run(config, cfg):
+    """Builds and trains; rerunning the same command resumes."""
+    from ratiograph import trainer
+
+    workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
+    experiment = config.build(cfg)
+    claim(config, cfg, workdir)
+    trainer.train(experiment, workdir=workdir, device=FLAGS.device, resume=FLAGS.resume)
+
+
+def main(argv):
+    from ratiograph import config  # after the flags are known to be right, so that --help is instant
+
+    try:
+        cfg = parse_flags(config, argv[1:])
+        (dry_run if FLAGS.dry_run else run)(config, cfg)
+    except (ValueError, OSError) as error:
+        if FLAGS.verbose_errors:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, config.ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    app.run(main)

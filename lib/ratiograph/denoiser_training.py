@@ -1,0 +1,85 @@
+"""Teacher training by denoising score matching.
+
+Loss (EDM Eq. 2, 8): E[ lambda(s) |mu(x_t) - x0|^2 ], lambda(s) = (s^2 + sigma_data^2) / (s sigma_data)^2 at
+s = sigma / alpha, which gives every noise level the same weight at initialisation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ratiograph.denoisers import EDM, set_precision
+from ratiograph.experiment import Task
+from ratiograph.noising import NoisingProcess
+from ratiograph.optim import EMA, Adam
+from ratiograph.samplers import HeunSampler
+from ratiograph.times import TimeSampler
+from ratiograph.types import Batch, Condition, Noisy
+
+__all__ = ["DenoiserTraining"]
+
+
+def denoising_loss(denoiser: EDM, x0: Tensor, noisy: Noisy, condition: Condition) -> Tensor:
+    """EDM's weighted denoising loss [], mean over samples and dimensions, for ``noisy`` made from ``x0`` [B, ...]."""
+    s = noisy.sigma / noisy.alpha
+    weight = (s.square() + denoiser.sigma_data**2) / (s * denoiser.sigma_data).square()
+    error = (denoiser.denoise(noisy, condition) - x0).square().flatten(1).mean(1)
+    return (weight * error).mean()
+
+
+class DenoiserTraining(Task):
+    """Trains a teacher on real samples.
+
+    Args:
+        denoiser: the network to train.
+        noising: forward process.
+        times: p(t) of the loss; EDM's log-normal by default recipes.
+        optimizer: recipe of the optimiser.
+        ema: recipe of the average that is the teacher in the end.
+        sampler: many-step sampler of the previews.
+    """
+
+    def __init__(
+        self,
+        *,
+        denoiser: EDM,
+        noising: NoisingProcess,
+        times: TimeSampler,
+        optimizer: Adam,
+        ema: EMA,
+        sampler: HeunSampler,
+    ):
+        super().__init__()
+        self.denoiser, self.noising, self.times = denoiser, noising, times
+        self.optimizer, self.ema, self.sampler = optimizer, ema, sampler
+
+    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        set_precision(self.to(device), autocast_dtype)
+        self.average = self.ema.copy_of(self.denoiser)
+        self.optimizers = {"denoiser": self.optimizer.build(self.denoiser.parameters())}
+        self.denoiser.train()
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.denoiser, "denoiser_average": self.average}
+
+    def weights(self) -> dict[str, nn.Module]:
+        return {"teacher": self.average}
+
+    def step(self, batch: Batch, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        t = self.times(self.noising, batch_size, generator)
+        noise = torch.empty_like(batch.images).normal_(generator=generator)
+        noisy = self.noising.add_noise(batch.images, t, noise)
+        loss = denoising_loss(self.denoiser, batch.images, noisy, batch.condition)
+        loss.backward()
+        updater = self.optimizers["denoiser"]
+        norm = updater.step()
+        self.ema.update(self.average, self.denoiser, batch_size, updater.updates * batch_size)
+        return {"loss/denoising": loss.detach(), "gradient/denoiser": norm}
+
+    def preview(self, samples: int, generator: torch.Generator) -> Tensor:
+        network = self.average.network
+        shape = (samples, network.image_channels, network.resolution, network.resolution)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        labels = torch.arange(samples, device=noise.device) % network.classes if network.classes else None
+        return self.sampler.sample(self.average, noise, Condition(labels))

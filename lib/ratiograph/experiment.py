@@ -1,0 +1,126 @@
+"""What a run is: a task, the data it reads, who judges it, and the run-level values.
+
+A ``Task`` owns every node of the graph and knows how to take one optimisation step; the trainer owns the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ratiograph.checkpoints import load_strict
+from ratiograph.data.stream import ShardStream
+from ratiograph.optim import Updater
+from ratiograph.types import Batch
+
+__all__ = ["Experiment"]
+
+Sampler = Callable[[int, torch.Generator], Tensor]
+"""(n, generator) -> samples [n, ...]; the generator is the only source of randomness."""
+
+
+class Task(nn.Module):
+    """Base class of what a run trains. Submodules are the networks; ``trained`` names those that change."""
+
+    needs_data = True
+    optimizers: dict[str, Updater]
+    """Exists after ``prepare``."""
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks a checkpoint must hold, averages included, by name."""
+        raise NotImplementedError
+
+    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        """Loads or initialises weights, moves to ``device``, makes the optimisers. Never called in a dry run."""
+        raise NotImplementedError
+
+    def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
+        """Estimates constants that need data before step 1 (such as Z); returns what to log. Not called on resume."""
+        return {}
+
+    def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One optimisation step; returns detached 0-d tensors by name, without synchronising the device."""
+        raise NotImplementedError
+
+    def preview(self, samples: int, generator: torch.Generator) -> Tensor | None:
+        """Samples [samples, ...] of the averaged model, or None if the task makes none."""
+        return None
+
+    def weights(self) -> dict[str, nn.Module]:
+        """The networks whose final weights are written as safetensors, by file name without suffix."""
+        return {}
+
+    def training_state(self) -> dict:
+        """All that a resume needs, as plain containers of tensors."""
+        return {
+            "networks": {name: module.state_dict() for name, module in self.trained().items()},
+            "optimizers": {name: updater.state_dict() for name, updater in self.optimizers.items()},
+        }
+
+    def load_training_state(self, state: dict) -> None:
+        """Inverse of ``training_state``.
+
+        Raises:
+            ValueError: naming the first differing node, if the checkpoint is of another graph.
+        """
+        load_strict(self.trained(), state["networks"])
+        for name, updater in self.optimizers.items():
+            updater.load_state_dict(state["optimizers"][name])
+
+
+class Evaluator(Protocol):
+    """Judges a task's samples and writes ``evaluation.json`` into the workdir."""
+
+    def before(self, task: Task, device: torch.device, seed: int) -> list[dict]:
+        """Rows about the task before its first step."""
+
+    def after(self, task: Task, device: torch.device, seed: int, before: list[dict], workdir: str) -> dict:
+        """The document of ``evaluation.json``, from the finished task and the rows of ``before``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The root of a configuration.
+
+    Args:
+        task: what is trained; owns the graph.
+        data: stream of real samples; needed if the task needs data.
+        evaluator: judges the result, or None for no evaluation.
+        steps: optimisation steps of the whole run.
+        batch_size: samples a step.
+        seed: everything random in the run follows from it.
+        precision: "auto" takes bf16 autocast where the processor has it in hardware, fp32 elsewhere.
+        log_every: steps between logged lines.
+        preview_every: steps between sample grids.
+        checkpoint_every: steps between checkpoints.
+        preview_samples: samples of a grid.
+
+    Raises:
+        ValueError: for a task without the data it needs, or values out of range.
+    """
+
+    task: Task
+    data: ShardStream | None = None
+    evaluator: Evaluator | None = None
+    steps: int
+    batch_size: int
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    log_every: int = 10
+    preview_every: int = 50
+    checkpoint_every: int = 100
+    preview_samples: int = 64
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "preview_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 1")
+        if self.task.needs_data and self.data is None:
+            raise ValueError(
+                f"{type(self.task).__name__} needs real samples: bind Experiment.data = @ShardStream() and give "
+                "ShardStream.urls (or --data)"
+            )

@@ -1,0 +1,92 @@
+"""Layers shared by the networks. Shapes: features [B, C, H, W], embedding [B, E]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def zero_(module: nn.Module) -> nn.Module:
+    """Sets all parameters to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 16 groups of at least four channels."""
+    return nn.GroupNorm(math.gcd(16, max(channels // 4, 1)), channels)
+
+
+class NoiseEmbedding(nn.Module):
+    """c_noise [B] => [B, width]: cosine features of random-phase-free, log-spaced frequencies, then two layers.
+
+    Args:
+        width: size of the embedding.
+        frequencies: number of sine and of cosine features.
+    """
+
+    def __init__(self, width: int, frequencies: int = 32):
+        super().__init__()
+        self.frequencies = frequencies
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        steps = torch.arange(self.frequencies, device=c_noise.device, dtype=torch.float32) / self.frequencies
+        # c_noise = log(sigma) / 4 spans about [-1.6, 1.1]; frequencies 1 .. 64 resolve it without aliasing.
+        angles = c_noise.float()[:, None] * torch.pow(64.0, steps)
+        return self.layers(torch.cat([angles.cos(), angles.sin()], 1))
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, scale-and-shift by the embedding, SiLU, dropout, zero-initialised conv; plus the skip.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        embedding: size E of the embedding, or 0 for a block without one.
+        dropout: probability of zeroing an activation before the second convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.affine = nn.Linear(embedding, 2 * out_channels) if embedding else None
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if self.affine is not None:
+            scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, 1)
+            h = torch.addcmul(shift, h, scale + 1)
+        h = F.dropout(F.silu(h), self.dropout, self.training)
+        return self.skip(x) + self.conv2(h)
+
+
+class SelfAttention(nn.Module):
+    """Residual multi-head attention over the positions of a feature map.
+
+    Args:
+        channels: channels of the input and output.
+        head_channels: channels of one head; must divide ``channels``.
+    """
+
+    def __init__(self, channels: int, head_channels: int = 64):
+        super().__init__()
+        self.heads = max(channels // head_channels, 1)
+        self.norm = group_norm(channels)
+        self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
+        self.project = zero_(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.query_key_value(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, positions, head channels]
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
+        return x + self.project(attended)

@@ -1,0 +1,110 @@
+"""Optimisers and exponential moving averages as components.
+
+Notation: one ``image`` is one generated (or real) sample used by an update, so that averages with a half-life in
+images mean the same at every batch size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EMA", "Adam"]
+
+
+class Adam:
+    """Recipe for AdamW (Loshchilov & Hutter 2019) with a linear warm-up and a clip on the gradient's norm.
+
+    Args:
+        lr: learning rate after the warm-up, > 0.
+        betas: decay rates of the first and second moment; the one-step literature uses (0, 0.999).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        warmup_steps: updates over which the rate rises linearly from lr / warmup_steps.
+        clip_norm: largest norm of the gradient over all parameters, > 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 2e-4,
+        betas: Sequence[float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        clip_norm: float = 10.0,
+    ):
+        if lr <= 0 or clip_norm <= 0:
+            raise ValueError(f"Adam.lr={lr} and Adam.clip_norm={clip_norm} must be positive")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
+        self.warmup_steps, self.clip_norm = warmup_steps, clip_norm
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Updater:
+        """The optimiser of ``parameters``; those that do not require gradients are left out."""
+        return Updater(self, [p for p in parameters if p.requires_grad])
+
+
+class Updater:
+    """An optimiser in use: clips, steps, warms up, clears gradients. Made by ``Adam.build``."""
+
+    def __init__(self, recipe: Adam, parameters: list[nn.Parameter]):
+        self.recipe, self.parameters, self.updates = recipe, parameters, 0
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+
+    def step(self) -> Tensor:
+        """One update from the gradients now held; returns their norm [] before clipping, and clears them."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
+        self.updates += 1
+        warm = min(1.0, self.updates / max(self.recipe.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * warm
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class EMA:
+    """Exponential moving average of weights: beta = 2^(-batch / h), h = min(half_life, ramp_up * images seen).
+
+    Args:
+        half_life: images after which an old weight counts half.
+        ramp_up: fraction of the images seen so far that bounds the half-life early on (EDM's 0.05).
+    """
+
+    def __init__(self, *, half_life: float = 500_000, ramp_up: float = 0.05):
+        if half_life <= 0 or ramp_up <= 0:
+            raise ValueError(f"EMA.half_life={half_life} and EMA.ramp_up={ramp_up} must be positive")
+        self.half_life, self.ramp_up = half_life, ramp_up
+
+    def beta(self, batch_size: int, images: int) -> float:
+        """Weight of the old average when ``images`` (this batch included) have been seen."""
+        return 0.5 ** (batch_size / min(self.half_life, self.ramp_up * images))
+
+    def copy_of(self, module: nn.Module) -> nn.Module:
+        """A frozen copy that ``update`` moves."""
+        return copy.deepcopy(module).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, average: nn.Module, module: nn.Module, batch_size: int, images: int) -> None:
+        """average <- beta average + (1 - beta) module, for every parameter; buffers are copied."""
+        weight = 1 - self.beta(batch_size, images)
+        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
+        for old, new in zip(average.buffers(), module.buffers(), strict=True):
+            old.copy_(new)

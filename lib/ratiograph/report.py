@@ -1,0 +1,347 @@
+"""The page that a run leaves: ``report.html``, one file that opens anywhere, without a network.
+
+It is written from the files in the run's folder alone, and any of them may be missing: ``metrics.jsonl`` ->
+curves, ``samples/step_*.png`` -> grids over training, ``evaluation.json`` -> table, histograms, figures and
+notes, ``graph.svg`` -> the graph, ``config.gin`` -> the configuration. An *evaluation row* is one sampler's
+measurements. The fields of evaluation.json, each optional::
+
+    {"title": str,
+     "rows": [{"name": str, "evaluations": int, "samples": int, "highlight": bool, "<metric>": float |
+     [float]}], "metrics": {"<metric>": {"label": str, "better": "lower" | "higher" | null}}, "histograms":
+     {"labels": [str], "series": [{"name": str, "values": [float]}]}, "figures": [{"file": path inside the
+     run's folder, "caption": str}], "notes": [str]}
+
+``histograms`` may also be a list of such objects, each with a ``title``. Every text is escaped: nothing in
+those files becomes markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import ratiograph
+from ratiograph.files import write_atomically
+from ratiograph.logs import duration, read_metrics, significant
+from ratiograph.report_charts import bar_chart, line_chart, mini_bars
+
+__all__ = ["write_report"]
+
+_GRIDS = 6  # sample grids shown, the first and the last among them
+_TOGETHER = {"field"}  # groups whose metrics share a unit and are read against each other: one chart
+_HEADINGS = {"loss": "Losses", "field": "Fields at the image", "rate": "Speed", "data": "Data", "ratio": "Ratio"}
+_UNITS = (  # the first pattern found in a metric's name gives its unit
+    (r"^field/.*cos", "cosine"),
+    (r"^field/", "rms"),
+    (r"per_second$", "per second"),
+    (r"fraction$|accuracy$", "fraction"),
+    (r"seconds$", "s"),
+    (r"gradient_norm|grad_norm", "norm"),
+)
+_PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+_PICTURES[".svg"] = "image/svg+xml"
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes ``workdir/report.html`` whole, replacing an earlier one.
+
+    Args:
+        workdir: a run's folder; the run may still be training.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: evaluation.json does not have the form above, or the page cannot be written.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
+    evaluation, metrics = _evaluation(workdir / "evaluation.json"), read_metrics(workdir / "metrics.jsonl")
+    title = evaluation.get("title") or workdir.resolve().name
+    try:
+        results = [_table(evaluation), _histograms(evaluation), _figures(workdir, evaluation), _notes(evaluation)]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{workdir / 'evaluation.json'} lacks or misuses a field ({type(error).__name__}: {error}). The form is "
+            "in the documentation of ratiograph.report; evaluate again, or remove the file"
+        ) from error
+    table, histograms, figures, notes = results
+    sections = [
+        *(table, _samples(workdir / "samples"), histograms, figures, notes),
+        *(_graph(workdir / "graph.svg"), _curves(metrics), _configuration(workdir / "config.gin")),
+    ]
+    if not any(sections):
+        sections = ['<p class="lead">Nothing has been measured here yet.</p>']
+    write_atomically(workdir / "report.html", _page(title, _facts(metrics), sections).encode())
+    return workdir / "report.html"
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Evaluate again, or remove the file") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object. Evaluate again, or remove it")
+    return found
+
+
+def _page(title: str, facts: str, sections: Sequence[str]) -> str:
+    assets = resources.files("ratiograph") / "assets"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{(assets / 'report.css').read_text(encoding='utf-8')}</style></head>"
+        f'<body><main><header><p class="eyebrow">ratiograph run</p><h1>{escape(title)}</h1>{facts}</header>\n'
+        + "\n".join(section for section in sections if section)
+        + f"\n<footer>{escape(_environment())}</footer></main>"
+        f"<script>{(assets / 'report.js').read_text(encoding='utf-8')}</script></body></html>\n"
+    )
+
+
+def _section(title: str, body: str, hint: str = "") -> str:
+    hint = f'<p class="hint">{hint}</p>' if hint else ""
+    return f"<section><h2>{escape(title)}</h2>{hint}{body}</section>"
+
+
+def _environment() -> str:
+    versions = []
+    for name in ("torch", "numpy"):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return f"Report written {when} by ratiograph {ratiograph.__version__} with {', '.join(versions)} on {system}."
+
+
+def _facts(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The run in four numbers."""
+    if not metrics:
+        return ""
+    last = metrics[-1]
+    facts = {"steps": f"{last['step']:,}"}
+    if last.get("images") is not None:
+        facts["training images"] = f"{last['images']:,}"
+    if last.get("seconds"):
+        facts["training time"] = f"{duration(last['seconds'])} {'h' if last['seconds'] >= 3600 else 'min'}"
+        facts["steps per second"] = significant(last["step"] / last["seconds"], 3)
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{items}</dl>'
+
+
+# -- evaluation
+# ------------------------------------------------------------------------------------------------------
+
+
+def _table(evaluation: Mapping[str, Any]) -> str:
+    """Rows side by side; a column whose numbers are all the same becomes a sentence."""
+    rows = evaluation.get("rows") or []
+    if not rows:
+        return ""
+    described = evaluation.get("metrics") or {}
+    counts = {"evaluations": "network evaluations", "samples": "samples"}
+    known = {"name", "highlight", *counts, *described}
+    others = dict.fromkeys(key for row in rows for key in row if key not in known)
+    sentence = ""
+    if len({row.get("samples") for row in rows}) == 1 and rows[0].get("samples") is not None:
+        sentence = f"{rows[0]['samples']:,} samples in every row."
+        del counts["samples"]
+    columns = [key for key in (*counts, *described, *others) if any(row.get(key) is not None for row in rows)]
+    heads = []
+    for key in columns:
+        about = described.get(key) or {}
+        arrow = {"lower": "lower is better", "higher": "higher is better"}.get(about.get("better") or "", "")
+        label = escape(str(about.get("label") or counts.get(key) or key.replace("_", " ")))
+        heads.append(f'<th>{label}{f"""<span class="better">{arrow}</span>""" if arrow else ""}</th>')
+    cells = {key: _column([row.get(key) for row in rows]) for key in columns}
+    body = "".join(
+        f"<tr{' class=highlight' if row.get('highlight') else ''}><th>{escape(str(row['name']))}</th>"
+        + "".join(f"<td>{cells[key][index]}</td>" for key in columns)
+        + "</tr>"
+        for index, row in enumerate(rows)
+    )
+    table = f'<table class="numbers"><thead><tr><th></th>{"".join(heads)}</tr></thead><tbody>{body}</tbody></table>'
+    return _section("Results", f'<div class="scroll">{table}</div>', sentence)
+
+
+def _column(values: Sequence[Any]) -> list[str]:
+    """Cells of one column: integers whole, other numbers with the same decimals, lists as small bars."""
+    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    decimals = 0
+    if any(isinstance(value, float) for value in numbers):
+        sizes = [abs(value) for value in numbers if value]
+        decimals = min(max(2 - math.floor(math.log10(statistics.median_low(sizes))), 0), 4) if sizes else 0
+    cells = []
+    for value in values:
+        if value is None:
+            cells.append("–")
+        elif isinstance(value, str):
+            cells.append(escape(value))
+        elif isinstance(value, Sequence):
+            cells.append(mini_bars(value))
+        elif not math.isfinite(value):
+            cells.append(escape(significant(value)))
+        else:
+            cells.append(significant(value, 2) if 0 < abs(value) < 0.5 * 10**-decimals else f"{value:,.{decimals}f}")
+    return cells
+
+
+def _histograms(evaluation: Mapping[str, Any]) -> str:
+    found = evaluation.get("histograms") or []
+    charts = []
+    for histogram in [found] if isinstance(found, Mapping) else found:
+        series = {str(one["name"]): [float(v) for v in one["values"]] for one in histogram["series"]}
+        labels = [str(label) for label in histogram["labels"]]
+        for name, values in series.items():
+            if len(values) != len(labels):
+                raise TypeError(f"histogram {name} has {len(values)} values for {len(labels)} labels")
+        heading = f"<h3>{escape(str(histogram['title']))}</h3>" if histogram.get("title") else ""
+        charts.append(heading + bar_chart(labels, series))
+    hint = "Fraction of samples that a classifier assigns to each class."
+    return _section("Classes", "".join(charts), hint) if charts else ""
+
+
+def _figures(workdir: Path, evaluation: Mapping[str, Any]) -> str:
+    parts = []
+    for figure in evaluation.get("figures") or []:
+        caption = escape(str(figure.get("caption") or ""))
+        path = (workdir / str(figure["file"])).resolve()
+        if not path.is_relative_to(workdir.resolve()) or path.suffix.lower() not in _PICTURES or not path.is_file():
+            parts.append(f'<p class="gaps">No picture at {escape(str(figure["file"]))} in the run\'s folder.</p>')
+        else:
+            parts.append(_picture(path, f"{caption}", str(figure.get("caption") or path.stem)))
+    return _section("Figures", f'<div class="figures">{"".join(parts)}</div>') if parts else ""
+
+
+def _notes(evaluation: Mapping[str, Any]) -> str:
+    notes = evaluation.get("notes") or []
+    return _section("Notes", "".join(f"<p>{escape(str(note))}</p>" for note in notes)) if notes else ""
+
+
+# -- pictures
+# --------------------------------------------------------------------------------------------------------
+
+
+def _data(path: Path) -> str:
+    """The file as a data address, so that the page needs no other file."""
+    return f"data:{_PICTURES[path.suffix.lower()]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _picture(path: Path, caption: str, alternative: str) -> str:
+    image = f'<img src="{_data(path)}" alt="{escape(alternative)}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _samples(folder: Path) -> str:
+    """A few grids from the first to the last, at the same noise, so that progress can be seen."""
+    grids = {
+        int(match[1]): path for path in folder.glob("step_*.png") if (match := re.search(r"_(\d+)\.png$", path.name))
+    }
+    if not grids:
+        return ""
+    steps = sorted(grids)
+    last = len(steps) - 1
+    shown = (
+        sorted({round(index * last / max(_GRIDS - 1, 1)) for index in range(_GRIDS)})
+        if last >= _GRIDS
+        else range(last + 1)
+    )
+    pictures = "".join(
+        _picture(grids[steps[index]], f"step <b>{steps[index]:,}</b>", f"samples at step {steps[index]}")
+        for index in shown
+    )
+    hint = "Every grid starts from the same noise."
+    return _section("Samples over training", f'<div class="strip">{pictures}</div>', hint)
+
+
+def _graph(path: Path) -> str:
+    """The drawing as an image: its styles and ids stay its own, and a script in it could not run."""
+    if not path.exists():
+        return ""
+    try:
+        ElementTree.parse(path)
+    except ElementTree.ParseError as error:
+        return _section("Graph", f'<p class="gaps">graph.svg is not a drawing: {escape(str(error))}</p>')
+    return _section("Graph", f'<div class="graph"><img src="{_data(path)}" alt="component graph of the run"></div>')
+
+
+# -- curves
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """One chart a metric, or one a group where its metrics are read against each other."""
+    names = dict.fromkeys(key for record in metrics for key in record if key not in ("step", "seconds", "images"))
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=_rank):
+        if any(_finite(record.get(name)) for record in metrics):
+            groups.setdefault(name.partition("/")[0], []).append(name)
+    parts = []
+    for group, members in groups.items():
+        charts = "".join(_chart(group, chart, metrics) for chart in _charts(group, members, metrics))
+        heading = _HEADINGS.get(group, group.replace("_", " ").capitalize())
+        parts.append(f'<h3>{escape(heading)}</h3><div class="charts">{charts}</div>')
+    hint = "Faint: logged values. Strong: their running average. Point at a chart to read values."
+    return _section("Curves", "".join(parts), hint) if parts else ""
+
+
+def _rank(name: str) -> int:
+    order = ("loss", "field", "ratio")
+    group = name.partition("/")[0]
+    return order.index(group) if group in order else len(order) + (group in ("rate", "data"))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _unit(name: str) -> str:
+    return next((unit for pattern, unit in _UNITS if re.search(pattern, name)), "")
+
+
+def _charts(group: str, names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Which metrics share a chart: in some groups those with one unit that were logged at the same steps."""
+    if group not in _TOGETHER:
+        return [[name] for name in names]
+    charts: dict[tuple, list[str]] = {}
+    for name in names:
+        logged = tuple(index for index, record in enumerate(metrics) if name in record)
+        charts.setdefault((_unit(name), logged), []).append(name)
+    return list(charts.values())
+
+
+def _chart(group: str, names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> str:
+    records = [record for record in metrics if names[0] in record]
+    series = {
+        name.partition("/")[2].replace("_", " ") or name: [
+            record[name] if _finite(record.get(name)) else math.nan for record in records
+        ]
+        for name in names
+    }
+    title = next(iter(series)) if len(names) == 1 else f"{group} norms"
+    return line_chart(title, _unit(names[0]), [record["step"] for record in records], series)
+
+
+def _configuration(path: Path) -> str:
+    if not path.exists():
+        return ""
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    return _section("Configuration", f"<details><summary>config.gin</summary><pre>{text}</pre></details>")

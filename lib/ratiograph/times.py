@@ -1,0 +1,195 @@
+"""p(t), how training times are drawn, and w(t), how they are weighted.
+
+Notation: a ``TimeSampler`` returns ``t`` [B] in the units of the noising process it is given. The gradient of a term
+with respect to x0 is w(t) alpha_t v(x_t), so a ``TimeWeight`` returns w [B]; it may look at the evaluation, because
+the normaliser of DMD depends on the sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ratiograph.noising import NoisingProcess
+from ratiograph.types import Evaluation
+
+__all__ = [
+    "DDPMSteps",
+    "InverseTeacherError",
+    "KarrasIndex",
+    "LogNormalSigma",
+    "LogitNormal",
+    "SigmaSquared",
+    "TimeSampler",
+    "TimeWeight",
+    "Uniform",
+    "UnitTimeWeight",
+]
+
+
+class TimeSampler:
+    """Base class of p(t)."""
+
+    def __call__(self, noising: NoisingProcess, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Draws ``t`` [batch_size] float32 on the generator's device."""
+        raise NotImplementedError
+
+
+def _uniform(batch_size: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(batch_size, generator=generator, device=generator.device)
+
+
+def _check_fractions(low: float, high: float) -> None:
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"low={low} and high={high} are fractions of the range and must satisfy 0 <= low < high <= 1")
+
+
+class Uniform(TimeSampler):
+    """t uniform in a fraction [low, high] of the process's own range, as Di-Bregman's U[0, 1] and U[0, 0.95].
+
+    Args:
+        low: fraction in [0, 1) of the range at which sampling starts.
+        high: fraction in (0, 1] at which it ends.
+    """
+
+    def __init__(self, *, low: float = 0.0, high: float = 1.0):
+        _check_fractions(low, high)
+        self.low, self.high = low, high
+
+    def __call__(self, noising, batch_size, generator):
+        start, end = noising.t_range
+        fraction = self.low + (self.high - self.low) * _uniform(batch_size, generator)
+        return start + (end - start) * fraction
+
+
+class KarrasIndex(TimeSampler):
+    """sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho with u ~ U[low, high] (EDM Eq. 5).
+
+    u grows with the noise. SiD's "first 800 of 1000" is ``high=0.8`` (sigma <= 24.4); f-distill's index 2..998 is
+    ``low=0.002, high=0.998``.
+
+    Args:
+        sigma_min: noise level at u = 0.
+        sigma_max: noise level at u = 1.
+        rho: how strongly small noise levels are favoured.
+        low: smallest u, in [0, 1).
+        high: largest u, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        low: float = 0.0,
+        high: float = 1.0,
+    ):
+        _check_fractions(low, high)
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max} must satisfy 0 < sigma_min < sigma_max")
+        self.sigma_min, self.sigma_max, self.rho, self.low, self.high = sigma_min, sigma_max, rho, low, high
+
+    def __call__(self, noising, batch_size, generator):
+        u = self.low + (self.high - self.low) * _uniform(batch_size, generator)
+        start, end = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return noising.time_of((start + u * (end - start)) ** self.rho)
+
+
+class LogNormalSigma(TimeSampler):
+    """log(sigma / alpha) ~ N(mean, std^2), the training distribution of EDM (its P_mean, P_std).
+
+    Args:
+        mean: mean of log sigma.
+        std: standard deviation of log sigma, > 0.
+    """
+
+    def __init__(self, *, mean: float = -1.2, std: float = 1.2):
+        if std <= 0:
+            raise ValueError(f"std={std} must be positive")
+        self.mean, self.std = mean, std
+
+    def __call__(self, noising, batch_size, generator):
+        normal = torch.randn(batch_size, generator=generator, device=generator.device)
+        return noising.time_of(torch.exp(self.mean + self.std * normal))
+
+
+class DDPMSteps(TimeSampler):
+    """Integer steps uniform in {low, ..., high}, for discrete processes (DMD's [20, 980]).
+
+    Args:
+        low: first step, >= 0.
+        high: last step, inclusive.
+    """
+
+    def __init__(self, *, low: int = 20, high: int = 980):
+        if not 0 <= low <= high:
+            raise ValueError(f"low={low} and high={high} must satisfy 0 <= low <= high")
+        self.low, self.high = low, high
+
+    def __call__(self, noising, batch_size, generator):
+        if self.high > noising.t_range[1]:
+            raise ValueError(
+                f"DDPMSteps.high={self.high} is beyond the process's last step {noising.t_range[1]:g}: use it with "
+                "ScaledLinearDDPM, or choose Uniform, KarrasIndex, LogNormalSigma or LogitNormal"
+            )
+        draw = torch.randint(self.low, self.high + 1, (batch_size,), generator=generator, device=generator.device)
+        return draw.float()
+
+
+class LogitNormal(TimeSampler):
+    """t = sigmoid(mean + std n), n ~ N(0, 1): the flow models' choice (Esser et al. 2024), for processes on [0, 1].
+
+    Args:
+        mean: location of the logit.
+        std: scale of the logit, > 0.
+    """
+
+    def __init__(self, *, mean: float = 0.0, std: float = 1.0):
+        if std <= 0:
+            raise ValueError(f"std={std} must be positive")
+        self.mean, self.std = mean, std
+
+    def __call__(self, noising, batch_size, generator):
+        normal = torch.randn(batch_size, generator=generator, device=generator.device)
+        return torch.sigmoid(self.mean + self.std * normal).clamp(*noising.t_range)
+
+
+class TimeWeight:
+    """Base class of w(t)."""
+
+    def __call__(self, evaluation: Evaluation) -> Tensor:
+        """w [B] > 0 for the samples of ``evaluation``."""
+        raise NotImplementedError
+
+
+class UnitTimeWeight(TimeWeight):
+    """w = 1: the plain integral over p(t) of the divergences D_h(q_t || p_t)."""
+
+    def __call__(self, evaluation):
+        return torch.ones_like(evaluation.noisy.sigma)
+
+
+class SigmaSquared(TimeWeight):
+    """w = sigma^2 ([S]); with ``ScoreDifference`` the gradient becomes omega alpha^2 (mu_q - mu_p), free of 1/sigma^2."""
+
+    def __call__(self, evaluation):
+        return evaluation.noisy.sigma.square()
+
+
+class InverseTeacherError(TimeWeight):
+    """w = (sigma / alpha)^2 / mean|x0 - mu_p|, DMD's per-sample normaliser (Yin et al. 2024, Eq. 8).
+
+    With ``ScoreDifference`` the gradient becomes omega (mu_q - mu_p) / mean|x0 - mu_p|. Needs a teacher.
+
+    Args:
+        floor: smallest mean absolute error divided by, in units of the data.
+    """
+
+    def __init__(self, *, floor: float = 1e-4):
+        self.floor = floor
+
+    def __call__(self, evaluation):
+        noisy = evaluation.noisy
+        error = (evaluation.x0 - evaluation.teacher_denoised).abs().flatten(1).mean(1)
+        return (noisy.sigma / noisy.alpha).square() / error.clamp_min(self.floor)

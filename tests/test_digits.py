@@ -1,0 +1,225 @@
+"""The digit evaluation: rows against the metrics computed by hand, determinism, cache, and the report's layout."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ratiograph.data.stream import load_all
+from ratiograph.evaluation.digits import DigitsEvaluator
+from ratiograph.evaluation.rows import RowCache, file_identity
+from ratiograph.networks.classifier import DigitClassifier
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def real():
+    return load_all("mnist")
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    made = DigitsEvaluator(samples=600, batch_size=250)
+    made.prepare(CPU)
+    return made
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RATIOGRAPH_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def resampler(real, share_of_ones=None, blur=0.0):
+    """Draws real digits: all alike, or with a given share of the class 1; blurred by ``blur`` pixels."""
+    images, labels = real
+    weights = torch.ones(len(labels))
+    if share_of_ones is not None:
+        weights = torch.where(labels == 1, share_of_ones / 500, (1 - share_of_ones) / 4500)
+
+    def sample(n, generator):
+        drawn = images[torch.multinomial(weights, n, replacement=True, generator=generator)]
+        if blur:
+            axis = torch.arange(-3.0, 4)
+            kernel = torch.exp(-axis.square() / (2 * blur**2))
+            kernel = torch.outer(kernel, kernel)[None, None] / kernel.sum() ** 2
+            drawn = torch.nn.functional.conv2d(drawn + 1, kernel, padding=3) - 1
+        return drawn
+
+    return sample
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def test_row_is_what_the_definitions_give(evaluator, real):
+    images = resampler(real, share_of_ones=0.3)(600, torch.Generator().manual_seed(3))
+    position = 0
+
+    def sampler(n, generator):  # hands the prepared images out, batch by batch
+        nonlocal position
+        position += n
+        return images[position - n : position] + 1e-4  # less than half a grey level
+
+    row = evaluator.measure("x", sampler, evaluations=7)
+    assert position == 600
+    assert (row["name"], row["evaluations"], row["samples"]) == ("x", 7, 600)
+
+    classifier = DigitClassifier().load()
+    with torch.no_grad():
+        features, everything = classifier.features(images), classifier.features(real[0])
+        probabilities = classifier(images).softmax(1)
+    shares = np.bincount(probabilities.argmax(1), minlength=10) / 600
+    np.testing.assert_allclose(row["class_shares"], shares, atol=1e-7)
+    assert row["smallest_class_share"] == pytest.approx(shares.min())
+    assert row["largest_class_share"] == pytest.approx(shares.max())
+    assert row["confidence"] == pytest.approx(probabilities.amax(1).mean().item(), rel=1e-5)
+    a, b = features.double().numpy(), everything.double().numpy()
+    eigenvalues = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T))  # those of C_a^1/2 C_b C_a^1/2
+    cross = 2 * np.sqrt(eigenvalues.real.clip(0)).sum()
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.cov(a.T).trace() + np.cov(b.T).trace() - cross
+    assert row["frechet_distance"] == pytest.approx(distance, rel=1e-3)
+
+
+def test_row_is_a_function_of_the_seed(evaluator, real):
+    sampler = resampler(real)
+    row = evaluator.measure("x", sampler, evaluations=1, seed=4)
+    assert evaluator.measure("x", sampler, evaluations=1, seed=4) == row
+    assert evaluator.measure("x", sampler, evaluations=1, seed=5)["frechet_distance"] != row["frechet_distance"]
+
+
+def test_every_batch_has_noise_of_its_own(evaluator):
+    seen = []
+
+    def sampler(n, generator):
+        seen.append(torch.randn(n, 1, 28, 28, generator=generator))
+        return seen[-1]
+
+    evaluator.measure("noise", sampler, evaluations=1)
+    assert [len(noise) for noise in seen] == [250, 250, 100]
+    first_values = torch.stack([noise[:100] for noise in seen]).flatten(1)
+    assert (torch.corrcoef(first_values) - torch.eye(3)).abs().max() < 0.02
+
+
+def test_distance_sees_blur_and_imbalance(evaluator, real):
+    """Blur, and a wrong class balance, both cost more than drawing the real digits again."""
+    plain, blurred, unbalanced = (
+        evaluator.measure("x", resampler(real, **kind), evaluations=1)
+        for kind in ({}, {"blur": 1.0}, {"share_of_ones": 0.4})
+    )
+    assert blurred["frechet_distance"] > 3 * plain["frechet_distance"]
+    assert unbalanced["frechet_distance"] > 3 * plain["frechet_distance"]
+    assert unbalanced["class_shares"][1] == pytest.approx(0.4, abs=4 * (0.24 / 600) ** 0.5 + 0.01)
+    assert plain["class_shares"] == pytest.approx([0.1] * 10, abs=4 * (0.09 / 600) ** 0.5 + 0.01)
+
+
+def test_real_row_compares_disjoint_halves(evaluator, monkeypatch):
+    """Of eight numbers no two splits into halves have the same distance, so the distance tells the split."""
+    numbers = 2.0 ** torch.arange(8)
+    monkeypatch.setattr(evaluator, "real_features", numbers[:, None])
+    monkeypatch.setattr(evaluator, "real_logits", torch.eye(10)[:8])
+    (row,) = evaluator.real_rows()
+    distances = []
+    for half in itertools.combinations(range(8), 4):
+        a, b = numbers[list(half)], numbers[[i for i in range(8) if i not in half]]
+        distances.append(float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2))
+    assert min(abs(row["frechet_distance"] - d) for d in distances) < 1e-3
+    assert row["samples"] == 4
+    assert row["name"] == "real digits (one half of 4 against the other)"
+    assert evaluator.real_rows() == [row]
+
+
+def test_broken_samplers(evaluator):
+    def nan(n, generator):
+        images = torch.zeros(n, 1, 28, 28)
+        images[3, 0, 5, 5] = torch.nan
+        return images
+
+    with pytest.raises(ValueError, match="1 of 250 images of 'student' hold NaN"):
+        evaluator.measure("student", nan, evaluations=1)
+    with pytest.raises(ValueError, match=r"'student' returned images \(250, 784\)"):
+        evaluator.measure("student", lambda n, generator: torch.zeros(n, 784), evaluations=1)
+    with pytest.raises(ValueError, match="samples >= 2"):
+        DigitsEvaluator(samples=1)
+
+
+# ------------------------------------------------------------------------------------------ cache
+
+
+def test_row_with_an_identity_is_measured_once(evaluator, real, own_cache):
+    calls = []
+
+    def sampler(n, generator):
+        calls.append(n)
+        return resampler(real)(n, generator)
+
+    first = evaluator.measure("teacher", sampler, evaluations=35, identity="a")
+    again = evaluator.measure("teacher, 35", sampler, evaluations=35, identity="a")
+    assert calls == [250, 250, 100]
+    assert again == {**first, "name": "teacher, 35", "cached": True}
+    for change in (
+        {"identity": "b"},
+        {"identity": "a", "seed": 1},
+        {"identity": "a", "samples": 250},
+    ):
+        evaluator.measure("teacher", sampler, evaluations=35, **change)
+    evaluator.measure("teacher", sampler, evaluations=5, identity="a")
+    assert len(calls) == 3 + 3 + 3 + 1 + 3
+    notes = evaluator.document([again])["notes"]
+    assert any("earlier run" in note and "teacher, 35" in note for note in notes)
+
+
+def test_cache_prefers_the_shipped_file_and_survives_a_damaged_one(own_cache, tmp_path):
+    shipped = tmp_path / "package" / "rows.json"
+    cache = RowCache(shipped)
+    assert cache.get("k") is None
+    cache.put("k", {"frechet_distance": 1.5})
+    cache.put("j", {"frechet_distance": 2.5})
+    assert (cache.get("k"), cache.get("j")) == ({"frechet_distance": 1.5}, {"frechet_distance": 2.5})
+    shipped.parent.mkdir()
+    shipped.write_text(json.dumps({"k": {"frechet_distance": 3.5}}))
+    assert cache.get("k") == {"frechet_distance": 3.5}
+    cache.kept.write_text("{ torn")
+    assert cache.get("j") is None
+    cache.put("j", {"frechet_distance": 4.5})
+    assert cache.get("j") == {"frechet_distance": 4.5}
+
+
+def test_cache_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RATIOGRAPH_CACHE", str(tmp_path / "file"))
+    RowCache(tmp_path / "rows.json").put("k", {"frechet_distance": 1.0})
+    assert "not kept" in caplog.text
+
+
+def test_identity_follows_bytes_and_settings(tmp_path):
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    base = file_identity(path, {"steps": 18, "rho": 7.0})
+    assert file_identity(path, {"rho": 7.0, "steps": 18}) == base
+    assert file_identity(path, {"steps": 17, "rho": 7.0}) != base
+    path.write_bytes(b"Weights")
+    assert file_identity(path, {"steps": 18, "rho": 7.0}) != base
+
+
+# ------------------------------------------------------------------------------------------ document
+
+
+def test_document_is_json_with_every_shown_metric_labelled(evaluator, real):
+    rows = [*evaluator.real_rows(), evaluator.measure("student", resampler(real), evaluations=1)]
+    wanted = [0.05, 0.15] * 5
+    document = evaluator.document(rows, ["A note."], title="T", expected_shares={"p*(y)": wanted})
+    assert json.loads(json.dumps(document)) == document
+    assert document["title"] == "T"
+    assert document["notes"][0] == "A note."
+    for row in document["rows"]:
+        assert set(row) - {"name", "evaluations", "samples"} == set(document["metrics"])
+    series = document["histograms"]["series"]
+    assert [s["name"] for s in series] == [rows[0]["name"], "student", "p*(y)"]
+    assert series[1]["values"] == rows[1]["class_shares"]
+    assert series[2]["values"] == wanted
+    assert document["histograms"]["labels"] == list("0123456789")
+    assert any("5,000 digits of 'mnist'" in note for note in document["notes"])
