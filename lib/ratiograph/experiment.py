@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ class Task(nn.Module):
             updater.load_state_dict(state["optimizers"][name])
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Judges a task's samples and writes ``evaluation.json`` into the workdir."""
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
+from math import inf
 
 from rich.console import Console
 from rich.text import Text
@@ -153,13 +154,12 @@ def _is_component(value: object, package: str) -> bool:
 
 
 def _owned(component: object, package: str) -> Iterator[tuple[str, object]]:
-    """Components held in attributes, in the order of the constructor's arguments, then any others."""
+    """The components among the constructor's arguments, in their order; what a node makes for itself is its own."""
     attributes = {k: v for k, v in vars(component).items() if not k.startswith("_")}
     if isinstance(component, nn.Module):
         attributes |= component._modules
-    order = [name for name in _arguments(type(component)) if name in attributes]
-    for name in dict.fromkeys([*order, *attributes]):
-        value = attributes[name]
+    for name in _arguments(type(component)):
+        value = attributes.get(name)
         if _is_component(value, package):
             yield name, value
             continue
@@ -274,7 +274,8 @@ def _mermaid_step(node: Node, task: Node) -> Iterator[str]:
     if "ratio" in networks and "teacher" in task.child("ratio").requires:
         yield "  teacher -->|features| ratio"
     for i, (name, term) in enumerate(task.child("objective").group("terms").items()):
-        parts = [f"{part}: {term.child(part).cls}" for part in graph_svg.TERM_PARTS if term.child(part)]
+        parts = [(part, term.child(part)) for part in graph_svg.TERM_PARTS if term.child(part)]
+        parts = [f"{part}: {graph_svg.chosen(n)} {graph_svg.inside(n, inf)}".strip() for part, n in parts]
         heading = f"{name} × {short(term.params.get('coefficient', 1.0))}"
         yield f"  term{i}[{_mermaid_text(heading, *parts)}] --> field((Σ))"
         yield from (f"  {network} --> term{i}" for network in networks if network in term.requires)

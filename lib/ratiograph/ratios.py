@@ -110,7 +110,7 @@ class TeacherFeatureRatio(RatioEstimator):
         with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
             embedding = F.silu(self.noise_embedding(relative_sigma.log() / 4))
             logits = [head(features[k], embedding) for head, k in zip(self.heads, self.feature_maps, strict=True)]
-        return torch.stack([logit.float() for logit in logits]).sum(0)
+        return torch.stack([logit.to(relative_sigma.dtype) for logit in logits]).sum(0)
 
 
 class EncoderRatio(RatioEstimator):

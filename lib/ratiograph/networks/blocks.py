@@ -22,7 +22,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class NoiseEmbedding(nn.Module):
-    """c_noise [B] => [B, width]: cosine features of random-phase-free, log-spaced frequencies, then two layers.
+    """c_noise [B] => [B, width]: cosines and sines of log-spaced frequencies, then two layers.
 
     Args:
         width: size of the embedding.
@@ -35,9 +35,10 @@ class NoiseEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        steps = torch.arange(self.frequencies, device=c_noise.device, dtype=torch.float32) / self.frequencies
+        dtype = self.layers[0].weight.dtype
+        steps = torch.arange(self.frequencies, device=c_noise.device, dtype=dtype) / self.frequencies
         # c_noise = log(sigma) / 4 spans about [-1.6, 1.1]; frequencies 1 .. 64 resolve it without aliasing.
-        angles = c_noise.float()[:, None] * torch.pow(64.0, steps)
+        angles = c_noise.to(dtype)[:, None] * torch.pow(64.0, steps)
         return self.layers(torch.cat([angles.cos(), angles.sin()], 1))
 
 

@@ -1,0 +1,97 @@
+"""Optimiser recipe and weight averages, against their formulas and torch's own optimiser."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from ratiograph.optim import EMA, Adam
+
+
+def test_average_follows_its_half_life():
+    ema, module = EMA(half_life=1000, ramp_up=1e9), nn.Linear(3, 2)
+    average = ema.copy_of(module)
+    start = average.weight.clone()
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    for _ in range(10):
+        ema.update(average, module, batch_size=100, images=10**9)
+    # 1,000 images are one half-life.
+    torch.testing.assert_close(average.weight, start + 0.5, rtol=0, atol=1e-6)
+    assert not average.weight.requires_grad
+
+
+def test_ramp_up_shortens_the_half_life_early():
+    ema = EMA(half_life=500_000, ramp_up=0.05)
+    assert ema.beta(100, 4000) == pytest.approx(0.5 ** (100 / 200))
+    assert ema.beta(100, 10**9) == pytest.approx(0.5 ** (100 / 500_000))
+
+
+def test_average_copies_buffers():
+    module = nn.BatchNorm1d(2)
+    ema = EMA()
+    average = ema.copy_of(module)
+    module.running_mean.fill_(3.0)
+    ema.update(average, module, 1, 10**9)
+    assert average.running_mean.tolist() == [3.0, 3.0]
+
+
+def test_updates_equal_torch_with_warm_up_and_clip():
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    updater = Adam(lr=0.1, betas=(0.0, 0.999), warmup_steps=4, clip_norm=0.5, weight_decay=0.1).build(ours.parameters())
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.0, 0.999), weight_decay=0.1)
+    x = torch.randn(8, 4)
+    for step in range(1, 7):
+        ours(x).square().mean().backward()
+        norm = updater.step()
+        theirs(x).square().mean().backward()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.param_groups[0]["lr"] = 0.1 * min(1, step / 4)
+        reference.step()
+        reference.zero_grad()
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+        assert ours.weight.grad is None
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_state_goes_on_exactly():
+    torch.manual_seed(0)
+    module, x = nn.Linear(4, 1), torch.randn(8, 4)
+
+    def steps(updater, network, count):
+        for _ in range(count):
+            network(x).square().mean().backward()
+            updater.step()
+
+    recipe = Adam(lr=0.05, warmup_steps=5)
+    updater = recipe.build(module.parameters())
+    steps(updater, module, 3)
+    copy = nn.Linear(4, 1)
+    copy.load_state_dict(module.state_dict())
+    resumed = recipe.build(copy.parameters())
+    resumed.load_state_dict(deepcopy(updater.state_dict()))
+    steps(updater, module, 3)
+    steps(resumed, copy, 3)
+    assert torch.equal(module.weight, copy.weight)
+    assert resumed.updates == 6
+
+
+def test_frozen_parameters_are_left_out():
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    assert len(Adam().build(module.parameters()).parameters) == 1
+
+
+@pytest.mark.parametrize("values", [{"lr": 0.0}, {"clip_norm": -1.0}])
+def test_adam_refuses_values_out_of_range(values):
+    with pytest.raises(ValueError, match="positive"):
+        Adam(**values)
+
+
+def test_ema_refuses_values_out_of_range():
+    with pytest.raises(ValueError, match="positive"):
+        EMA(half_life=math.copysign(0.0, -1))
