@@ -92,7 +92,7 @@ def run(config, cfg):
     workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
     experiment = config.build(cfg)
     claim(config, cfg, workdir)
-    trainer.train(experiment, workdir=workdir, device=FLAGS.device, resume=FLAGS.resume)
+    trainer.train(experiment, workdir=workdir, device=FLAGS.device)
 
 
 def main(argv):

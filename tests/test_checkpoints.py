@@ -28,9 +28,7 @@ def state(seed: int, size: int = 64) -> dict:
 
 def assert_same(found, expected):
     torch.testing.assert_close(found["student"], expected["student"], rtol=0, atol=0)
-    torch.testing.assert_close(
-        found["optimiser"]["state"][0], expected["optimiser"]["state"][0], rtol=0, atol=0
-    )
+    torch.testing.assert_close(found["optimiser"]["state"][0], expected["optimiser"]["state"][0], rtol=0, atol=0)
     assert found["optimiser"]["betas"] == expected["optimiser"]["betas"]
     assert (found["flags"], found["step"]) == (expected["flags"], expected["step"])
 
@@ -193,9 +191,7 @@ def test_load_strict_copies_every_tensor():
     source, target = net(), net()
     source(torch.randn(8, 3))  # moves the batch statistics away from their defaults
     checkpoints.load_strict({"student": target}, {"student": source.state_dict()})
-    for (name, found), expected in zip(
-        target.state_dict().items(), source.state_dict().values(), strict=True
-    ):
+    for (name, found), expected in zip(target.state_dict().items(), source.state_dict().values(), strict=True):
         assert torch.equal(found, expected), name
 
 
@@ -244,9 +240,7 @@ def test_wrong_torn_and_missing_weights_are_clear_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*teacher\.safetensors"):
         checkpoints.load_weights(path, net())
     checkpoints.save_weights(path, net(5))
-    with pytest.raises(
-        ValueError, match=r"does not fit Sequential: 0\.weight has shape \[4, 3\] here and \[5, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit Sequential: 0\.weight has shape \[4, 3\] here and \[5, 3\]"):
         checkpoints.load_weights(path, net(4))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"teacher\.safetensors is not a whole safetensors file"):

@@ -1,11 +1,15 @@
 """The gin edge on stand-in components: what parses means what it says, and every mistake is one clear error."""
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ratiograph import config
 from ratiograph.config import ConfigError
@@ -218,7 +222,8 @@ MISTAKES = {
     "component in another case": (BASE + "toypower.lam = 1", "Did you mean 'ToyPower'?"),
     "misspelt reference": (
         BASE + "main/ToyTerm.weighting = @ToyUnifrom()",
-        "run.gin:16: main/ToyTerm.weighting = @ToyUnifrom(): there is no component 'ToyUnifrom'. Did you mean 'ToyUniform'?",
+        "run.gin:16: main/ToyTerm.weighting = @ToyUnifrom(): there is no component 'ToyUnifrom'. "
+        "Did you mean 'ToyUniform'?",
     ),
     "misspelt parameter": (
         BASE + "ToyNet.widht = 3",
@@ -304,6 +309,14 @@ MISTAKES = {
         "run.gin:2: cannot read the value in `DATA = mnist`. Write 'mnist' for a string, @mnist() for a component, "
         "%mnist for a macro.",
     ),
+    "expression": ("ToyRun.rate = 1/2", "run.gin:1: cannot read `ToyRun.rate = 1/2`: the value is followed by more."),
+    "word of another language": ("ToyRun.rate = true", "cannot read the value in `ToyRun.rate = true`. Write True."),
+    "include without quotes": (
+        "include a.gin",
+        "run.gin:1: cannot read `include a.gin`. Write include 'folder/file.gin'",
+    ),
+    "dict with a list for a key": ("ToySource.folds = {[1]: 2}", "run.gin:1: unhashable type: 'list': a dict's keys"),
+    "open string": ('A = """x', "run.gin:1: a bracket or a string is not closed."),
     "scope without a parameter": ("a/ToyNet = 3", "run.gin:1: 'a/ToyNet' names no parameter"),
     "module that is not there": ("import no_such_module_here", "run.gin:1: cannot import no_such_module_here"),
     "constructor refuses": (
@@ -346,6 +359,42 @@ def test_missing_file_names_its_neighbour(tmp_path, monkeypatch):
         config.parse(["mnist_sab.gin"], [], {}, root="ToyRun")
 
 
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    (tmp_path / "run.gin").write_bytes(b"\xef\xbb\xbfToyRun:\r\n  steps = 3\r\n")
+    assert config.build(config.parse([str(tmp_path / "run.gin")], [], {}, root="ToyRun")).steps == 3
+
+
+def test_file_that_is_no_text(tmp_path):
+    (tmp_path / "run.gin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"run\.gin: cannot be read as text"):
+        config.parse([str(tmp_path / "run.gin")], [], {}, root="ToyRun")
+
+
+def test_import_line_registers_a_module_of_ones_own(parse, tmp_path, monkeypatch):
+    source = "__all__ = ['ToyOwn', 'Path']\nfrom pathlib import Path\nclass ToyOwn:\n    pass\n"
+    write(tmp_path, source, "toy_module.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cfg = parse("import toy_module\nToyRun.steps = 1\nToyRun.factory = @ToyOwn\n")
+    assert type(config.build(cfg).factory()).__name__ == "ToyOwn"
+    assert "Path" not in config._components  # only what the module itself defines
+    config.save(cfg, tmp_path / "config.gin")
+    assert (tmp_path / "config.gin").read_text().startswith("import toy_module\n")
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.sampled_from(" \n\t()[]{}@%/.,:='\"#\\-+01aZ_$é\x00")), max_size=4))
+def test_a_damaged_file_never_gives_anything_but_a_clear_error(edits):
+    text = BASE
+    for position, character in edits:
+        text = text[:position] + character + text[position + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        message = ""
+        try:
+            config.build(config.parse([write(Path(folder), text)], [], {}, root="ToyRun"))
+        except ConfigError as error:
+            message = str(error)
+        assert "\n" not in message
+
+
 def test_circular_include_shows_the_circle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "include 'b.gin'", "a.gin")
@@ -367,11 +416,6 @@ def test_a_file_may_specialise_what_it_includes(parse):
 
 
 def test_a_component_that_is_configured_but_never_built_is_an_error(parse):
-    class ToyLazy:
-        def __init__(self, *, net: ToyNet):
-            self.net = net
-
-    # a caller that supplies the argument itself never lets the configured reference be built
     cfg = parse("ToyRun.steps = 1\nToyRun.critic = @ToyCritic()\nToyCritic.net = @ToyNet()\nToyNet.width = 5")
     cfg.graph.instances["ghost", "ToyNet"] = cfg.graph.instances["", "ToyNet"]
     with pytest.raises(ConfigError, match=r"@ghost/ToyNet\(\) was configured but never built; unused: ToyNet.width"):

@@ -219,9 +219,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     log.log(1, {"loss/a": 1.0})
     log._file.close()
     log._file = Full()
-    with pytest.raises(
-        ValueError, match=r"cannot write .*metrics\.jsonl: No space.*earlier files are intact"
-    ):
+    with pytest.raises(ValueError, match=r"cannot write .*metrics\.jsonl: No space.*earlier files are intact"):
         log.log(2, {"loss/a": 2.0})
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 

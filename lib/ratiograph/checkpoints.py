@@ -260,17 +260,13 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}. Give the path of a safetensors file, or train one first"
-        )
+        raise FileNotFoundError(f"no weights at {path}. Give the path of a safetensors file, or train one first")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). Copy or convert it again"
-        ) from error
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
     differences = list(_differences("", module.state_dict(), tensors))
     if differences:
         raise ValueError(

@@ -71,8 +71,6 @@ COMPONENT_MODULES = (
     "ratiograph.denoisers",
     "ratiograph.networks.unet",
     "ratiograph.networks.classifier",
-    "ratiograph.teachers.base",
-    "ratiograph.teachers.edm",
     "ratiograph.teachers.mixture",
     "ratiograph.students",
     "ratiograph.ratios",
@@ -80,6 +78,7 @@ COMPONENT_MODULES = (
     "ratiograph.optim",
     "ratiograph.data.stream",
     "ratiograph.evaluation.digits",
+    "ratiograph.evaluation.mixture",
     "ratiograph.distillation",
     "ratiograph.denoiser_training",
     "ratiograph.classifier_training",
@@ -133,13 +132,13 @@ def register(*components: Callable) -> None:
 def _register_module(module: str) -> None:
     imported = importlib.import_module(module)
     public = [getattr(imported, name) for name in getattr(imported, "__all__", ())]
-    register(*(o for o in public if inspect.isclass(o) or inspect.isfunction(o)))
+    own = [o for o in public if getattr(o, "__module__", None) == module]
+    register(*(o for o in own if inspect.isclass(o) or inspect.isfunction(o)))
 
 
 def _load_components() -> None:
     for module in COMPONENT_MODULES:
-        if importlib.util.find_spec(module) is not None:
-            _register_module(module)
+        _register_module(module)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ class _Reader:
     def file(self, path: Path, stack: tuple[Path, ...] = ()) -> None:
         self.done.add(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{_short(path)}: cannot be read as text: {error}") from error
         for statement, where in _parse(text, _short(path)):
@@ -212,23 +211,39 @@ def _parse(text: str, source: str) -> Iterator[tuple[Any, str]]:
     def at(line: int) -> str:
         return source if source.startswith("flag ") else f"{source}:{line}"
 
+    parser = None
     try:
         parser = config_parser.ConfigParser(io.StringIO(text + "\n"), _Delegate())
         for statement in parser:
             yield statement, at(statement.location.line_num)
     except tokenize.TokenError as error:
-        raise ConfigError(f"{at(error.args[1][0])}: a bracket or a string is not closed.") from error
+        message, (line, _) = error.args
+        message = "a bracket or a string is not closed" if message.startswith("EOF") else message
+        raise ConfigError(f"{at(line)}: {message}.") from error
+    except TypeError as error:
+        line = parser.current_token.start[0]
+        raise ConfigError(f"{at(line)}: {error}: a dict's keys are numbers or strings.") from error
     except SyntaxError as error:
         raise ConfigError(f"{at(error.lineno or 1)}: {_explain(error, text)}") from error
 
 
+PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None", "inf": "1e999", "-inf": "-1e999"}
+
+
 def _explain(error: SyntaxError, text: str) -> str:
+    """What is wrong with a line and how to write it, from gin's own words."""
     line = (error.text or text).strip()
-    word = re.search(r"Failed to parse token '([A-Za-z_][\w./-]*)'", error.msg)
+    word = re.search(r"Failed to parse token '(-?[A-Za-z_][\w./-]*)'", error.msg)
+    if line.startswith("include"):
+        return f"cannot read `{line}`. Write include 'folder/file.gin', with the quotes."
+    if word and word[1].lower() in PYTHON:
+        return f"cannot read the value in `{line}`. Write {PYTHON[word[1].lower()]}."
     if word:
         name = word[1]
         kinds = f"Write '{name}' for a string, @{name}() for a component, %{name} for a macro."
         return f"cannot read the value in `{line}`. {kinds}"
+    if error.msg.startswith("Expected newline"):
+        return f"cannot read `{line}`: the value is followed by more. A value is a literal, not an expression."
     message = error.msg.strip().splitlines()[0].rstrip(".").replace("Malformatted", "malformed")
     message = f"cannot read `{line}`: {message[0].lower()}{message[1:]}."
     return f"{message} A line reads `Component.parameter = value`."

@@ -20,7 +20,7 @@ def width_of(text: str, size: float, bold: bool = False) -> float:
     plain = re.sub(r"[_^]\{([^}]*)\}", r"\1", text)
     narrow = sum(c in "iljtfrI.,:;'|()[]{}! ·" for c in plain)
     wide = sum(c in "mwMWQO@—∇Σ%‖" for c in plain)
-    return size * (0.57 * len(plain) - 0.25 * narrow + 0.3 * wide) * (1.07 if bold else 1.0)
+    return size * (0.57 * len(plain) - 0.25 * narrow + 0.4 * wide) * (1.07 if bold else 1.0)
 
 
 def fit(text: str, size: float, width: float, bold: bool = False) -> str:

@@ -101,12 +101,14 @@ def draw_step(root: Node, task: Node, title: str) -> str:
     c = Canvas()
     networks = {name: task.child(name) for name in ("teacher", "ratio", "student_score") if task.child(name)}
     terms = task.child("objective").group("terms")
-    heights = {name: card_height(_network_notes(name, node)) for name, node in networks.items()}
+    asked = {name for term in terms.values() for name in term.requires}
+    asked |= {name for network in asked & networks.keys() for name in networks[network].requires}
+    heights = {name: card_height(_network_notes(name, node, asked)) for name, node in networks.items()}
     row = max(sum(heights.values()) + 26 * (len(heights) - 1), _stack_height(terms), 190)
     middle = TOP + row / 2
     _heading(c, root, task, title)
     _generator(c, task, middle)
-    rows = _networks(c, networks, heights, middle)
+    rows = _networks(c, networks, asked, heights, middle)
     _terms(c, terms, rows, middle)
     _way_back(c, middle)
     bottom = TOP + row + 34
@@ -159,20 +161,24 @@ def _generator(c: Canvas, task: Node, middle: float) -> None:
     c.variable(XT, middle, "x_{t}")
 
 
-def _network_notes(name: str, node: Node) -> list[str]:
+def _network_notes(name: str, node: Node, asked: set[str]) -> list[str]:
     last = [part for part in (node.size, "frozen" if name == "teacher" else "") if part]
-    return [*wrap(settings(node), NETWORK_W - 26), *([" · ".join(last)] if last else [])]
+    unasked = [] if name in asked else ["no term asks it"]
+    return [*wrap(settings(node), NETWORK_W - 26), *([" · ".join(last)] if last else []), *unasked]
 
 
-def _networks(c: Canvas, networks: dict[str, Node], heights: dict[str, float], middle: float) -> dict[str, float]:
+def _networks(
+    c: Canvas, networks: dict[str, Node], asked: set[str], heights: dict[str, float], middle: float
+) -> dict[str, float]:
     """The networks that look at x_t, one below the other; returns the height of each one's centre."""
     y = middle - (sum(heights.values()) + 26 * (len(heights) - 1)) / 2
     rows = {}
     for name, node in networks.items():
-        c.card(NETWORK_X, y, NETWORK_W, ROLES[name], compose(node), _network_notes(name, node), name)
+        c.card(NETWORK_X, y, NETWORK_W, ROLES[name], compose(node), _network_notes(name, node, asked), name)
         c.text(NETWORK_X + NETWORK_W - 12, y + 20, OUTPUTS[name], 12.5, color=BORDER[name], anchor="end", weight=600)
         rows[name] = y + heights[name] / 2
-        c.curve(XT + 21, middle, NETWORK_X - 2, rows[name], INK)
+        if name in asked:
+            c.curve(XT + 21, middle, NETWORK_X - 2, rows[name], INK)
         y += heights[name] + 26
     if "ratio" in networks and "teacher" in networks and "teacher" in networks["ratio"].requires:
         x, below = NETWORK_X + 40, rows["teacher"] + heights["teacher"] / 2

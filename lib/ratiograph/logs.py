@@ -215,9 +215,7 @@ class RunLogger:
         Raises:
             ValueError: the disk is full.
         """
-        assert step > self._logged_step, (
-            f"step {step} logged after step {self._logged_step}: log each step once"
-        )
+        assert step > self._logged_step, f"step {step} logged after step {self._logged_step}: log each step once"
         values = {name: float(value) for name, value in metrics.items()}
         now, seconds = time.monotonic(), self.seconds
         if now > self._mark[1] and step > self._mark[0]:

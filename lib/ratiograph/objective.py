@@ -57,7 +57,7 @@ class Term(nn.Module):
     def requires(self) -> set[str]:
         """Nodes of the graph this term asks."""
         weighs = ("ratio",) if self.weighting.needs_ratio else ()
-        return {*self.direction.requires, *self.target.requires, *weighs}
+        return {*self.direction.requires, *self.target.requires, *self.time_weight.requires, *weighs}
 
     def velocity(self, evaluation: Evaluation) -> Tensor:
         """v [B, ...] = omega(r) d - omega(r*) grad log r*."""

@@ -41,14 +41,13 @@ __all__ = ["write_report"]
 
 _GRIDS = 6  # sample grids shown, the first and the last among them
 _TOGETHER = {"field"}  # groups whose metrics share a unit and are read against each other: one chart
-_HEADINGS = {"loss": "Losses", "field": "Fields at the image", "rate": "Speed", "data": "Data", "ratio": "Ratio"}
 _UNITS = (  # the first pattern found in a metric's name gives its unit
     (r"^field/.*cos", "cosine"),
-    (r"^field/", "rms"),
+    (r"^field/", "rms at the image"),
     (r"per_second$", "per second"),
-    (r"fraction$|accuracy$", "fraction"),
+    (r"fraction$|accuracy", "fraction"),
     (r"seconds$", "s"),
-    (r"gradient_norm|grad_norm", "norm"),
+    (r"^gradient/|gradient_norm", "norm"),
 )
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _PICTURES[".svg"] = "image/svg+xml"
@@ -172,6 +171,8 @@ def _table(evaluation: Mapping[str, Any]) -> str:
         label = escape(str(about.get("label") or counts.get(key) or key.replace("_", " ")))
         heads.append(f'<th>{label}{f"""<span class="better">{arrow}</span>""" if arrow else ""}</th>')
     cells = {key: _column([row.get(key) for row in rows]) for key in columns}
+    if "evaluations" in cells:  # real samples took none
+        cells["evaluations"] = [cell if cell != "0" else "–" for cell in cells["evaluations"]]
     body = "".join(
         f"<tr{' class=highlight' if row.get('highlight') else ''}><th>{escape(str(row['name']))}</th>"
         + "".join(f"<td>{cells[key][index]}</td>" for key in columns)
@@ -193,8 +194,8 @@ def _column(values: Sequence[Any]) -> list[str]:
     for value in values:
         if value is None:
             cells.append("–")
-        elif isinstance(value, str):
-            cells.append(escape(value))
+        elif isinstance(value, str | bool):
+            cells.append(escape(str(value).lower() if isinstance(value, bool) else value))
         elif isinstance(value, Sequence):
             cells.append(mini_bars(value))
         elif not math.isfinite(value):
@@ -215,7 +216,7 @@ def _histograms(evaluation: Mapping[str, Any]) -> str:
                 raise TypeError(f"histogram {name} has {len(values)} values for {len(labels)} labels")
         heading = f"<h3>{escape(str(histogram['title']))}</h3>" if histogram.get("title") else ""
         charts.append(heading + bar_chart(labels, series))
-    hint = "Fraction of samples that a classifier assigns to each class."
+    hint = "Fraction of samples in each class."
     return _section("Classes", "".join(charts), hint) if charts else ""
 
 
@@ -258,12 +259,8 @@ def _samples(folder: Path) -> str:
     if not grids:
         return ""
     steps = sorted(grids)
-    last = len(steps) - 1
-    shown = (
-        sorted({round(index * last / max(_GRIDS - 1, 1)) for index in range(_GRIDS)})
-        if last >= _GRIDS
-        else range(last + 1)
-    )
+    count = min(len(steps), _GRIDS)
+    shown = [round(index * (len(steps) - 1) / max(count - 1, 1)) for index in range(count)]
     pictures = "".join(
         _picture(grids[steps[index]], f"step <b>{steps[index]:,}</b>", f"samples at step {steps[index]}")
         for index in shown
@@ -294,13 +291,11 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     for name in sorted(names, key=_rank):
         if any(_finite(record.get(name)) for record in metrics):
             groups.setdefault(name.partition("/")[0], []).append(name)
-    parts = []
-    for group, members in groups.items():
-        charts = "".join(_chart(group, chart, metrics) for chart in _charts(group, members, metrics))
-        heading = _HEADINGS.get(group, group.replace("_", " ").capitalize())
-        parts.append(f'<h3>{escape(heading)}</h3><div class="charts">{charts}</div>')
-    hint = "Faint: logged values. Strong: their running average. Point at a chart to read values."
-    return _section("Curves", "".join(parts), hint) if parts else ""
+    charts = "".join(
+        _chart(group, chart, metrics) for group, members in groups.items() for chart in _charts(group, members, metrics)
+    )
+    hint = "Over training steps. Faint: logged values; strong: their running average. Point at a chart to read values."
+    return _section("Curves", f'<div class="charts">{charts}</div>', hint) if charts else ""
 
 
 def _rank(name: str) -> int:
@@ -336,8 +331,10 @@ def _chart(group: str, names: Sequence[str], metrics: Sequence[Mapping[str, Any]
         ]
         for name in names
     }
-    title = next(iter(series)) if len(names) == 1 else f"{group} norms"
-    return line_chart(title, _unit(names[0]), [record["step"] for record in records], series)
+    title = next(iter(series)) if len(names) == 1 else "norms"
+    unit = _unit(names[0])
+    unit = "" if unit in title else unit
+    return line_chart(group.replace("_", " "), title, unit, [record["step"] for record in records], series)
 
 
 def _configuration(path: Path) -> str:

@@ -45,10 +45,10 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Ticks of a logarithmic axis in [low, high], 0 < low < high: 1, 2, 5 a decade, or decades where there are many."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     decades = [float(f"1e{exponent}") for exponent in exponents]
-    stride = math.ceil(len(decades) / 5)
-    mantissas = (1, 2, 5) if len(decades) <= 3 else (1,)
+    stride = math.ceil(len(decades) / 6)
+    mantissas = (1, 2, 5) if high <= 200 * low else (1,)
     ticks = [m * decade for decade in decades[::stride] for m in mantissas]
     return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
@@ -93,13 +93,14 @@ def _value_axis(series: Mapping[str, np.ndarray], smoothed: Mapping[str, np.ndar
     """The vertical axis: all of the averages and all but the wildest 1 % of the raw values, with a little
     air.
 
-    Logarithmic where every value is positive and the range is wider than a factor of 50.
+    Logarithmic where every value is positive and the averages span more than a factor of 20.
     """
     raw = np.concatenate([values[np.isfinite(values)] for values in series.values()])
     curves = np.concatenate([values[np.isfinite(values)] for values in smoothed.values()])
+    log = raw.min() > 0 and curves.max() > 20 * curves.min()
     low, high = np.quantile(raw, [0.005, 0.995])
     low, high = float(min(low, curves.min())), float(max(high, curves.max()))
-    if raw.min() > 0 and high > 50 * low:
+    if log:
         air = (high / low) ** 0.05
         return Axis(low / air, high * air, _HEIGHT - _BOTTOM, _TOP, log=True)
     air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
@@ -121,11 +122,12 @@ def _path(steps: Sequence[float], values: np.ndarray, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def line_chart(title: str, unit: str, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> str:
+def line_chart(group: str, title: str, unit: str, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> str:
     """One or more series over the training steps, as an HTML figure; report.js shows values under the
     pointer.
 
     Args:
+        group: what the chart belongs to, in front of the title; may be "".
         title: what is drawn.
         unit: of the values; "" for a pure number.
         steps: [N] ascending, N >= 1.
@@ -155,10 +157,12 @@ def line_chart(title: str, unit: str, steps: Sequence[int], series: Mapping[str,
         "x": [round(x(step), 1) for step in shown_steps],
         "series": [[significant(value) for value in arrays[name][shown]] for name in arrays],
     }
+    heading = f"<i>{escape(group)}</i> <b>{escape(title)}</b>{_unit(unit, y)}"
+    spoken = escape(f"{group} {title} over training steps".strip())
     return (
         f'<figure class="chart" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"<figcaption><b>{escape(title)}</b>{_unit(unit, y)}{_readout(arrays)}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over training steps">'
+        f"<figcaption><span>{heading}</span>{_readout(arrays)}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">'
         f"{_frame(x, y)}{_clipped(lines)}"
         f'<line class="cursor" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" hidden="hidden"/></svg>'
         f"{_legend(arrays)}{_gaps(arrays)}</figure>"
@@ -180,12 +184,9 @@ def _frame(x: Axis, y: Axis) -> str:
     for tick in y.ticks():
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick_label(tick)}</text>')
-    ticks = [tick for tick in nice_ticks(x.low, x.high) if tick == round(tick)]
-    for tick in ticks:
-        near_end = x(tick) > _WIDTH - _RIGHT - 12
-        anchor, at = ("end", _WIDTH - _RIGHT) if near_end else ("middle", x(tick))
-        unit = " steps" if tick == ticks[-1] and near_end else ""
-        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{tick_label(tick)}{unit}</text>')
+    for tick in (tick for tick in nice_ticks(x.low, x.high) if tick == round(tick)):
+        anchor, at = ("end", _WIDTH - _RIGHT) if x(tick) > _WIDTH - _RIGHT - 12 else ("middle", x(tick))
+        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{tick_label(tick)}</text>')
     base = _HEIGHT - _BOTTOM
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)
@@ -272,9 +273,10 @@ def bar_chart(labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> s
 def mini_bars(values: Sequence[float]) -> str:
     """A list of numbers >= 0 as bars the height of a line of text; the numbers are its tooltip."""
     top = max([*values, 1e-12])
+    heights = [16 * max(value, 0) / top for value in values]
     bars = "".join(
-        f'<rect x="{6 * index}" width="5" y="{16 - 16 * max(value, 0) / top:.1f}" height="{16 * max(value, 0) / top:.1f}"/>'
-        for index, value in enumerate(values)
+        f'<rect x="{6 * index}" width="5" y="{16 - height:.1f}" height="{height:.1f}"/>'
+        for index, height in enumerate(heights)
     )
     words = ", ".join(significant(value, 3) for value in values)
     width = 6 * max(len(values), 1)

@@ -5,6 +5,8 @@ Notation: sigma_0 > ... > sigma_{n-1} > sigma_n = 0 are noise levels at alpha = 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class HeunSampler:
             return (x - denoiser.denoise(Noisy(x, level, torch.ones_like(level), level), condition)) / sigma
 
         x = noise * sigmas[0]
-        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, following in pairwise(sigmas):
             first = slope(x, sigma)
             euler = x + (following - sigma) * first
             x = euler if following == 0 else x + (following - sigma) * (first + slope(euler, following)) / 2

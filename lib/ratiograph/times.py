@@ -158,6 +158,9 @@ class LogitNormal(TimeSampler):
 class TimeWeight:
     """Base class of w(t)."""
 
+    requires: tuple[str, ...] = ()
+    """Nodes of the graph that must exist."""
+
     def __call__(self, evaluation: Evaluation) -> Tensor:
         """w [B] > 0 for the samples of ``evaluation``."""
         raise NotImplementedError
@@ -185,6 +188,8 @@ class InverseTeacherError(TimeWeight):
     Args:
         floor: smallest mean absolute error divided by, in units of the data.
     """
+
+    requires = ("teacher",)
 
     def __init__(self, *, floor: float = 1e-4):
         self.floor = floor

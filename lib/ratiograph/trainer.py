@@ -193,7 +193,7 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Pat
     """
     run = _Run(experiment, Path(workdir), choose_device(device))
     run.workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.workdir / "graph.svg", graph.to_svg(graph.describe(experiment)).encode())
+    write_atomically(run.workdir / "graph.svg", graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name).encode())
     messages: list[str] = []
     done = run.start(messages.append)
     with RunLogger(run.workdir, experiment.steps, resume_step=done, images_per_step=experiment.batch_size) as logger:

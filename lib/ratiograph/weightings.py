@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ __all__ = [
     "ReverseKL",
     "SoftenedReverseKL",
     "SquaredHellinger",
+    "TimeNormalized",
     "Weighting",
 ]
 
@@ -151,7 +153,7 @@ class LS(Weighting):
 
 
 class SBA(Weighting):
-    """omega = e^(-lam l), scaled Bregman (Sugiyama et al. 2012): h = (r^(1+lam) - r) / (lam (lam + 1)) up to affine terms.
+    """omega = e^(-lam l), the scaled Bregman divergences: h = (r^(1+lam) - r) / (lam (lam + 1)) up to affine terms.
 
     lam = 0 is KL, 1 is LS, -1 is BE, -1/2 squared Hellinger times four.
 
@@ -188,9 +190,10 @@ class CustomWeighting(Weighting):
     def __init__(self, *, log_ratios: Sequence[float], weights: Sequence[float]):
         if len(log_ratios) != len(weights) or len(log_ratios) < 2:
             raise ValueError(
-                f"CustomWeighting needs as many weights as log_ratios, at least two; got {len(weights)} and {len(log_ratios)}"
+                f"CustomWeighting needs as many weights as log_ratios, at least two; got {len(weights)} and "
+                f"{len(log_ratios)}"
             )
-        if any(b <= a for a, b in zip(log_ratios, log_ratios[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(log_ratios)):
             raise ValueError(f"CustomWeighting.log_ratios must increase: {list(log_ratios)}")
         if min(weights) < 0 or max(weights) <= 0:
             raise ValueError(f"CustomWeighting.weights must be >= 0 and not all zero: {list(weights)}")
@@ -235,8 +238,26 @@ class Clamped(_Wrapper):
         return self.weighting.log_weight(log_ratio.clamp(-self.limit, self.limit), t)
 
 
-class MeanNormalized(_Wrapper):
-    """omega divided by the mean of omega(r) over the batch (f-distill §4): changing the divergence keeps the step size.
+class _Normalized(_Wrapper):
+    """Divides omega(r), and omega(r*) with it, by a mean of omega(r) over the batch."""
+
+    def log_mean(self, log_weight: Tensor, t: Tensor) -> Tensor:
+        """log of what each sample's omega is divided by, [B] or []."""
+        raise NotImplementedError
+
+    def log_weight(self, log_ratio, t):
+        log_weight = self.weighting.log_weight(log_ratio, t)
+        return log_weight - self.log_mean(log_weight, t)
+
+    def pair(self, log_ratio, target_log_ratio, t):
+        log_weight = self.weighting.log_weight(log_ratio, t)
+        log_target_weight = self.weighting.log_weight(target_log_ratio, t)
+        log_mean = self.log_mean(log_weight, t)
+        return (log_weight - log_mean).exp(), (log_target_weight - log_mean).exp()
+
+
+class MeanNormalized(_Normalized):
+    """omega divided by its mean over the batch (f-distill §4): changing the divergence keeps the step size.
 
     Args:
         weighting: the weighting held.
@@ -245,16 +266,29 @@ class MeanNormalized(_Wrapper):
     def __init__(self, *, weighting: Weighting):
         super().__init__(weighting)
 
-    @staticmethod
-    def _log_mean(log_weight: Tensor) -> Tensor:
+    def log_mean(self, log_weight, t):
         return torch.logsumexp(log_weight, 0) - math.log(log_weight.numel())
 
-    def log_weight(self, log_ratio, t):
-        log_weight = self.weighting.log_weight(log_ratio, t)
-        return log_weight - self._log_mean(log_weight)
 
-    def pair(self, log_ratio, target_log_ratio, t):
-        log_weight = self.weighting.log_weight(log_ratio, t)
-        log_target_weight = self.weighting.log_weight(target_log_ratio, t)
-        log_mean = self._log_mean(log_weight)
-        return (log_weight - log_mean).exp(), (log_target_weight - log_mean).exp()
+class TimeNormalized(_Normalized):
+    """omega divided by its mean over the samples of about the same time: w(t) alone weights the times.
+
+    |l| grows as the noise falls, so a mean over all times hands the whole update to one end of the schedule. Dividing
+    by a function of t only changes w(t), and leaves each divergence D_h(q_t || p_t) what it is.
+
+    Args:
+        weighting: the weighting held.
+        bins: groups of equal size that the batch is sorted into by t, at least 1.
+    """
+
+    def __init__(self, *, weighting: Weighting, bins: int = 8):
+        super().__init__(weighting)
+        if bins < 1:
+            raise ValueError(f"TimeNormalized.bins={bins} must be at least 1")
+        self.bins = bins
+
+    def log_mean(self, log_weight, t):
+        means = torch.empty_like(log_weight)
+        for group in t.argsort().tensor_split(min(self.bins, len(t))):
+            means[group] = torch.logsumexp(log_weight[group], 0) - math.log(len(group))
+        return means

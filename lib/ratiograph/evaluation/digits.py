@@ -231,6 +231,7 @@ class DigitsEvaluator:
         """The document of ``evaluation.json``: real digits, teacher, and student before and after training."""
         self.prepare(device)
         student = self.measure("student, one evaluation", task.student_sampler, evaluations=1, seed=seed)
+        student["highlight"] = True
         teacher = self.teacher_rows(task) if task.teacher is not None else []
         expected = _tilted_shares(task, (teacher or before)[-1]["class_shares"])
         return self.document([*self.real_rows(), *teacher, *before, student], expected_shares=expected)

@@ -61,7 +61,7 @@ class UNet(nn.Module):
                 "change UNet.patch_size or UNet.multipliers"
             )
         self.resolution, self.image_channels, self.patch_size = resolution, image_channels, patch_size
-        self.classes = classes
+        self.channels, self.multipliers, self.classes = channels, tuple(multipliers), classes
         embedding = 4 * channels
         widths = [channels * m for m in multipliers]
         self.feature_channels = (*widths, widths[-1])
@@ -148,7 +148,7 @@ class MLP(nn.Module):
         if layers < 2:
             raise ValueError(f"MLP.layers={layers} must be at least 2: one for the encoder, one for the decoder")
         self.feature_channels = (width,)
-        self.classes, self.shape = classes, (dimension,)
+        self.width, self.layers, self.classes, self.shape = width, layers, classes, (dimension,)
         self.noise_embedding = NoiseEmbedding(width, frequencies=16)
         self.class_embedding = nn.Embedding(classes, width) if classes else None
         self.stem = nn.Linear(dimension, width)
