@@ -87,8 +87,11 @@ def dry_run(config, cfg):
 
 def run(config, cfg):
     """Builds and trains; rerunning the same command resumes."""
+    import torch
+
     from ratiograph import trainer
 
+    torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
     workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
     experiment = config.build(cfg)
     claim(config, cfg, workdir)

@@ -475,3 +475,8 @@ def test_annotations_of_every_shipped_component_resolve(monkeypatch):
         if component.make.__module__.startswith("ratiograph."):
             for name, parameter in component.parameters.items():
                 assert parameter.annotation is not __import__("typing").Any, f"{component.name}.{name}"
+
+
+def test_a_macro_that_names_no_component_is_an_error_where_it_stands():
+    with pytest.raises(config.ConfigError, match=r"WEIGHTING=@SBAA.*no component 'SBAA'\. Did you mean 'SBA'"):
+        config.parse(["gin/mnist_sba.gin"], ["WEIGHTING=@SBAA()"], {})

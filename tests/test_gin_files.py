@@ -37,7 +37,7 @@ def test_takes_steps(file):
     experiment = config.build(parse(file))
     task = experiment.task
     task.prepare(torch.device("cpu"), None)
-    batches = experiment.data.batches(4, 0, 0) if task.needs_data else None
+    batches = experiment.data.batches(4, 0, 0) if experiment.data else None
     generator = torch.Generator().manual_seed(0)
     for name, value in task.fit(batches, generator).items():
         assert abs(value) < 100, name

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, distributions
 
 from ratiograph.directions import RatioGradient, ScoreDifference
+from ratiograph.evaluation.mixture import MixtureEvaluator
 from ratiograph.noising import RectifiedFlow, VariancePreserving
 from ratiograph.rewards import ClassReward, LinearReward, Reward
-from ratiograph.targets import RewardTilted
+from ratiograph.targets import MatchTeacher, RewardTilted
 from ratiograph.teachers.mixture import (
     ExactRatio,
     ExactTilted,
@@ -282,3 +284,70 @@ class Quadratic(Reward):
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def task_of(sampler, target=None) -> SimpleNamespace:
+    """What ``MixtureEvaluator`` looks at, with any sampler as the student."""
+    terms = {"distribution": SimpleNamespace(target=target or MatchTeacher())}
+    return SimpleNamespace(
+        teacher=RingMixture(std=0.1, classes=[0, 1] * 4),
+        objective=SimpleNamespace(terms=terms),
+        student_sampler=sampler,
+    )
+
+
+CPU = torch.device("cpu")
+
+
+def judged(task, workdir) -> dict:
+    evaluator = MixtureEvaluator(samples=1000, repeats=4)
+    return evaluator.after(task, CPU, 0, evaluator.before(task, CPU, 0), workdir)
+
+
+def test_evaluator_finds_no_fault_with_the_teacher_itself(tmp_path):
+    document = judged(task_of(lambda n, g: RingMixture(std=0.1).sample(n, g)), tmp_path)
+    fresh, _, student = document["rows"]
+    assert fresh["relative_energy_distance"] == 1
+    # Two sets of n samples of one distribution are 2 E|X - X'| / n apart on average.
+    x = RingMixture(std=0.1).sample(4000, torch.Generator().manual_seed(5))
+    assert fresh["energy_distance"] == pytest.approx(2 * float(torch.pdist(x).mean()) / 1000, rel=0.3)
+    assert student["relative_energy_distance"] == pytest.approx(1, abs=0.3)
+    assert student["smallest_relative_mode"] > 0.8
+    assert student["largest_class_error"] < 4 * 0.5 / math.sqrt(4000)
+    assert student["stray"] < 0.002  # exactly e^-8
+    assert document["class_shares"]["exact"] == pytest.approx([0.5, 0.5])
+    assert (tmp_path / document["figures"][0]["file"]).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_evaluator_sees_a_missing_mode_and_strays(tmp_path):
+    seven = RingMixture(std=0.1, weights=[1.0] * 7 + [1e-9])
+
+    def sampler(samples, generator):
+        x = seven.sample(samples, generator)
+        x[: samples // 10] = 0  # a tenth of the samples in the middle, where nothing is
+        return x
+
+    student = judged(task_of(sampler), tmp_path)["rows"][-1]
+    assert student["smallest_relative_mode"] < 0.01
+    assert student["stray"] == pytest.approx(0.1, abs=0.002)
+    assert student["relative_energy_distance"] > 5
+
+
+def test_evaluator_judges_a_tilted_student_by_the_tilted_target(tmp_path):
+    teacher = RingMixture(std=0.1, classes=[0, 1] * 4)
+    reward = ClassReward(classifier=MixtureClassifier(mixture=teacher), log_rewards=[math.log(3), 0.0])
+    tilted = RingMixture(std=0.1, weights=[3.0, 1.0] * 4)
+    for target in (ExactTilted(reward=reward), RewardTilted(reward=reward)):
+        good, bad = (
+            judged(task_of(lambda n, g, m=mixture: m.sample(n, g), target), tmp_path)["rows"][-1]
+            for mixture in (tilted, teacher)
+        )
+        assert good["relative_energy_distance"] < 1.4 < bad["relative_energy_distance"]
+        assert good["largest_class_error"] < 0.03
+        assert bad["largest_class_error"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_evaluator_refuses_another_teacher():
+    task = SimpleNamespace(teacher=torch.nn.Identity(), objective=None)
+    with pytest.raises(ValueError, match="GaussianMixture"):
+        MixtureEvaluator().before(task, CPU, 0)

@@ -11,6 +11,8 @@ from ratiograph.noising import RectifiedFlow, VarianceExploding
 from ratiograph.ratios import EncoderRatio, RatioEstimator, TeacherFeatureRatio
 from ratiograph.types import Condition, Evaluation, Needs, Nodes
 
+NOTHING = Needs()
+
 
 class FixedRatio(RatioEstimator):
     def __init__(self, values):
@@ -29,8 +31,8 @@ def small_teacher():
     return teacher.requires_grad_(False)
 
 
-def evaluation_of(x0, nodes, needs=Needs(), noising=None):
-    noising = noising or VarianceExploding()
+def evaluation_of(x0, nodes, needs=NOTHING):
+    noising = VarianceExploding()
     t = noising.time_of(torch.linspace(0.3, 2.0, len(x0), dtype=x0.dtype))
     noisy = noising.add_noise(x0, t, torch.randn_like(x0))
     return Evaluation(noisy, x0, Condition(), nodes, needs)

@@ -25,6 +25,7 @@ from ratiograph.weightings import (
     ReverseKL,
     SoftenedReverseKL,
     SquaredHellinger,
+    TimeNormalized,
     Weighting,
 )
 
@@ -211,6 +212,23 @@ def test_mean_normalized_powers_ignore_the_scale_of_rho(row):
     """For powers of rho, dividing rho by its mean (f-distill's first normalisation) changes nothing."""
     l, weighting = ratios(), MeanNormalized(weighting=ROWS[row])  # noqa: E741
     torch.testing.assert_close(weighting(l + 1.7, T), weighting(l, T))
+
+
+def test_time_normalized_divides_by_the_mean_at_about_the_same_time():
+    """Two times, two groups, in any order: each group's weights have mean 1."""
+    t = torch.tensor([0.9, 0.1, 0.9, 0.1])
+    l = torch.tensor([1.0, 2.0, 3.0, 6.0]).log()  # noqa: E741
+    weighting = TimeNormalized(weighting=BE(), bins=2)
+    assert weighting(l, t).tolist() == pytest.approx([0.5, 0.5, 1.5, 1.5])
+    weight, target_weight = weighting.pair(l, torch.zeros(4), t)
+    assert weight.tolist() == pytest.approx([0.5, 0.5, 1.5, 1.5])
+    assert target_weight.tolist() == pytest.approx([0.5, 0.25, 0.5, 0.25])
+
+
+def test_one_time_bin_is_the_batch_mean():
+    l, t = ratios(), torch.rand(81)  # noqa: E741
+    one, mean = TimeNormalized(weighting=LR(), bins=1), MeanNormalized(weighting=LR())
+    torch.testing.assert_close(one(l, t), mean(l, t))
 
 
 def test_pair_of_a_clamped_normalised_weighting():

@@ -278,6 +278,7 @@ def check_values(statements: Iterable[Statement], components: Mapping[str, Compo
         for part in parts(s.value):
             if isinstance(part, Reference):
                 _check_reference(part, s, components)
+    for s in statements:  # after every reference, those of macros too, is known to exist
         if s.name:
             _check_type(s, expand(s.value, macros, s.where), components)
 

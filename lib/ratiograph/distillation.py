@@ -107,7 +107,7 @@ class Distillation(Task):
 
     @property
     def needs_data(self) -> bool:
-        """Real samples are the ratio's positives and fit Z, unless the teacher can be sampled exactly."""
+        """Real samples are the ratio's positives, unless the teacher can be sampled exactly."""
         return self.ratio is not None and not getattr(self.teacher, "can_sample", False)
 
     @property
@@ -150,17 +150,23 @@ class Distillation(Task):
         return {"student": self.average}
 
     def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
-        """Estimates log Z of each tilted target from real or teacher samples."""
+        """Estimates log Z of each tilted target from real or teacher samples.
+
+        Raises:
+            ValueError: for a tilted target without real samples, if the teacher cannot be sampled either.
+        """
         fitted = {}
         for name, term in self.objective.terms.items():
-            term.target.fit(self._positives(batches, 500, generator))
             if hasattr(term.target, "log_normalizer"):
+                term.target.fit(self._positives(batches, 500, generator))
                 fitted[f"log Z of {name}"] = float(term.target.log_normalizer)
         return fitted
 
     def _positives(self, batches: Iterator[Batch] | None, size: int, generator: torch.Generator) -> Iterator[Batch]:
         if batches is not None:
             return batches
+        if not getattr(self.teacher, "can_sample", False):
+            raise ValueError("Z is estimated from real samples: bind Experiment.data = @ShardStream() (or give --data)")
         return (Batch(self.teacher.sample(size, generator), Condition()) for _ in itertools.count())
 
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -174,7 +174,7 @@ class UnitTimeWeight(TimeWeight):
 
 
 class SigmaSquared(TimeWeight):
-    """w = sigma^2 ([S]); with ``ScoreDifference`` the gradient becomes omega alpha^2 (mu_q - mu_p), free of 1/sigma^2."""
+    """w = sigma^2 (arXiv 2502.08005); with ``ScoreDifference`` the gradient is omega alpha^2 (mu_q - mu_p)."""
 
     def __call__(self, evaluation):
         return evaluation.noisy.sigma.square()

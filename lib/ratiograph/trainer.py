@@ -105,7 +105,7 @@ class _Run:
             logger_message(f"resumed from step {done} of {experiment.steps}")
             return done
         logger_message(f"{self.device.type}, networks in {'bf16' if dtype else 'fp32'}, {self.workdir}")
-        batches = self.batches(0) if task.needs_data else None
+        batches = self.batches(0) if experiment.data else None
         for name, value in task.fit(batches, self.seeded(1)).items():
             logger_message(f"{name} = {value:.5g}")
         if experiment.evaluator:
@@ -193,7 +193,8 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Pat
     """
     run = _Run(experiment, Path(workdir), choose_device(device))
     run.workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.workdir / "graph.svg", graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name).encode())
+    picture = graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name)
+    write_atomically(run.workdir / "graph.svg", picture.encode())
     messages: list[str] = []
     done = run.start(messages.append)
     with RunLogger(run.workdir, experiment.steps, resume_step=done, images_per_step=experiment.batch_size) as logger:

@@ -41,7 +41,7 @@ class MixtureEvaluator:
         repeats: pairs of sets that every distance is the mean of; shares are of all sets together.
     """
 
-    def __init__(self, *, samples: int = 2000, repeats: int = 8):
+    def __init__(self, *, samples: int = 1000, repeats: int = 16):
         if samples < 2 or repeats < 1:
             raise ValueError(f"MixtureEvaluator needs samples >= 2 and repeats >= 1, got {samples} and {repeats}")
         self.samples, self.repeats = samples, repeats
@@ -145,8 +145,8 @@ def draw_samples(path: Path, x: Tensor, target: GaussianMixture) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     extent = (-reach, reach, -reach, reach)
-    axes.imshow(density.cpu(), origin="lower", extent=extent, cmap="Blues", interpolation="bilinear")
-    axes.plot(*x.T.cpu(), ".", color="#c2410c", markersize=2.5, alpha=0.5)
+    axes.imshow(density.cpu().numpy(), origin="lower", extent=extent, cmap="Blues", interpolation="bilinear")
+    axes.plot(*x.T.cpu().numpy(), ".", color="#c2410c", markersize=2.5, alpha=0.5)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="x", ylabel="y")
     axes.set_title(f"{len(x):,} samples over the exact density (square root)", fontsize=10)
     figure.savefig(path)

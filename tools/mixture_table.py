@@ -1,0 +1,168 @@
+"""Trains the ring of eight modes with every weighting and both directions, and tabulates what came out.
+
+  python tools/mixture_table.py --out=README.md     the whole grid; writes the table between its markers in README.md
+  python tools/mixture_table.py                     prints the table only
+  python tools/mixture_table.py --only=LS           runs whose name holds LS
+
+Runs go to --folder, one thread each and --processes at a time; finished ones are not repeated, so the command resumes.
+The numbers stay in FOLDER/mixture_table.json. The markers are <!-- mixture_table --> and <!-- /mixture_table -->.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("folder", "runs/mixture_table", "Folder of the runs.")
+flags.DEFINE_string("out", None, "Text file with the markers, e.g. README.md.")
+flags.DEFINE_string("only", "", "Runs whose name holds this.")
+flags.DEFINE_integer("processes", 2, "Runs at a time.", lower_bound=1)
+flags.DEFINE_integer("steps", None, "Steps of each run; the gin file's number by default.", lower_bound=1)
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- mixture_table -->", "<!-- /mixture_table -->"
+
+WEIGHTINGS = {
+    "KL": ["WEIGHTING=@KL()"],
+    "LR": ["WEIGHTING=@LR()"],
+    "SoftenedReverseKL": ["WEIGHTING=@SoftenedReverseKL()"],
+    "BE": ["WEIGHTING=@BE()"],
+    "Jeffreys": ["WEIGHTING=@Jeffreys()"],
+    "SquaredHellinger": ["WEIGHTING=@SquaredHellinger()"],
+    "LS": ["WEIGHTING=@LS()"],
+    "SBA, λ = 0.5": ["WEIGHTING=@SBA()", "SBA.lam=0.5"],
+    "SBA, λ = 3": ["WEIGHTING=@SBA()", "SBA.lam=3.0"],
+    "CustomWeighting": [
+        "WEIGHTING=@CustomWeighting()",
+        "CustomWeighting.log_ratios=(-2.0, 0.0, 2.0)",
+        "CustomWeighting.weights=(0.5, 1.0, 2.0)",
+    ],
+}
+"""Every row of the table of weightings; ReverseKL, JensenShannon and ForwardKL are KL, LR and BE by other names."""
+DIRECTIONS = {"scores": "gin/mixture2d_scores.gin", "ratio": "gin/mixture2d_ratio.gin"}
+TARGETS = {"exact": "gin/mixture2d_tilted.gin", "first order": "gin/mixture2d_first_order.gin"}
+TILTED = ["KL", "LR", "LS", "SBA, λ = 0.5"]
+
+
+def jobs():
+    """(gin file, gin lines) by the name of the run."""
+    grid = [
+        (weighting, f"{weighting} by {name}", file) for weighting in WEIGHTINGS for name, file in DIRECTIONS.items()
+    ]
+    grid += [(weighting, f"{weighting} tilted, {name}", file) for weighting in TILTED for name, file in TARGETS.items()]
+    return {name: (file, WEIGHTINGS[weighting]) for weighting, name, file in grid if FLAGS.only in name}
+
+
+def slug(name):
+    """A folder name."""
+    return "".join(c if c.isalnum() else "_" for c in name.replace("λ", "lam"))
+
+
+def run(name, file, lines):
+    """Trains one job unless it is done; its evaluation.json, or None if it failed."""
+    workdir = Path(FLAGS.folder) / slug(name)
+    document = workdir / "evaluation.json"
+    if not document.exists():
+        command = [sys.executable, ROOT / "launch/main.py", f"--gin_file={ROOT / file}", f"--workdir={workdir}"]
+        command += [f"--gin_param={line}" for line in lines] + ([f"--steps={FLAGS.steps}"] if FLAGS.steps else [])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}: failed\n{done.stderr}", file=sys.stderr, flush=True)
+            return None
+    result = json.loads(document.read_text())
+    row = result["rows"][-1]
+    print(f"{name}: {row['relative_energy_distance']:.2f} times the distance of fresh samples", flush=True)
+    return {
+        **row,
+        "target_class_shares": result["class_shares"]["exact"],
+        "fresh": result["rows"][0]["energy_distance"],
+    }
+
+
+def matched_table(rows):
+    """The grid of weightings and directions as Markdown."""
+    lines = [
+        "| weighting ω | energy distance, scores | smallest mode | energy distance, ratio | smallest mode |",
+        "|---|---|---|---|---|",
+    ]
+    for weighting in WEIGHTINGS:
+        found = [rows.get(f"{weighting} by {name}") for name in DIRECTIONS]
+        if any(found):
+            cells = [cell for row in found for cell in matched_cells(row)]
+            lines.append(f"| {weighting} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def matched_cells(row):
+    if row is None:
+        return "–", "–"
+    return f"{row['relative_energy_distance']:.2f}", f"{row['smallest_relative_mode']:.2f}"
+
+
+def tilted_table(rows):
+    """Class masses of the tilted runs as Markdown."""
+    lines = ["| weighting ω | target r* | masses of the student | exact masses |", "|---|---|---|---|"]
+    for weighting in TILTED:
+        for target in TARGETS:
+            row = rows.get(f"{weighting} tilted, {target}")
+            if row:
+                found, exact = (", ".join(f"{m:.3f}" for m in row[k]) for k in ("class_shares", "target_class_shares"))
+                lines.append(f"| {weighting} | {target} | {found} | {exact} |")
+    return lines
+
+
+def text_of(rows):
+    """Both tables, and what their numbers mean."""
+    fresh = next(iter(rows.values()))
+    return "\n".join(
+        [
+            "Energy distance of the one-step student to the exact ring, as a multiple of that between two fresh sets "
+            f"of 1,000 teacher samples ({fresh['fresh']:.2g}); 1 is perfect. Smallest mode: share of the rarest of "
+            "the eight modes over its exact share. Made by `python tools/mixture_table.py --out=README.md`.",
+            "",
+            *matched_table(rows),
+            "",
+            "Tilted by a reward of e on even modes and 1 on odd ones:",
+            "",
+            *tilted_table(rows),
+        ]
+    )
+
+
+def insert(path, text):
+    """Puts ``text`` between the markers of the file.
+
+    Raises:
+        ValueError: the file has no markers.
+    """
+    old = path.read_text() if path.exists() else ""
+    if START not in old or END not in old.split(START, 1)[1]:
+        raise ValueError(f"{path} has no place for the table: write the lines {START} and {END} where it belongs")
+    before, rest = old.split(START, 1)
+    path.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def main(argv):
+    Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(FLAGS.processes) as pool:
+        asked = {name: pool.submit(run, name, *job) for name, job in jobs().items()}
+        found = {name: future.result() for name, future in asked.items()}
+    rows = {name: row for name, row in found.items() if row}
+    if not rows:
+        sys.exit("error: no run finished")
+    (Path(FLAGS.folder) / "mixture_table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    text = text_of(rows)
+    print(text)
+    if FLAGS.out:
+        insert(Path(FLAGS.out), text)
+    sys.exit(len(found) > len(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)
