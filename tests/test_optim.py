@@ -80,6 +80,26 @@ def test_state_goes_on_exactly():
     assert resumed.updates == 6
 
 
+def test_the_rate_rises_stays_and_falls_to_zero():
+    recipe = Adam(lr=0.4, warmup_steps=4, cooldown=(6, 10))
+    expected = [0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0]
+    assert [recipe.rate(update) for update in range(1, 12)] == pytest.approx(expected)
+    module = nn.Linear(1, 1, bias=False)
+    updater, sizes = recipe.build(module.parameters()), []
+    for _ in range(11):
+        before = module.weight.item()
+        module.weight.grad = torch.ones(1, 1)
+        updater.step()
+        sizes.append(before - module.weight.item())
+    assert sizes == pytest.approx(expected, abs=1e-6)  # Adam's step under a constant gradient is its rate
+
+
+@pytest.mark.parametrize("cooldown", [(5,), (5, 5), (-1, 3)])
+def test_adam_refuses_a_cooldown_that_does_not_end(cooldown):
+    with pytest.raises(ValueError, match="cooldown"):
+        Adam(cooldown=cooldown)
+
+
 def test_frozen_parameters_are_left_out():
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)

@@ -16,7 +16,7 @@ __all__ = ["EMA", "Adam"]
 
 
 class Adam:
-    """Recipe for AdamW (Loshchilov & Hutter 2019) with a linear warm-up and a clip on the gradient's norm.
+    """Recipe for AdamW (Loshchilov & Hutter 2019) with a warm-up, a cool-down and a clip on the gradient's norm.
 
     Args:
         lr: learning rate after the warm-up, > 0.
@@ -24,6 +24,7 @@ class Adam:
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         warmup_steps: updates over which the rate rises linearly from lr / warmup_steps.
+        cooldown: (first, last) updates between which the rate falls linearly to 0; None keeps it.
         clip_norm: largest norm of the gradient over all parameters, > 0.
     """
 
@@ -35,12 +36,23 @@ class Adam:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        cooldown: Sequence[int] | None = None,
         clip_norm: float = 10.0,
     ):
         if lr <= 0 or clip_norm <= 0:
             raise ValueError(f"Adam.lr={lr} and Adam.clip_norm={clip_norm} must be positive")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
-        self.warmup_steps, self.clip_norm = warmup_steps, clip_norm
+        if cooldown is not None and (len(cooldown) != 2 or not 0 <= cooldown[0] < cooldown[1]):
+            raise ValueError(f"Adam.cooldown={cooldown} must be two numbers of updates, 0 <= first < last")
+        self.warmup_steps, self.cooldown, self.clip_norm = warmup_steps, cooldown, clip_norm
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update number ``update`` = 1, 2, ..."""
+        rate = self.lr * min(1.0, update / max(self.warmup_steps, 1))
+        if self.cooldown is None:
+            return rate
+        first, last = self.cooldown
+        return rate * min(1.0, max(0.0, (last - update) / (last - first)))
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Updater:
         """The optimiser of ``parameters``; those that do not require gradients are left out."""
@@ -65,9 +77,8 @@ class Updater:
         """One update from the gradients now held; returns their norm [] before clipping, and clears them."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
         self.updates += 1
-        warm = min(1.0, self.updates / max(self.recipe.warmup_steps, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * warm
+            group["lr"] = self.recipe.rate(self.updates)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()
