@@ -5,18 +5,23 @@ import copy
 import pytest
 import torch
 
-from ratiograph.denoisers import EDM
+from ratiograph import checkpoints
+from ratiograph.denoisers import EDM, Denoiser
 from ratiograph.directions import RatioGradient, ScoreDifference
 from ratiograph.distillation import Distillation
 from ratiograph.networks import UNet
 from ratiograph.noising import VarianceExploding
 from ratiograph.objective import Objective, Term
 from ratiograph.optim import EMA, Adam
-from ratiograph.ratios import TeacherFeatureRatio
+from ratiograph.positives import TeacherSamples
+from ratiograph.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
+from ratiograph.samplers import HeunSampler
 from ratiograph.students import OneStep
 from ratiograph.times import KarrasIndex, SigmaSquared
-from ratiograph.types import Batch, Condition
-from ratiograph.weightings import KL, LR, SoftenedReverseKL
+from ratiograph.types import Batch, Condition, Evaluation, Needs
+from ratiograph.warm_start import WarmStart
+from ratiograph.weightings import KL, LR, JensenShannon, SoftenedReverseKL
 
 
 def edm(seed):
@@ -183,3 +188,112 @@ def test_kl_needs_no_ratio():
 def test_a_graph_with_a_hole_is_refused(missing, message):
     with pytest.raises(ValueError, match=message):
         task_of({"matching": matching()}, **missing)
+
+
+def test_a_ratio_on_the_student_score_shares_its_pass():
+    """Without times of its own: one encoder pass over real samples, one whole pass over the student's, no other."""
+    task = prepared(task_of({"matching": matching()}, ratio=StudentScoreMeanRatio(), ratio_times=None))
+    calls = []
+    for method in ("encode", "decode"):
+        original = getattr(task.student_score, method)
+        setattr(task.student_score, method, lambda *a, m=method, o=original: (calls.append(m), o(*a))[1])
+    task.step(real(), 4, torch.Generator().manual_seed(0))
+    # The objective's pass, the student score's own, and the encoder on real samples.
+    assert calls == ["encode", "decode", "encode", "decode", "encode"]
+    assert set(task.optimizers) == {"student", "student_score"}
+
+
+def test_joint_training_adds_both_gradients():
+    """The gradient of the shared encoder is the sum of what each loss gives alone."""
+    found = {}
+    for name in ("score", "ratio", "both"):
+        task = prepared(task_of({"matching": matching()}, ratio=StudentScoreHeadRatio(width=16), ratio_times=None))
+        for parameter in task.ratio.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        generator, x0 = torch.Generator().manual_seed(3), torch.randn(4, 1, 8, 8, generator=torch.manual_seed(4))
+        student = task._noised(x0, task.student_score_times, Condition(), generator)
+        if name != "ratio":
+            task._learn_student_score(student)
+        if name != "score":
+            task._learn_ratio(x0, Condition(), real(), student, generator)
+        stem = task.student_score.network.stem.weight
+        found[name] = stem.grad.clone()
+    torch.testing.assert_close(found["score"] + found["ratio"], found["both"])
+    assert found["ratio"].abs().max() > 1e-8
+
+
+def test_r1_changes_what_the_ratio_learns():
+    losses = {}
+    for weight in (0.0, 2.0):
+        task = task_of(
+            {"matching": matching()},
+            ratio_loss=R1Penalized(loss=LogisticLoss(), weight=weight),
+            ratio_times=KarrasIndex(),
+        )
+        prepared(task)
+        for parameter in task.ratio.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(5)
+        losses[weight] = task._learn_ratio(torch.zeros(4, 1, 8, 8), Condition(), real(), None, generator)["loss/ratio"]
+        both = torch.cat([real().images, torch.zeros(4, 1, 8, 8)])
+        generator.manual_seed(5)
+        t = task.ratio_times(task.noising, 4, generator).repeat(2)
+        noisy = task.noising.add_noise(both, t, torch.empty_like(both).normal_(generator=generator))
+        evaluation = Evaluation(noisy, both, Condition(), task.nodes, Needs(ratio_gradient=True))
+        penalty = evaluation.log_ratio_gradient[:4].square().flatten(1).sum(1).mean()
+    torch.testing.assert_close(losses[2.0] - losses[0.0], penalty, rtol=1e-4, atol=1e-6)
+
+
+def test_positives_may_be_the_teachers_samples():
+    task = prepared(
+        task_of({"matching": matching()}, positives=TeacherSamples(sampler=HeunSampler(steps=2)), ratio_updates=2)
+    )
+    assert not task.needs_data
+    generator = torch.Generator().manual_seed(0)
+    found = task.positives.draw(None, 4, task.teacher, task.student, generator)
+    generator.manual_seed(0)
+    noise = task.student.noise(4, generator)
+    torch.testing.assert_close(found.images, HeunSampler(steps=2).sample(task.teacher, noise, Condition()))
+    assert task.step(None, 4, generator)["loss/ratio"] > 0
+
+
+def test_a_run_starts_from_another(tmp_path):
+    first = prepared(task_of({"matching": matching()}))
+    for k in range(2):
+        first.step(real(), 4, torch.Generator().manual_seed(k))
+    checkpoints.save(tmp_path / "checkpoints", 2, {"step": 2, "task": first.training_state()})
+    second = prepared(task_of({"matching": matching()}, warm_start=WarmStart(run=str(tmp_path))))
+    for name in ("student", "average", "student_score", "ratio"):
+        pairs = zip(getattr(first, name).parameters(), getattr(second, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+    assert second.steps_done == 0
+    some = prepared(task_of({"matching": matching()}, warm_start=WarmStart(run=str(tmp_path), nodes=("ratio",))))
+    assert torch.equal(some.ratio.heads[0].out.weight, first.ratio.heads[0].out.weight)
+    assert not torch.equal(some.student.denoiser.network.stem.weight, first.student.denoiser.network.stem.weight)
+
+
+def test_a_warm_start_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        prepared(task_of({"matching": matching()}, warm_start=WarmStart(run=str(tmp_path))))
+    alone = prepared(task_of({"matching": matching()}))
+    checkpoints.save(tmp_path / "checkpoints", 1, {"step": 1, "task": alone.training_state()})
+    with pytest.raises(ValueError, match="'critic' is not in this graph"):
+        prepared(task_of({"matching": matching()}, warm_start=WarmStart(run=str(tmp_path), nodes=("critic",))))
+
+
+def score_free(weighting):
+    return Term(direction=RatioGradient(), weighting=weighting, time_weight=SigmaSquared())
+
+
+@pytest.mark.parametrize("weighting", [KL, JensenShannon, SoftenedReverseKL])
+def test_training_without_distillation_has_no_score(weighting):
+    """DiKL, DiJS and DiRM: neither teacher nor student score anywhere in the graph."""
+    ratio = EncoderRatio(network=UNet(resolution=8, channels=16, multipliers=(1, 2)))
+    nodes = {"teacher": None, "student_score": None, "student_score_times": None, "student_score_optimizer": None}
+    task = prepared(task_of({"distribution": score_free(weighting())}, ratio=ratio, **nodes))
+    denoisers = [name for name, module in task.named_modules() if isinstance(module, Denoiser)]
+    assert denoisers == ["student.denoiser", "average.denoiser"]
+    metrics = task.step(real(), 4, torch.Generator().manual_seed(0))
+    assert set(task.optimizers) == {"student", "ratio"}
+    assert "loss/student_score" not in metrics
+    assert metrics["divergence/distribution"] == pytest.approx(0, abs=1e-6)  # a new ratio says l = 0

@@ -1,26 +1,17 @@
-"""Ratio estimators: the loss against its definition, the heads' wiring, what learns what."""
-
-import math
+"""Ratio estimators: features, heads, gradients, weights, and what they learn."""
 
 import pytest
 import torch
 
+from ratiograph.checkpoints import save_weights
 from ratiograph.denoisers import EDM
 from ratiograph.networks import MLP, UNet
 from ratiograph.noising import RectifiedFlow, VarianceExploding
-from ratiograph.ratios import EncoderRatio, RatioEstimator, TeacherFeatureRatio
+from ratiograph.ratio_losses import LogisticLoss
+from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
 from ratiograph.types import Condition, Evaluation, Needs, Nodes
 
 NOTHING = Needs()
-
-
-class FixedRatio(RatioEstimator):
-    def __init__(self, values):
-        super().__init__()
-        self.values = values
-
-    def log_ratio(self, evaluation):
-        return self.values
 
 
 def small_teacher():
@@ -38,39 +29,74 @@ def evaluation_of(x0, nodes, needs=NOTHING):
     return Evaluation(noisy, x0, Condition(), nodes, needs)
 
 
-def test_loss_is_the_logistic_loss_and_reports_the_identities():
-    values = torch.tensor([2.0, -0.5, 1.0, -3.0])
-    real = torch.tensor([True, True, False, False])
-    loss, metrics = FixedRatio(values).loss(None, real)
-    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
-    expected = (softplus(-2.0) + softplus(0.5)) / 2 + (softplus(1.0) + softplus(-3.0)) / 2
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-    assert float(metrics["ratio/accuracy"]) == 0.5
-    assert float(metrics["ratio/mean_exp_student"]) == pytest.approx((math.e + math.exp(-3)) / 2, rel=1e-6)
-    assert float(metrics["ratio/mean_exp_real"]) == pytest.approx((math.exp(-2) + math.exp(0.5)) / 2, rel=1e-6)
+@pytest.mark.parametrize("estimator", [TeacherFeatureRatio, StudentScoreHeadRatio])
+def test_a_new_estimator_knows_nothing(estimator):
+    x0, network, ratio = torch.randn(6, 1, 8, 8), small_teacher(), estimator(width=16)
+    ratio.connect(network, network)
+    evaluation = evaluation_of(x0, Nodes(teacher=network, student_score=network, ratio=ratio))
+    assert evaluation.log_ratio.tolist() == [0] * 6
 
 
-def test_a_new_estimator_knows_nothing():
-    x0 = torch.randn(6, 1, 8, 8)
-    teacher, ratio = small_teacher(), TeacherFeatureRatio(width=16)
-    ratio.connect(teacher)
-    evaluation = evaluation_of(x0, Nodes(teacher=teacher, ratio=ratio))
-    loss, _ = ratio.loss(evaluation, torch.arange(6) < 3)
-    assert loss.item() == pytest.approx(2 * math.log(2), rel=1e-6)
+def test_the_mean_feature_is_the_logit_of_sida():
+    x0, network, ratio = torch.randn(6, 1, 8, 8), small_teacher(), StudentScoreMeanRatio()
+    ratio.connect(None, network)
+    evaluation = evaluation_of(x0, Nodes(student_score=network, ratio=ratio))
+    bottleneck = network.encode(evaluation.noisy, Condition()).features[-1]
+    torch.testing.assert_close(evaluation.log_ratio, bottleneck.mean((1, 2, 3)))
+    assert evaluation.log_ratio.std() > 1e-4
+    assert not ratio.has_weights
+
+
+@pytest.mark.parametrize("estimator", [StudentScoreMeanRatio, StudentScoreHeadRatio])
+def test_an_estimator_on_the_student_score_needs_one(estimator):
+    with pytest.raises(ValueError, match=r"bind Distillation\.student_score"):
+        estimator().connect(small_teacher(), None)
+
+
+def test_an_encoder_starts_from_a_denoisers_encoder(tmp_path):
+    denoiser = small_teacher()
+    save_weights(tmp_path / "denoiser.safetensors", denoiser)
+    network = UNet(resolution=8, channels=16, multipliers=(1, 2))
+    ratio = EncoderRatio(network=network, encoder_weights=str(tmp_path / "denoiser.safetensors"))
+    ratio.load()
+    for name, value in ratio.network.state_dict().items():
+        assert torch.equal(value, denoiser.network.state_dict()[name]), name
+    wider = UNet(resolution=8, channels=32, multipliers=(1, 2))
+    with pytest.raises(ValueError, match="does not fit UNet"):
+        EncoderRatio(network=wider, encoder_weights=str(tmp_path / "denoiser.safetensors")).load()
+
+
+def test_a_trained_estimator_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    trained = TeacherFeatureRatio(width=16)
+    trained.connect(small_teacher(), None)
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_weights(tmp_path / "ratio.safetensors", trained)
+    loaded = TeacherFeatureRatio(width=16, weights=str(tmp_path / "ratio.safetensors"))
+    loaded.connect(small_teacher(), None)
+    loaded.load()
+    x0, teacher = torch.randn(4, 1, 8, 8), small_teacher()
+    found = []
+    for ratio in (trained, loaded):
+        torch.manual_seed(1)
+        found.append(evaluation_of(x0, Nodes(teacher=teacher, ratio=ratio)).log_ratio)
+    assert torch.equal(*found)
+    assert found[0].std() > 1e-3
 
 
 def test_heads_sum_over_the_maps_asked_for():
     torch.manual_seed(1)
     teacher, x0 = small_teacher(), torch.randn(4, 1, 8, 8)
     both = TeacherFeatureRatio(feature_maps=(0, 2), width=16)
-    both.connect(teacher)
+    both.connect(teacher, None)
     for parameter in both.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     evaluation = evaluation_of(x0, Nodes(teacher=teacher))
     total = 0
     for position, k in enumerate((0, 2)):
         one = TeacherFeatureRatio(feature_maps=(k,), width=16)
-        one.connect(teacher)
+        one.connect(teacher, None)
         one.noise_embedding, one.heads[0] = both.noise_embedding, both.heads[position]
         total = total + one.log_ratio(evaluation)
     torch.testing.assert_close(both.log_ratio(evaluation), total)
@@ -80,28 +106,30 @@ def test_heads_sum_over_the_maps_asked_for():
 @pytest.mark.parametrize("maps", [(3,), (0, -4)])
 def test_a_feature_map_that_is_not_there_is_named(maps):
     with pytest.raises(ValueError, match="has 3 feature maps"):
-        TeacherFeatureRatio(feature_maps=maps).connect(small_teacher())
+        TeacherFeatureRatio(feature_maps=maps).connect(small_teacher(), None)
 
 
 def test_a_teacher_without_features_is_refused():
     with pytest.raises(ValueError, match="EncoderRatio"):
-        TeacherFeatureRatio().connect(None)
+        TeacherFeatureRatio().connect(None, None)
 
 
-@pytest.mark.parametrize("estimator", ["teacher features", "own encoder"])
+@pytest.mark.parametrize("estimator", ["teacher features", "own encoder", "student score", "mean"])
 def test_gradient_in_x_equals_a_finite_difference(estimator):
     torch.manual_seed(2)
     teacher = small_teacher().double()
-    if estimator == "teacher features":
-        ratio = TeacherFeatureRatio(width=16)
-        ratio.connect(teacher)
-    else:
-        ratio = EncoderRatio(network=UNet(resolution=8, channels=16, multipliers=(1, 2)))
+    ratio = {
+        "teacher features": lambda: TeacherFeatureRatio(width=16),
+        "own encoder": lambda: EncoderRatio(network=UNet(resolution=8, channels=16, multipliers=(1, 2))),
+        "student score": lambda: StudentScoreHeadRatio(width=16),
+        "mean": StudentScoreMeanRatio,
+    }[estimator]()
+    ratio.connect(teacher, teacher)
     for parameter in ratio.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     ratio.double()
     x0 = torch.randn(3, 1, 8, 8, dtype=torch.float64)
-    nodes = Nodes(teacher=teacher, ratio=ratio)
+    nodes = Nodes(teacher=teacher, student_score=teacher, ratio=ratio)
     evaluation = evaluation_of(x0, nodes, Needs(ratio_gradient=True))
     gradient = evaluation.log_ratio_gradient
     towards, step = torch.randn_like(x0), 1e-5
@@ -133,11 +161,13 @@ def test_an_estimator_learns_the_exact_ratio_of_two_gaussians():
     ratio = EncoderRatio(network=MLP(dimension=1, width=32, layers=2), sigma_data=1.0)
     optimizer = torch.optim.Adam(ratio.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
-    noising, real = VarianceExploding(), torch.arange(1024) < 512
+    noising, real, nodes = VarianceExploding(), torch.arange(1024) < 512, Nodes(ratio=ratio)
     for _ in range(1000):
         x0 = torch.randn(1024, 1) + real[:, None].float()
         noisy = noising.add_noise(x0, torch.ones(1024), torch.randn(1024, 1))
-        loss, _ = ratio.loss(Evaluation(noisy, x0, Condition(), Nodes()), real)
+        evaluation = Evaluation(noisy, x0, Condition(), nodes, Needs(training=True))
+        l = evaluation.log_ratio_output  # noqa: E741
+        loss = LogisticLoss()(l[real], l[~real], evaluation.noisy.x_t)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ratiograph.files import clear_storage_errors, write_atomically
 
-__all__ = ["latest", "load_strict", "load_weights", "save", "save_weights", "steps"]
+__all__ = ["latest", "load_part", "load_strict", "load_weights", "save", "save_weights", "steps"]
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 _SCALARS = (bool, int, float, str, bytes, type(None))
@@ -243,6 +243,27 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | No
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(metadata or {})))
 
 
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header strings) of a safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}. Give the path of a safetensors file, or train one first")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
+
+
+def _load_tensors(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    differences = list(_differences("", module.state_dict(), tensors))
+    if differences:
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__}: {_listed(differences)}. Give the weights of this "
+            "network, or configure the network as the file's own gin file does"
+        )
+    module.load_state_dict(tensors, strict=True)
+
+
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     """Loads a safetensors file into ``module``: every tensor, with its shape, or nothing.
 
@@ -258,20 +279,22 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
         ValueError: not a safetensors file (or a torn one), or a tensor is missing, left over or of another
             shape.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}. Give the path of a safetensors file, or train one first")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
-    differences = list(_differences("", module.state_dict(), tensors))
-    if differences:
-        raise ValueError(
-            f"{path} does not fit {type(module).__name__}: {_listed(differences)}. Give the weights of this "
-            "network, or configure the network as the file's own gin file does"
-        )
-    module.load_state_dict(tensors, strict=True)
-    return dict(metadata)
+    tensors, metadata = _read_tensors(Path(path))
+    _load_tensors(Path(path), module, tensors)
+    return metadata
+
+
+def load_part(path: Path, module: nn.Module, prefix: str) -> None:
+    """Loads into ``module`` its tensors of a larger network's file, where their names begin with ``prefix``.
+
+    Args:
+        path: a safetensors file.
+        module: a part of the network that the file holds, such as its encoder; every tensor must be there.
+        prefix: what precedes the part's own names in the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_weights``, but tensors of the rest are not looked at.
+    """
+    tensors, _ = _read_tensors(Path(path))
+    wanted = {key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors}
+    _load_tensors(Path(path), module, wanted)

@@ -122,6 +122,10 @@ class ClassifierEvaluator:
     def before(self, task: ClassifierTraining, device: torch.device, seed: int) -> list[dict]:
         return [self.measure("before training", task.average)]
 
+    def during(self, task: ClassifierTraining, device: torch.device, seed: int) -> dict[str, float]:
+        row = self.measure("", task.average)
+        return {"accuracy": row["accuracy"], "cross_entropy": row["cross_entropy"]}
+
     def after(
         self, task: ClassifierTraining, device: torch.device, seed: int, before: list[dict], workdir: str
     ) -> dict:

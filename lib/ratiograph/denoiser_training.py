@@ -20,11 +20,18 @@ from ratiograph.types import Batch, Condition, Noisy
 __all__ = ["DenoiserTraining"]
 
 
-def denoising_loss(denoiser: EDM, x0: Tensor, noisy: Noisy, condition: Condition) -> Tensor:
-    """EDM's weighted denoising loss [], mean over samples and dimensions, for ``noisy`` made from ``x0`` [B, ...]."""
+def denoising_loss(denoised: Tensor, x0: Tensor, noisy: Noisy, sigma_data: float) -> Tensor:
+    """EDM's weighted denoising loss [], mean over samples and dimensions.
+
+    Args:
+        denoised: mu(x_t) [B, ...], with its graph.
+        x0: the clean samples [B, ...] that ``noisy`` was made from.
+        noisy: the noisy samples.
+        sigma_data: standard deviation of the clean data.
+    """
     s = noisy.sigma / noisy.alpha
-    weight = (s.square() + denoiser.sigma_data**2) / (s * denoiser.sigma_data).square()
-    error = (denoiser.denoise(noisy, condition) - x0).square().flatten(1).mean(1)
+    weight = (s.square() + sigma_data**2) / (s * sigma_data).square()
+    error = (denoised - x0).square().flatten(1).mean(1)
     return (weight * error).mean()
 
 
@@ -70,7 +77,8 @@ class DenoiserTraining(Task):
         t = self.times(self.noising, batch_size, generator)
         noise = torch.empty_like(batch.images).normal_(generator=generator)
         noisy = self.noising.add_noise(batch.images, t, noise)
-        loss = denoising_loss(self.denoiser, batch.images, noisy, batch.condition)
+        denoised = self.denoiser.denoise(noisy, batch.condition)
+        loss = denoising_loss(denoised, batch.images, noisy, self.denoiser.sigma_data)
         loss.backward()
         updater = self.optimizers["denoiser"]
         norm = updater.step()

@@ -6,7 +6,7 @@ One step, for z ~ N(0, I):
     x_t = alpha_t x0 + sigma_t noise, t ~ p(t)         detached
     field = sum over terms of coefficient w(t) alpha_t v(x_t)
     x0.backward(field / batch size)                    exact gradient of the objective, no pseudo-loss
-    student score: denoising loss on x0 at its own times;  ratio: logistic loss of real against x0 at its own times
+    student score: denoising loss on x0 at its own times;  ratio: loss of real against x0 at its own times
 
 By the line of the backward no graph but the student's exists, so the peak memory is one network's activations.
 """
@@ -21,17 +21,23 @@ from torch import Tensor, nn
 
 from ratiograph.denoiser_training import denoising_loss
 from ratiograph.denoisers import EDM, Denoiser, set_precision
+from ratiograph.diagnostics import RatioDiagnostics, bregman_divergence, field_metrics, ratio_metrics
 from ratiograph.experiment import Sampler, Task
 from ratiograph.noising import NoisingProcess
 from ratiograph.objective import Objective
 from ratiograph.optim import EMA, Adam
+from ratiograph.positives import ExactSamples, Positives, RealSamples
+from ratiograph.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.ratios import RatioEstimator
 from ratiograph.samplers import HeunSampler
 from ratiograph.students import OneStep
 from ratiograph.times import TimeSampler
-from ratiograph.types import Batch, Condition, Evaluation, Nodes
+from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes
+from ratiograph.warm_start import WarmStart
 
 __all__ = ["Distillation"]
+
+TRAINING = Needs(training=True)
 
 
 class Distillation(Task):
@@ -50,9 +56,13 @@ class Distillation(Task):
         student_score_optimizer: recipe of its optimiser.
         student_score_updates: its updates a step; the first shares the step's samples, the others draw fresh ones.
         ratio: estimator of log p/q, trained online; None where every weighting is KL's and no direction needs it.
-        ratio_times: p(t) of its logistic loss.
+        ratio_times: p(t) of its loss; None, for an estimator on the student score, shares that network's noisy samples,
+            so that one pass over them gives both losses.
         ratio_optimizer: recipe of its optimiser.
         ratio_updates: its updates a step.
+        ratio_loss: what trains it; the logistic loss by default.
+        positives: its samples of p; by default exact ones if the teacher has them, and real ones otherwise.
+        warm_start: an earlier run whose networks to begin with.
         critic_steps: first steps in which only the critics learn and the student stands still.
 
     Raises:
@@ -77,6 +87,9 @@ class Distillation(Task):
         ratio_times: TimeSampler | None = None,
         ratio_optimizer: Adam | None = None,
         ratio_updates: int = 1,
+        ratio_loss: RatioLoss | None = None,
+        positives: Positives | None = None,
+        warm_start: WarmStart | None = None,
         critic_steps: int = 0,
     ):
         super().__init__()
@@ -86,36 +99,54 @@ class Distillation(Task):
         self.student_optimizer, self.ema = student_optimizer, ema
         self.student_score_optimizer, self.ratio_optimizer = student_score_optimizer, ratio_optimizer
         self.student_score_updates, self.ratio_updates = student_score_updates, ratio_updates
-        self.critic_steps = critic_steps
+        self.ratio_loss = LogisticLoss() if ratio_loss is None else ratio_loss
+        exact = getattr(teacher, "can_sample", False)
+        self.positives = positives or (ExactSamples() if exact else RealSamples())
+        self.warm_start, self.critic_steps = warm_start, critic_steps
         self._check()
         if teacher is not None:
             teacher.requires_grad_(False)
+        objective.connect(noising, times)
         if ratio is not None:
-            ratio.connect(teacher)
+            ratio.connect(teacher, student_score)
+            self.diagnostics = RatioDiagnostics()
 
     def _check(self) -> None:
         for node, terms in self.objective.requires.items():
             if getattr(self, node) is None:
                 raise ValueError(f"the term {terms[0]!r} needs a {node}: bind Distillation.{node}, or change the term")
-        for node, recipe in (("student_score", self.student_score_optimizer), ("ratio", self.ratio_optimizer)):
-            if getattr(self, node) is None:
-                continue
-            if not any(True for _ in getattr(self, node).parameters()) and node == "ratio":
-                continue
-            if recipe is None or getattr(self, f"{node}_times") is None:
-                raise ValueError(f"{node} is trained online: bind Distillation.{node}_times and {node}_optimizer")
+        if self.student_score is not None and None in (self.student_score_times, self.student_score_optimizer):
+            raise ValueError(
+                "student_score is trained online: bind Distillation.student_score_times and student_score_optimizer"
+            )
+        if self.ratio is not None:
+            self._check_ratio(self.ratio)
+
+    def _check_ratio(self, ratio: RatioEstimator) -> None:
+        self.positives.check(self.teacher)
+        if not ratio.learns:
+            return
+        if self.ratio_times is None and not ratio.on_student_score:
+            raise ValueError("ratio is trained online: bind Distillation.ratio_times and ratio_optimizer")
+        if ratio.has_weights and self.ratio_optimizer is None:
+            raise ValueError("ratio is trained online: bind Distillation.ratio_times and ratio_optimizer")
+        if self.ratio_times is None and self.ratio_updates > self.student_score_updates:
+            raise ValueError(
+                "a ratio without times of its own shares the student score's samples: bind Distillation.ratio_times, "
+                "or give no more ratio_updates than student_score_updates"
+            )
 
     @property
     def needs_data(self) -> bool:
-        """Real samples are the ratio's positives, unless the teacher can be sampled exactly."""
-        return self.ratio is not None and not getattr(self.teacher, "can_sample", False)
+        """Whether the ratio's positives are real samples."""
+        return self.ratio is not None and self.positives.needs_data
 
     @property
     def nodes(self) -> Nodes:
         return Nodes(self.teacher, self.student_score, self.ratio)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
-        for node in (self.student.denoiser, self.teacher, self.student_score):
+        for node in (self.student.denoiser, self.teacher, self.student_score, self.ratio):
             if node is not None:
                 node.load()
         for term in self.objective.terms.values():
@@ -125,9 +156,14 @@ class Distillation(Task):
         self.optimizers = {"student": self.student_optimizer.build(self.student.parameters())}
         if self.student_score is not None:
             self.optimizers["student_score"] = self.student_score_optimizer.build(self.student_score.parameters())
-        if self.ratio is not None and self.ratio_optimizer is not None:
+        if self.ratio is not None and self.ratio.has_weights:
             self.optimizers["ratio"] = self.ratio_optimizer.build(self.ratio.parameters())
         self.steps_done = 0
+        if self.warm_start is not None:
+            networks = self.trained()
+            self.warm_start.load(
+                {name: networks[name] for name in networks if name not in ("objective", "diagnostics")}
+            )
 
     def trained(self) -> dict[str, nn.Module]:
         networks = {
@@ -136,6 +172,7 @@ class Distillation(Task):
             "student_score": self.student_score,
             "ratio": self.ratio,
             "objective": self.objective,
+            "diagnostics": self.diagnostics if self.ratio is not None else None,
         }
         return {name: network for name, network in networks.items() if network is not None}
 
@@ -147,7 +184,11 @@ class Distillation(Task):
         self.steps_done = state["steps_done"]
 
     def weights(self) -> dict[str, nn.Module]:
-        return {"student": self.average}
+        ratio = {"ratio": self.ratio} if "ratio" in self.optimizers else {}
+        return {"student": self.average, **ratio}
+
+    def summary(self) -> dict:
+        return {} if self.ratio is None else {"ratio": self.diagnostics.summary()}
 
     def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
         """Estimates log Z of each tilted target from real or teacher samples.
@@ -158,11 +199,11 @@ class Distillation(Task):
         fitted = {}
         for name, term in self.objective.terms.items():
             if hasattr(term.target, "log_normalizer"):
-                term.target.fit(self._positives(batches, 500, generator))
+                term.target.fit(self._samples_of_p(batches, 500, generator))
                 fitted[f"log Z of {name}"] = float(term.target.log_normalizer)
         return fitted
 
-    def _positives(self, batches: Iterator[Batch] | None, size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def _samples_of_p(self, batches: Iterator[Batch] | None, size: int, generator: torch.Generator) -> Iterator[Batch]:
         if batches is not None:
             return batches
         if not getattr(self.teacher, "can_sample", False):
@@ -182,10 +223,7 @@ class Distillation(Task):
             if update:
                 condition = self.student.condition(batch_size, generator)
                 x0 = self._samples(self.student.noise(batch_size, generator), condition)
-            if "student_score" in self.optimizers and update < self.student_score_updates:
-                metrics |= self._update_student_score(x0, condition, generator)
-            if "ratio" in self.optimizers and update < self.ratio_updates:
-                metrics |= self._update_ratio(x0, condition, batch, generator)
+            metrics |= self._update_critics(update, x0, condition, batch, generator)
         self.steps_done += 1
         return metrics
 
@@ -207,33 +245,86 @@ class Distillation(Task):
         updater = self.optimizers["student"]
         norm = updater.step()
         self.ema.update(self.average, self.student, x0.shape[0], updater.updates * x0.shape[0])
-        metrics = {f"field/{name}": field.float().square().mean().sqrt() for name, field in fields.items()}
-        return {**metrics, "gradient/student": norm}
+        return {**field_metrics(fields), "gradient/student": norm}
 
-    def _update_student_score(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
-        t = self.student_score_times(self.noising, x0.shape[0], generator)
+    def _update_critics(
+        self, update: int, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """One update of the critics that are due at this number of the step's updates."""
+        metrics, due, student = {}, set(), None
+        if self.student_score is not None and update < self.student_score_updates:
+            student = self._noised(x0, self.student_score_times, condition, generator)
+            metrics |= self._learn_student_score(student)
+            due.add("student_score")
+        if self.ratio is not None and self.ratio.learns and update < self.ratio_updates:
+            metrics |= self._learn_ratio(x0, condition, batch, student, generator)
+            due |= {"ratio", "student_score"} if self.ratio.on_student_score else {"ratio"}
+        for name in due & self.optimizers.keys():
+            self.optimizers[name].step()
+        return metrics
+
+    def _noised(
+        self, x0: Tensor, times: TimeSampler, condition: Condition, generator: torch.Generator, needs=TRAINING
+    ) -> Evaluation:
+        """``x0`` noised at ``times``, for a critic to learn from."""
+        t = times(self.noising, x0.shape[0], generator)
         noisy = self.noising.add_noise(x0, t, torch.empty_like(x0).normal_(generator=generator))
-        loss = denoising_loss(self.student_score, x0, noisy, condition)
-        loss.backward()
-        self.optimizers["student_score"].step()
+        return Evaluation(noisy, x0, condition, self.nodes, needs)
+
+    def _learn_student_score(self, student: Evaluation) -> dict[str, Tensor]:
+        loss = denoising_loss(student.student_score_output, student.x0, student.noisy, self.student_score.sigma_data)
+        # A ratio that shares this pass goes back through its encoder once more.
+        loss.backward(retain_graph=self._shares_pass)
         return {"loss/student_score": loss.detach()}
 
-    def _update_ratio(
-        self, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
+    @property
+    def _shares_pass(self) -> bool:
+        return self.ratio is not None and self.ratio.on_student_score and self.ratio_times is None
+
+    def _learn_ratio(
+        self,
+        x0: Tensor,
+        condition: Condition,
+        batch: Batch | None,
+        shared: Evaluation | None,
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        if batch is None:
-            batch = next(self._positives(None, x0.shape[0], generator))
-        # Real and student samples in one batch, each pair at one time: the classes are balanced at every noise level.
-        both = torch.cat([batch.images.to(x0.dtype), x0])
+        positives = self.positives.draw(batch, x0.shape[0], self.teacher, self.student, generator)
+        evaluate = self._shared_pass if self._shares_pass else self._joint_pass
+        real, student, x_t, t = evaluate(x0, condition, positives, shared, generator)
+        loss = self.ratio_loss(real, student, x_t)
+        loss.backward()
+        times = self.ratio_times or self.student_score_times
+        quantiles = times.quantile(self.noising, t).tensor_split([len(real)])
+        self.diagnostics.update(real, student, *quantiles)
+        return {"loss/ratio": loss.detach(), **ratio_metrics(real, student), **self._divergences(real)}
+
+    def _joint_pass(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(l of real samples, l of student samples, x_t, t) of one batch that holds both at the same times."""
+        both = torch.cat([positives.images.to(x0.dtype), x0])
+        # Each pair at one time: the classes are balanced at every noise level.
         t = self.ratio_times(self.noising, x0.shape[0], generator).repeat(2)
         noisy = self.noising.add_noise(both, t, torch.empty_like(both).normal_(generator=generator))
-        real = torch.arange(len(both), device=both.device) < len(batch)
-        evaluation = Evaluation(noisy, both, condition.repeat(2), self.nodes)
-        with torch.enable_grad():
-            loss, metrics = self.ratio.loss(evaluation, real)
-        loss.backward()
-        self.optimizers["ratio"].step()
-        return {"loss/ratio": loss.detach(), **metrics}
+        conditions = positives.condition.join(condition)
+        evaluation = Evaluation(noisy, both, conditions, self.nodes, self._ratio_needs)
+        real, student = evaluation.log_ratio_output.tensor_split([len(positives)])
+        return real, student, evaluation.noisy.x_t, t
+
+    def _shared_pass(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, where the student samples' features are those of the student score's own update."""
+        images = positives.images.to(x0.dtype)
+        real = self._noised(images, self.student_score_times, positives.condition, generator, self._ratio_needs)
+        t = torch.cat([real.noisy.t, shared.noisy.t])
+        return real.log_ratio_output, shared.log_ratio_output, real.noisy.x_t, t
+
+    @property
+    def _ratio_needs(self) -> Needs:
+        return TRAINING | Needs(ratio_gradient=self.ratio_loss.needs_gradient)
+
+    def _divergences(self, real: Tensor) -> dict[str, Tensor]:
+        """The estimate of each term's own D_h(q_t||p_t), where h has a closed form."""
+        rows = {name: term.weighting.row for name, term in self.objective.terms.items()}
+        return {f"divergence/{name}": bregman_divergence(row, real) for name, row in rows.items() if row.has_h}
 
     @torch.no_grad()
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:

@@ -50,6 +50,10 @@ class Task(nn.Module):
         """Samples [samples, ...] of the averaged model, or None if the task makes none."""
         return None
 
+    def summary(self) -> dict:
+        """Tables that explain the run so far, as JSON values; written to ``diagnostics.json``."""
+        return {}
+
     def weights(self) -> dict[str, nn.Module]:
         """The networks whose final weights are written as safetensors, by file name without suffix."""
         return {}
@@ -79,6 +83,9 @@ class Evaluator(Protocol):
     def before(self, task: Task, device: torch.device, seed: int) -> list[dict]:
         """Rows about the task before its first step."""
 
+    def during(self, task: Task, device: torch.device, seed: int) -> dict[str, float]:
+        """A few numbers cheap enough to take while training; the run's own random numbers are not touched."""
+
     def after(self, task: Task, device: torch.device, seed: int, before: list[dict], workdir: str) -> dict:
         """The document of ``evaluation.json``, from the finished task and the rows of ``before``."""
 
@@ -98,6 +105,7 @@ class Experiment:
         log_every: steps between logged lines.
         preview_every: steps between sample grids.
         checkpoint_every: steps between checkpoints.
+        evaluate_every: steps between the evaluator's quick measurements, 0 for none but the last.
         preview_samples: samples of a grid.
 
     Raises:
@@ -114,12 +122,15 @@ class Experiment:
     log_every: int = 10
     preview_every: int = 50
     checkpoint_every: int = 100
+    evaluate_every: int = 0
     preview_samples: int = 64
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "preview_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 1")
+        if self.evaluate_every < 0:
+            raise ValueError(f"Experiment.evaluate_every={self.evaluate_every} must be at least 0, which is never")
         if self.task.needs_data and self.data is None:
             raise ValueError(
                 f"{type(self.task).__name__} needs real samples: bind Experiment.data = @ShardStream() and give "

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.directions import Direction
+from ratiograph.noising import NoisingProcess
 from ratiograph.targets import MatchTeacher, Target
-from ratiograph.times import TimeWeight, UnitTimeWeight
+from ratiograph.times import TimeSampler, TimeWeight, UnitTimeWeight
 from ratiograph.types import Evaluation, Needs, expand
 from ratiograph.weightings import Weighting
 
@@ -58,6 +59,10 @@ class Term(nn.Module):
         """Nodes of the graph this term asks."""
         weighs = ("ratio",) if self.weighting.needs_ratio else ()
         return {*self.direction.requires, *self.target.requires, *self.time_weight.requires, *weighs}
+
+    def connect(self, noising: NoisingProcess, times: TimeSampler) -> None:
+        """Called once by the root with the process and p(t) of the objective."""
+        self.weighting.connect(noising, times)
 
     def velocity(self, evaluation: Evaluation) -> Tensor:
         """v [B, ...] = omega(r) d - omega(r*) grad log r*."""
@@ -107,6 +112,11 @@ class Objective(nn.Module):
             for node in term.requires:
                 asked.setdefault(node, []).append(name)
         return asked
+
+    def connect(self, noising: NoisingProcess, times: TimeSampler) -> None:
+        """Called once by the root with the process and p(t) of the objective."""
+        for term in self.terms.values():
+            term.connect(noising, times)
 
     def fields(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Each term's field [B, ...] by name."""

@@ -1,7 +1,7 @@
 """Ratio estimators: l = log p_t(x_t) / q_t(x_t), the logit of a real-against-student classifier of noisy samples.
 
-Notation: real (or teacher) samples are the class 1, student samples 0, so an optimal classifier is D = sigmoid(l). The
-logistic loss is E_real[softplus(-l)] + E_student[softplus(l)], 2 log 2 at chance.
+Notation: real (or teacher) samples are the class 1, student samples 0, so an optimal classifier is D = sigmoid(l).
+Three sources of features: the frozen teacher's encoder, the student score's encoder, and an encoder of its own.
 """
 
 from __future__ import annotations
@@ -12,46 +12,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratiograph.denoisers import Denoiser
+from ratiograph.checkpoints import load_part, load_weights
+from ratiograph.denoisers import Denoiser, locate_weights
 from ratiograph.networks.blocks import NoiseEmbedding, group_norm, zero_
-from ratiograph.types import Evaluation, expand
+from ratiograph.types import Evaluation, Noisy, expand
 
-__all__ = ["EncoderRatio", "RatioEstimator", "TeacherFeatureRatio"]
+__all__ = [
+    "EncoderRatio",
+    "RatioEstimator",
+    "StudentScoreHeadRatio",
+    "StudentScoreMeanRatio",
+    "TeacherFeatureRatio",
+]
 
 
 class RatioEstimator(nn.Module):
-    """Base class."""
+    """Base class. What trains it is a ``RatioLoss``.
+
+    Args:
+        weights: safetensors file of a trained estimator to start from, such as the ``ratio.safetensors`` of an earlier
+            run; None starts knowing nothing, l = 0.
+    """
 
     on_teacher = False
     """Whether ``log_ratio`` reads the teacher's features."""
+    on_student_score = False
+    """Whether ``log_ratio`` reads the student score's features, whose encoder then learns from the ratio's loss too."""
 
-    def connect(self, teacher: Denoiser | None) -> None:
-        """Called once by the root, before anything runs, for estimators whose sizes depend on the teacher."""
+    def __init__(self, *, weights: str | None = None):
+        super().__init__()
+        self.weights = weights
+
+    learns = True
+    """Whether it is trained at all; an exact ratio is not."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it has weights of its own to optimise."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def connect(self, teacher: Denoiser | None, student_score: Denoiser | None) -> None:
+        """Called once by the root, before anything runs, for estimators whose sizes depend on another node."""
+
+    def load(self) -> None:
+        """Loads trained weights, if any were named. Never called in a dry run."""
+        if self.weights is not None:
+            load_weights(locate_weights(self.weights), self)
 
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         """l [B] float32 at ``evaluation.noisy``, differentiable with respect to x_t if the evaluation asks for it."""
         raise NotImplementedError
-
-    def loss(self, evaluation: Evaluation, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logistic loss [] on a batch of noisy real and student samples.
-
-        Args:
-            evaluation: of all samples.
-            real: [B] bool, True where the sample is real; as many real as student samples.
-
-        Returns:
-            The loss, and what to log: the accuracy, and E_student[e^l] and E_real[e^-l], both 1 for the exact ratio.
-        """
-        l = self.log_ratio(evaluation)  # noqa: E741
-        loss = 2 * F.softplus(torch.where(real, -l, l)).mean()
-        with torch.no_grad():
-            accuracy = ((l > 0) == real).float().mean()
-            identity_student, identity_real = l[~real].exp().mean(), (-l[real]).exp().mean()
-        return loss, {
-            "ratio/accuracy": accuracy,
-            "ratio/mean_exp_student": identity_student,
-            "ratio/mean_exp_real": identity_real,
-        }
 
 
 class _Head(nn.Module):
@@ -71,40 +81,42 @@ class _Head(nn.Module):
         return self.out(h.mean((2, 3))).squeeze(1)
 
 
-class TeacherFeatureRatio(RatioEstimator):
-    """Small time-conditioned heads on the frozen teacher's encoder features (f-distill §5), their logits summed.
+def _check_maps(maps: Sequence[int], network: Denoiser | None, asked_by: str, node: str) -> tuple[int, ...]:
+    """Channels of the feature maps ``maps`` of ``network``.
 
-    Args:
-        feature_maps: which of the teacher's feature maps to read, by index; -1 is the middle of the U-Net.
-        width: channels of a head.
+    Raises:
+        ValueError: there is no such network, or no such map.
     """
+    channels = getattr(network, "feature_channels", None)
+    if channels is None:
+        raise ValueError(
+            f"{asked_by} needs a {node} with feature maps: bind Distillation.{node} to a network, or use "
+            "EncoderRatio, which has an encoder of its own"
+        )
+    if max(maps) >= len(channels) or min(maps) < -len(channels):
+        raise ValueError(
+            f"{asked_by}.feature_maps={tuple(maps)}: the {node} has {len(channels)} feature maps, "
+            f"0 to {len(channels) - 1}"
+        )
+    return tuple(channels[k] for k in maps)
 
-    on_teacher = True
+
+class _HeadsRatio(RatioEstimator):
+    """Small time-conditioned heads on some feature maps of another node's encoder, their logits summed."""
+
     autocast_dtype: torch.dtype | None = None
 
-    def __init__(self, *, feature_maps: Sequence[int] = (0, 1, 2), width: int = 64):
-        super().__init__()
+    def __init__(self, feature_maps: Sequence[int], width: int, weights: str | None):
+        super().__init__(weights=weights)
         self.feature_maps, self.width = tuple(feature_maps), width
         self.noise_embedding = NoiseEmbedding(width)
         self.heads = nn.ModuleList()
 
-    def connect(self, teacher: Denoiser | None) -> None:
-        channels = getattr(teacher, "feature_channels", None)
-        if channels is None:
-            raise ValueError(
-                "TeacherFeatureRatio needs a teacher with feature maps: bind Distillation.teacher to a network, or use "
-                "EncoderRatio, which has an encoder of its own"
-            )
-        if max(self.feature_maps) >= len(channels) or min(self.feature_maps) < -len(channels):
-            raise ValueError(
-                f"TeacherFeatureRatio.feature_maps={self.feature_maps}: the teacher has {len(channels)} feature maps, "
-                f"0 to {len(channels) - 1}"
-            )
-        self.heads.extend(_Head(channels[k], self.width, self.width) for k in self.feature_maps)
+    def _add_heads(self, channels: Sequence[int]) -> None:
+        self.heads.extend(_Head(c, self.width, self.width) for c in channels)
 
-    def log_ratio(self, evaluation: Evaluation) -> Tensor:
-        features = evaluation.teacher_encoding.features
-        relative_sigma = evaluation.noisy.sigma / evaluation.noisy.alpha
+    def _logit(self, features: Sequence[Tensor], noisy: Noisy) -> Tensor:
+        relative_sigma = noisy.sigma / noisy.alpha
         enabled = self.autocast_dtype is not None
         device = relative_sigma.device.type
         with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
@@ -113,21 +125,100 @@ class TeacherFeatureRatio(RatioEstimator):
         return torch.stack([logit.to(relative_sigma.dtype) for logit in logits]).sum(0)
 
 
+class TeacherFeatureRatio(_HeadsRatio):
+    """Heads on the frozen teacher's encoder features (f-distill §5), which cost no pass of their own.
+
+    Args:
+        feature_maps: which of the teacher's feature maps to read, by index; -1 is the middle of the U-Net.
+        width: channels of a head.
+        weights: trained heads to start from.
+    """
+
+    on_teacher = True
+
+    def __init__(self, *, feature_maps: Sequence[int] = (0, 1, 2), width: int = 64, weights: str | None = None):
+        super().__init__(feature_maps, width, weights)
+
+    def connect(self, teacher, student_score):
+        self._add_heads(_check_maps(self.feature_maps, teacher, "TeacherFeatureRatio", "teacher"))
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        return self._logit(evaluation.teacher_encoding.features, evaluation.noisy)
+
+
+class StudentScoreHeadRatio(_HeadsRatio):
+    """A head on the student score's own encoder, which learns both tasks (DMD2's bottleneck head, Yin et al. 2024).
+
+    Args:
+        feature_maps: which of its feature maps to read; the bottleneck by default.
+        width: channels of a head.
+        weights: a trained head to start from.
+    """
+
+    on_student_score = True
+
+    def __init__(self, *, feature_maps: Sequence[int] = (-1,), width: int = 64, weights: str | None = None):
+        super().__init__(feature_maps, width, weights)
+
+    def connect(self, teacher, student_score):
+        self._add_heads(_check_maps(self.feature_maps, student_score, "StudentScoreHeadRatio", "student_score"))
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        return self._logit(evaluation.student_score_encoding.features, evaluation.noisy)
+
+
+class StudentScoreMeanRatio(RatioEstimator):
+    """The mean of the student score's bottleneck features as the logit: no weights at all of its own.
+
+    SiDA (Zhou et al. 2024), and Di-Bregman on CIFAR-10. l does not start at 0, as the encoder is a denoiser's.
+
+    Args:
+        feature_map: which feature map to average; the bottleneck by default.
+    """
+
+    on_student_score = True
+
+    def __init__(self, *, feature_map: int = -1):
+        super().__init__()
+        self.feature_map = feature_map
+
+    def connect(self, teacher, student_score):
+        _check_maps((self.feature_map,), student_score, "StudentScoreMeanRatio", "student_score")
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        features = evaluation.student_score_encoding.features[self.feature_map]
+        return features.flatten(1).to(evaluation.noisy.sigma.dtype).mean(1)
+
+
 class EncoderRatio(RatioEstimator):
     """A network of its own: the time-conditioned encoder half, its last features averaged, one linear logit ([S] §4).
 
     Args:
         network: ``UNet`` or ``MLP``; its decoder is dropped.
         sigma_data: standard deviation of the clean data, which scales the input as EDM's c_in does.
+        encoder_weights: safetensors file of an ``EDM`` denoiser with the same network, whose encoder to start from.
+        weights: a trained estimator to start from.
     """
 
     autocast_dtype: torch.dtype | None = None
 
-    def __init__(self, *, network: nn.Module, sigma_data: float = 0.5):
-        super().__init__()
-        self.network, self.sigma_data = network, sigma_data
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        sigma_data: float = 0.5,
+        encoder_weights: str | None = None,
+        weights: str | None = None,
+    ):
+        super().__init__(weights=weights)
+        self.network, self.sigma_data, self.encoder_weights = network, sigma_data, encoder_weights
         network.drop_decoder()
         self.out = zero_(nn.Linear(network.feature_channels[-1], 1))
+
+    def load(self) -> None:
+        if self.encoder_weights is not None:
+            load_part(locate_weights(self.encoder_weights), self.network, prefix="network.")
+        super().load()
 
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         y, s = evaluation.noisy.rescaled()

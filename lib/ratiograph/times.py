@@ -34,6 +34,15 @@ class TimeSampler:
         """Draws ``t`` [batch_size] float32 on the generator's device."""
         raise NotImplementedError
 
+    def quantile(self, noising: NoisingProcess, t: Tensor) -> Tensor:
+        """u [B] in [0, 1]: the share of p(t) below ``t`` [B], so that bins equal in u get equally many samples."""
+        raise NotImplementedError
+
+
+def _relative_sigma(noising: NoisingProcess, t: Tensor) -> Tensor:
+    alpha, sigma = noising.alpha_sigma(t)
+    return sigma / alpha
+
 
 def _uniform(batch_size: int, generator: torch.Generator) -> Tensor:
     return torch.rand(batch_size, generator=generator, device=generator.device)
@@ -60,6 +69,10 @@ class Uniform(TimeSampler):
         start, end = noising.t_range
         fraction = self.low + (self.high - self.low) * _uniform(batch_size, generator)
         return start + (end - start) * fraction
+
+    def quantile(self, noising, t):
+        start, end = noising.t_range
+        return (((t - start) / (end - start) - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 class KarrasIndex(TimeSampler):
@@ -95,6 +108,11 @@ class KarrasIndex(TimeSampler):
         start, end = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return noising.time_of((start + u * (end - start)) ** self.rho)
 
+    def quantile(self, noising, t):
+        start, end = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        u = (_relative_sigma(noising, t) ** (1 / self.rho) - start) / (end - start)
+        return ((u - self.low) / (self.high - self.low)).clamp(0, 1)
+
 
 class LogNormalSigma(TimeSampler):
     """log(sigma / alpha) ~ N(mean, std^2), the training distribution of EDM (its P_mean, P_std).
@@ -112,6 +130,9 @@ class LogNormalSigma(TimeSampler):
     def __call__(self, noising, batch_size, generator):
         normal = torch.randn(batch_size, generator=generator, device=generator.device)
         return noising.time_of(torch.exp(self.mean + self.std * normal))
+
+    def quantile(self, noising, t):
+        return torch.special.ndtr((_relative_sigma(noising, t).log() - self.mean) / self.std)
 
 
 class DDPMSteps(TimeSampler):
@@ -136,6 +157,9 @@ class DDPMSteps(TimeSampler):
         draw = torch.randint(self.low, self.high + 1, (batch_size,), generator=generator, device=generator.device)
         return draw.float()
 
+    def quantile(self, noising, t):
+        return ((t - self.low + 0.5) / (self.high - self.low + 1)).clamp(0, 1)
+
 
 class LogitNormal(TimeSampler):
     """t = sigmoid(mean + std n), n ~ N(0, 1): the flow models' choice (Esser et al. 2024), for processes on [0, 1].
@@ -153,6 +177,9 @@ class LogitNormal(TimeSampler):
     def __call__(self, noising, batch_size, generator):
         normal = torch.randn(batch_size, generator=generator, device=generator.device)
         return torch.sigmoid(self.mean + self.std * normal).clamp(*noising.t_range)
+
+    def quantile(self, noising, t):
+        return torch.special.ndtr((torch.logit(t) - self.mean) / self.std)
 
 
 class TimeWeight:

@@ -121,12 +121,24 @@ class _Run:
 
     def save(self, step: int) -> None:
         checkpoints.save(self.folder, step, {"step": step, "task": self.task.training_state()})
+        summary = self.task.summary()
+        if summary:
+            text = json.dumps({"step": step, **summary}, indent=1)
+            write_atomically(self.workdir / "diagnostics.json", text.encode())
 
     def preview(self, step: int, logger: RunLogger) -> None:
         """A sample grid at the run's one fixed noise."""
         samples = self.task.preview(self.experiment.preview_samples, self.seeded(2))
         if samples is not None and samples.ndim == 4:
             logger.image(step, "samples", make_grid(samples))
+
+    def judge(self, step: int) -> dict[str, float]:
+        """The evaluator's quick numbers where they are due."""
+        evaluator, every = self.experiment.evaluator, self.experiment.evaluate_every
+        if not (evaluator and every and step % every == 0):
+            return {}
+        found = evaluator.during(self.task, self.device, self.experiment.seed)
+        return {f"evaluation/{name}": value for name, value in found.items()}
 
     def loop(self, done: int, logger: RunLogger) -> None:
         """Steps ``done`` + 1 to the last."""
@@ -139,11 +151,12 @@ class _Run:
             means.add(self.task.step(batch, experiment.batch_size, self.seeded(3, step)))
             logger.advance(step)
             last = step == experiment.steps
-            if last or step % experiment.log_every == 0 or step % experiment.checkpoint_every == 0:
+            judged = self.judge(step)
+            if last or judged or step % experiment.log_every == 0 or step % experiment.checkpoint_every == 0:
                 metrics = means.read()
                 self.check_finite(metrics, step)
                 now = time.perf_counter()
-                logger.log(step, metrics | {"data/wait_fraction": waited / (now - marked)})
+                logger.log(step, metrics | judged | {"data/wait_fraction": waited / (now - marked)})
                 waited, marked = 0.0, now
             if last or step % experiment.preview_every == 0:
                 self.preview(step, logger)

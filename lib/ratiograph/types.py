@@ -7,6 +7,7 @@ p is the teacher (or the data), q the student; ``log_ratio`` l = log p_t(x_t) / 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,16 +29,30 @@ def expand(scale: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a conditional network is told. ``labels`` [B] int64 class indices, or None when unconditional."""
+    """What a conditional network is told.
+
+    ``labels`` [B] int64 class indices, or None when unconditional. ``augment`` [B, 9] says how each image was
+    augmented (EDM, Appendix F), or None for images as they are; networks without augmentation labels ignore it.
+    """
 
     labels: Tensor | None = None
+    augment: Tensor | None = None
 
     def to(self, device: torch.device) -> Condition:
-        return Condition(None if self.labels is None else self.labels.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def repeat(self, times: int) -> Condition:
         """The condition of a batch that holds this one's samples ``times`` over, one whole copy after another."""
-        return Condition(None if self.labels is None else self.labels.repeat(times))
+        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def join(self, other: Condition) -> Condition:
+        """This one's samples followed by ``other``'s; a part that either lacks is left out."""
+        pairs = ((self.labels, other.labels), (self.augment, other.augment))
+        return Condition(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        labels, augment = (None if tensor is None else change(tensor) for tensor in (self.labels, self.augment))
+        return Condition(labels, augment)
 
 
 @dataclass(frozen=True)
@@ -88,15 +103,20 @@ class Nodes:
 class Needs:
     """What the terms of an objective will ask of an evaluation, known before any network runs.
 
-    It decides which passes keep a graph: ``ratio_gradient`` the ratio estimator's (and of the teacher the encoder, if
-    the estimator sits on it), ``teacher_gradient`` the whole teacher's.
+    It decides which passes keep a graph: ``ratio_gradient`` the ratio estimator's to x_t (and of the network whose
+    encoder it sits on), ``teacher_gradient`` the whole teacher's to x_t, ``training`` the critics' to their weights.
     """
 
     ratio_gradient: bool = False
     teacher_gradient: bool = False
+    training: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(self.ratio_gradient or other.ratio_gradient, self.teacher_gradient or other.teacher_gradient)
+        return Needs(
+            self.ratio_gradient or other.ratio_gradient,
+            self.teacher_gradient or other.teacher_gradient,
+            self.training or other.training,
+        )
 
 
 class Evaluation:
@@ -141,26 +161,42 @@ class Evaluation:
         return self.teacher_output.detach()
 
     @cached_property
-    def student_score_denoised(self) -> Tensor:
-        """mu_q(x_t) [B, ...], the student-score network's estimate."""
-        with torch.no_grad():
-            return self.nodes.require("student_score", "this objective").denoise(self.noisy, self.condition)
+    def student_score_encoding(self) -> Encoding:
+        """The student score's encoder output; carries a graph while it trains, or if the ratio's gradient needs one."""
+        student_score = self.nodes.require("student_score", "this objective")
+        on_it = self.nodes.ratio is not None and self.nodes.ratio.on_student_score
+        with torch.set_grad_enabled(self.needs.training or (on_it and self.needs.ratio_gradient)):
+            return student_score.encode(self.noisy, self.condition)
 
     @cached_property
-    def _log_ratio_with_graph(self) -> Tensor:
-        with torch.set_grad_enabled(self.needs.ratio_gradient):
+    def student_score_output(self) -> Tensor:
+        """mu_q(x_t) [B, ...]; carries a graph to the network's weights if ``needs.training``."""
+        training = self.needs.training
+        encoding = self.student_score_encoding if training else self.student_score_encoding.detach()
+        with torch.set_grad_enabled(training):
+            return self.nodes.student_score.decode(encoding)
+
+    @property
+    def student_score_denoised(self) -> Tensor:
+        """mu_q(x_t) [B, ...] without a graph."""
+        return self.student_score_output.detach()
+
+    @cached_property
+    def log_ratio_output(self) -> Tensor:
+        """l [B]; carries a graph to x_t if ``needs.ratio_gradient`` and to the weights if ``needs.training``."""
+        with torch.set_grad_enabled(self.needs.ratio_gradient or self.needs.training):
             return self.nodes.require("ratio", "this objective").log_ratio(self)
 
     @property
     def log_ratio(self) -> Tensor:
         """l = log p_t/q_t at x_t [B]."""
-        return self._log_ratio_with_graph.detach()
+        return self.log_ratio_output.detach()
 
     @cached_property
     def log_ratio_gradient(self) -> Tensor:
         """grad_x l at x_t [B, ...]; exists when ``needs.ratio_gradient``."""
         assert self.needs.ratio_gradient, "ask for it in needs before the networks run"
-        total = self._log_ratio_with_graph.sum()
+        total = self.log_ratio_output.sum()
         # The tilted target differentiates the same teacher pass a second time.
         (gradient,) = torch.autograd.grad(total, self.noisy.x_t, retain_graph=self.needs.teacher_gradient)
         return gradient

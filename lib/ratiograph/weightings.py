@@ -14,7 +14,10 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ratiograph.noising import NoisingProcess
+from ratiograph.times import TimeSampler
 
 __all__ = [
     "BE",
@@ -22,28 +25,31 @@ __all__ = [
     "LR",
     "LS",
     "SBA",
-    "Clamped",
     "CustomWeighting",
     "ForwardKL",
     "Jeffreys",
     "JensenShannon",
-    "MeanNormalized",
     "ReverseKL",
     "SoftenedReverseKL",
     "SquaredHellinger",
-    "TimeNormalized",
     "Weighting",
 ]
 
 
-class Weighting:
-    """Base class: a row gives ``log_weight``, and ``h`` where it has a closed form."""
+class Weighting(nn.Module):
+    """Base class: a row gives ``log_weight``, and ``h`` where it has a closed form.
+
+    A module, because a normaliser keeps running statistics; a row itself has no state.
+    """
+
+    def connect(self, noising: NoisingProcess, times: TimeSampler) -> None:
+        """Called once by the root with the process and p(t) of the objective, for wrappers that bin over t."""
 
     def log_weight(self, log_ratio: Tensor, t: Tensor) -> Tensor:
         """log omega [B] at ``log_ratio`` [B] and times ``t`` [B]."""
         raise NotImplementedError
 
-    def __call__(self, log_ratio: Tensor, t: Tensor) -> Tensor:
+    def forward(self, log_ratio: Tensor, t: Tensor) -> Tensor:
         """omega [B] >= 0."""
         return self.log_weight(log_ratio, t).exp()
 
@@ -52,12 +58,35 @@ class Weighting:
         """Whether omega varies with l at all; KL's does not, so it runs without a ratio estimator."""
         return True
 
-    def pair(self, log_ratio: Tensor, target_log_ratio: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(omega(r), omega(r*)) [B] each, where ``target_log_ratio`` = -log r*.
+    @property
+    def row(self) -> Weighting:
+        """The row of the table itself, without the wrappers round it."""
+        return self
+
+    @property
+    def has_h(self) -> bool:
+        """Whether h has a closed form."""
+        return type(self).h is not Weighting.h
+
+    def log_pair(self, log_ratio: Tensor, target_log_ratio: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(log omega(r), log omega(r*)) [B] each, where ``target_log_ratio`` = -log r*.
 
         A normaliser overrides it: both must be scaled alike, or the field would not vanish at r = r*.
         """
-        return self(log_ratio, t), self(target_log_ratio, t)
+        return self.log_weight(log_ratio, t), self.log_weight(target_log_ratio, t)
+
+    def pair(self, log_ratio: Tensor, target_log_ratio: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(omega(r), omega(r*)) [B] each, where ``target_log_ratio`` = -log r*."""
+        log_weight, log_target_weight = self.log_pair(log_ratio, target_log_ratio, t)
+        return log_weight.exp(), log_target_weight.exp()
+
+    def discriminator_coefficient(self, d: Tensor) -> Tensor:
+        """What multiplies -grad_x D in the field written with D = sigmoid(l) in (0, 1) [B] instead of l.
+
+        The blog "On the connection between DMD and GAN" (Zhu 2025) boxes h''((1 - D)/D) / D^2 = omega(l) / (D (1 - D)),
+        because grad D = D (1 - D) grad l; for KL it is 1 / (D (1 - D)), so that the field is -grad logit D.
+        """
+        return self(torch.logit(d), torch.zeros_like(d)) / (d * (1 - d))
 
     def h(self, r: Tensor) -> Tensor:
         """Bregman's convex generator at r = q/p > 0, with h''(r) r = omega; fixed up to an affine function."""
@@ -162,6 +191,7 @@ class SBA(Weighting):
     """
 
     def __init__(self, *, lam: float = 1.0):
+        super().__init__()
         self.lam = lam
 
     def log_weight(self, log_ratio, t):
@@ -188,6 +218,7 @@ class CustomWeighting(Weighting):
     """
 
     def __init__(self, *, log_ratios: Sequence[float], weights: Sequence[float]):
+        super().__init__()
         if len(log_ratios) != len(weights) or len(log_ratios) < 2:
             raise ValueError(
                 f"CustomWeighting needs as many weights as log_ratios, at least two; got {len(weights)} and "
@@ -205,90 +236,3 @@ class CustomWeighting(Weighting):
         right = torch.searchsorted(grid, inside).clamp(1, len(self.log_ratios) - 1)
         share = (inside - grid[right - 1]) / (grid[right] - grid[right - 1])
         return torch.lerp(values[right - 1], values[right], share).log()
-
-
-class _Wrapper(Weighting):
-    """Holds a weighting and hands on what it does not change."""
-
-    def __init__(self, weighting: Weighting):
-        self.weighting = weighting
-
-    @property
-    def needs_ratio(self):
-        return self.weighting.needs_ratio
-
-
-class Clamped(_Wrapper):
-    """The held weighting at l clamped to [-limit, limit], the only place where a ratio is clamped.
-
-    Wrap it innermost: whoever normalises l must see it before the clamp.
-
-    Args:
-        weighting: the weighting held.
-        limit: bound on |l|, > 0; 5 lets rho range over [0.0067, 148].
-    """
-
-    def __init__(self, *, weighting: Weighting, limit: float = 5.0):
-        super().__init__(weighting)
-        if limit <= 0:
-            raise ValueError(f"Clamped.limit={limit} must be positive")
-        self.limit = limit
-
-    def log_weight(self, log_ratio, t):
-        return self.weighting.log_weight(log_ratio.clamp(-self.limit, self.limit), t)
-
-
-class _Normalized(_Wrapper):
-    """Divides omega(r), and omega(r*) with it, by a mean of omega(r) over the batch."""
-
-    def log_mean(self, log_weight: Tensor, t: Tensor) -> Tensor:
-        """log of what each sample's omega is divided by, [B] or []."""
-        raise NotImplementedError
-
-    def log_weight(self, log_ratio, t):
-        log_weight = self.weighting.log_weight(log_ratio, t)
-        return log_weight - self.log_mean(log_weight, t)
-
-    def pair(self, log_ratio, target_log_ratio, t):
-        log_weight = self.weighting.log_weight(log_ratio, t)
-        log_target_weight = self.weighting.log_weight(target_log_ratio, t)
-        log_mean = self.log_mean(log_weight, t)
-        return (log_weight - log_mean).exp(), (log_target_weight - log_mean).exp()
-
-
-class MeanNormalized(_Normalized):
-    """omega divided by its mean over the batch (f-distill §4): changing the divergence keeps the step size.
-
-    Args:
-        weighting: the weighting held.
-    """
-
-    def __init__(self, *, weighting: Weighting):
-        super().__init__(weighting)
-
-    def log_mean(self, log_weight, t):
-        return torch.logsumexp(log_weight, 0) - math.log(log_weight.numel())
-
-
-class TimeNormalized(_Normalized):
-    """omega divided by its mean over the samples of about the same time: w(t) alone weights the times.
-
-    |l| grows as the noise falls, so a mean over all times hands the whole update to one end of the schedule. Dividing
-    by a function of t only changes w(t), and leaves each divergence D_h(q_t || p_t) what it is.
-
-    Args:
-        weighting: the weighting held.
-        bins: groups of equal size that the batch is sorted into by t, at least 1.
-    """
-
-    def __init__(self, *, weighting: Weighting, bins: int = 8):
-        super().__init__(weighting)
-        if bins < 1:
-            raise ValueError(f"TimeNormalized.bins={bins} must be at least 1")
-        self.bins = bins
-
-    def log_mean(self, log_weight, t):
-        means = torch.empty_like(log_weight)
-        for group in t.argsort().tensor_split(min(self.bins, len(t))):
-            means[group] = torch.logsumexp(log_weight[group], 0) - math.log(len(group))
-        return means

@@ -53,6 +53,15 @@ class MixtureEvaluator:
             self.measure("student before training", task.student_sampler, target, device, seed),
         ]
 
+    def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
+        """Energy distance and smallest relative mode of the student, over that of its target's own samples."""
+        target = self._target(task)
+        own, student = (self.measure("", s, target, device, seed) for s in (target.sample, task.student_sampler))
+        return {
+            "relative_energy_distance": student["energy_distance"] / own["energy_distance"],
+            "smallest_relative_mode": student["smallest_relative_mode"],
+        }
+
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         target = self._target(task)
         rows = [*before, self.measure("student", task.student_sampler, target, device, seed)]

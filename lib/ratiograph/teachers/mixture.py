@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ratiograph.denoisers import Denoiser, Encoding
 from ratiograph.ratios import RatioEstimator
-from ratiograph.rewards import ClassReward, LinearReward, Reward
+from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
 from ratiograph.targets import Target
 from ratiograph.types import Condition, Evaluation, Noisy, expand
 
@@ -32,8 +32,8 @@ __all__ = ["ExactRatio", "ExactTilted", "GaussianMixture", "MixtureClassifier", 
 class GaussianMixture(Denoiser):
     """p(x0) = sum_k w_k N(m_k, C_k), exact at every noise level, computed in the dtype of x_t.
 
-    Its features are the component log densities j [B, K]. ``condition.labels`` restricts it to the components of a
-    class; without labels it is the whole mixture.
+    Its features are the component log densities j [B, K]. ``condition.labels`` restricts each sample to the components
+    of its class; without labels, or where a label is negative, it is the whole mixture.
 
     Args:
         means: m_k, K lists of D numbers.
@@ -100,10 +100,11 @@ class GaussianMixture(Denoiser):
         return masses.index_add(0, self.classes, self.log_weights.exp())
 
     def _log_weights(self, condition: Condition) -> Tensor:
-        """log w [K], or [B, K] of the class asked for, -inf outside it."""
+        """log w [K], or [B, K] of the class asked for, -inf outside it; all of them where the label is negative."""
         if condition.labels is None:
             return self.log_weights
-        inside = self.classes == condition.labels[:, None]
+        labels = condition.labels[:, None]
+        inside = (self.classes == labels) | (labels < 0)
         return torch.where(inside, self.log_weights, -math.inf).log_softmax(1)
 
     def _residuals(self, noisy: Noisy) -> tuple[Tensor, Tensor]:
@@ -164,10 +165,14 @@ class GaussianMixture(Denoiser):
         scaled = self.variances[component].sqrt() * noise
         return (self.means[component] + torch.einsum("be,bde->bd", scaled, self.basis[component])).to(dtype)
 
-    def _changed(self, log_weights: Tensor, means: Tensor) -> tuple[GaussianMixture, Tensor]:
-        """(this mixture with other means and unnormalised log weights, their log sum)."""
+    def _changed(
+        self, log_weights: Tensor, means: Tensor, covariances: Tensor | None = None
+    ) -> tuple[GaussianMixture, Tensor]:
+        """(this mixture with other unnormalised log weights, means and perhaps covariances; the weights' log sum)."""
         other = copy.deepcopy(self)
         other.log_weights, other.means = log_weights.log_softmax(0), means
+        if covariances is not None:
+            other.variances, other.basis = torch.linalg.eigh(covariances)
         return other, log_weights.logsumexp(0)
 
 
@@ -247,8 +252,8 @@ def tilt(reward: Reward, mixture: GaussianMixture) -> tuple[GaussianMixture, Ten
         ValueError: for a reward under which p* is not a mixture.
     """
     raise ValueError(
-        f"a mixture tilted by {type(reward).__name__} has no closed form: use LinearReward, or ClassReward with a "
-        "MixtureClassifier, or the target RewardTilted instead of ExactTilted"
+        f"a mixture tilted by {type(reward).__name__} has no closed form: use LinearReward or QuadraticReward, also "
+        "scaled or summed, or ClassReward with a MixtureClassifier, or the target RewardTilted instead of ExactTilted"
     )
 
 
@@ -258,6 +263,70 @@ def _tilt_linear(reward: LinearReward, mixture: GaussianMixture) -> tuple[Gaussi
     slope = mixture.means.new_tensor(reward.slope)
     shift = torch.einsum("kde,ke,kfe,f->kd", mixture.basis, mixture.variances, mixture.basis, slope)
     return mixture._changed(mixture.log_weights + mixture.means @ slope + shift @ slope / 2, mixture.means + shift)
+
+
+@tilt.register(QuadraticReward)
+@tilt.register(ScaledReward)
+@tilt.register(SumReward)
+def _tilt_quadratic(reward: Reward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
+    """Component k becomes N(m_k + C' a, C'), C' = (C_k^-1 - A)^-1 and a = A m_k + b the slope of log R at m_k.
+
+    Its weight is w_k R(m_k) e^(a^T C' a / 2) / sqrt(det(I - C_k A)): completing the square round m_k.
+    """
+    curvature, slope = quadratic_form(reward, mixture)
+    precision = (mixture.basis / mixture.variances[:, None]) @ mixture.basis.mT - curvature
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if failed.any():
+        raise ValueError(
+            f"R p is not integrable: the curvature of this {type(reward).__name__} exceeds the inverse covariance of "
+            f"component {int(failed.ne(0).int().argmax())}; lower it (eigenvalues below 1 / the largest variance do)"
+        )
+    steepness = mixture.means @ curvature + slope
+    shift = torch.cholesky_solve(steepness[..., None], factor)[..., 0]
+    growth = factor.diagonal(dim1=1, dim2=2).log().sum(1) + mixture.variances.log().sum(1) / 2
+    at_means = ((steepness + slope) * mixture.means).sum(1) / 2
+    log_weights = mixture.log_weights + at_means + (steepness * shift).sum(1) / 2 - growth
+    return mixture._changed(log_weights, mixture.means + shift, torch.cholesky_inverse(factor))
+
+
+@singledispatch
+def quadratic_form(reward: Reward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """(A [D, D], b [D]) float64 of log R(x0) = x0^T A x0 / 2 + <b, x0>, in the dimension of ``mixture``.
+
+    Raises:
+        ValueError: for a reward that is not of this form.
+    """
+    raise ValueError(
+        f"a mixture tilted by a scaled or summed {type(reward).__name__} has no closed form: scale and sum only "
+        "LinearReward and QuadraticReward, or use the target RewardTilted instead of ExactTilted"
+    )
+
+
+@quadratic_form.register
+def _(reward: LinearReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    slope = reward.slope_vector.to(mixture.means)
+    return slope.new_zeros(mixture.dimension, mixture.dimension), slope
+
+
+@quadratic_form.register
+def _(reward: QuadraticReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    curvature, slope = reward.curvature_matrix.to(mixture.means), reward.slope_vector.to(mixture.means)
+    if curvature.ndim == 0:
+        curvature = curvature * torch.eye(mixture.dimension).to(mixture.means)
+    return curvature, slope.expand(mixture.dimension)
+
+
+@quadratic_form.register
+def _(reward: ScaledReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    curvature, slope = quadratic_form(reward.reward, mixture)
+    return curvature / reward.beta, slope / reward.beta
+
+
+@quadratic_form.register
+def _(reward: SumReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    forms = [quadratic_form(part, mixture) for part in reward.rewards]
+    curvature, slope = (sum(w * form[k] for w, form in zip(reward.weights, forms, strict=True)) for k in (0, 1))
+    return curvature, slope
 
 
 @tilt.register
@@ -273,7 +342,8 @@ class ExactTilted(Target):
     """r* = R_t / Z = p*_t / p_t in closed form, for a ``GaussianMixture`` teacher: what ``RewardTilted`` approximates.
 
     Args:
-        reward: ``LinearReward``, or ``ClassReward`` with a ``MixtureClassifier`` of the teacher.
+        reward: ``LinearReward`` and ``QuadraticReward``, also scaled and summed, or ``ClassReward`` with a
+            ``MixtureClassifier`` of the teacher.
     """
 
     requires = ("teacher",)
@@ -303,6 +373,7 @@ class ExactRatio(RatioEstimator):
     """
 
     on_teacher = True
+    learns = False
 
     def __init__(self, *, student: GaussianMixture):
         super().__init__()

@@ -1,0 +1,81 @@
+"""Where the ratio estimator's positives come from: samples that stand for p.
+
+Notation: a *positive* is a clean sample x0 of class 1 with its condition; the student's samples are the negatives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ratiograph.denoisers import Denoiser
+from ratiograph.samplers import HeunSampler
+from ratiograph.types import Batch, Condition
+
+if TYPE_CHECKING:
+    from ratiograph.students import OneStep
+
+__all__ = ["ExactSamples", "Positives", "RealSamples", "TeacherSamples"]
+
+
+class Positives:
+    """Base class."""
+
+    needs_data = False
+    """Whether ``draw`` wants a batch of real samples."""
+
+    def check(self, teacher: Denoiser | None) -> None:
+        """Raises a ValueError where the graph cannot give these positives."""
+
+    def draw(
+        self,
+        batch: Batch | None,
+        samples: int,
+        teacher: Denoiser | None,
+        student: OneStep,
+        generator: torch.Generator,
+    ) -> Batch:
+        """``samples`` positives; ``batch`` holds the step's real samples where there are any."""
+        raise NotImplementedError
+
+
+class RealSamples(Positives):
+    """The data itself: p is the data, as in f-distill, [S] and Di-Bregman's Algorithm 1."""
+
+    needs_data = True
+
+    def draw(self, batch, samples, teacher, student, generator):
+        return batch
+
+
+class ExactSamples(Positives):
+    """Exact samples of a teacher that can be sampled in closed form, such as a Gaussian mixture."""
+
+    def check(self, teacher):
+        if not getattr(teacher, "can_sample", False):
+            raise ValueError("ExactSamples needs a teacher with exact samples: use RealSamples or TeacherSamples")
+
+    @torch.no_grad()
+    def draw(self, batch, samples, teacher, student, generator):
+        return Batch(teacher.sample(samples, generator), Condition())
+
+
+class TeacherSamples(Positives):
+    """Many-step samples of the teacher: no data at all, at the sampler's price in teacher passes a step.
+
+    Args:
+        sampler: makes them.
+    """
+
+    def __init__(self, *, sampler: HeunSampler):
+        self.sampler = sampler
+
+    def check(self, teacher):
+        if teacher is None:
+            raise ValueError("TeacherSamples needs a teacher: bind Distillation.teacher, or use RealSamples")
+
+    @torch.no_grad()
+    def draw(self, batch, samples, teacher, student, generator):
+        condition = student.condition(samples, generator)
+        return Batch(self.sampler.sample(teacher, student.noise(samples, generator), condition), condition)

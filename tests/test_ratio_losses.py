@@ -1,0 +1,43 @@
+"""Losses of ratio estimators against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from ratiograph.ratio_losses import LogisticLoss, R1Penalized
+
+
+def test_the_logistic_loss():
+    real, student = torch.tensor([2.0, -0.5]), torch.tensor([1.0, -3.0])
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+    expected = (softplus(-2.0) + softplus(0.5)) / 2 + (softplus(1.0) + softplus(-3.0)) / 2
+    assert float(LogisticLoss()(real, student, torch.zeros(4, 1))) == pytest.approx(expected, rel=1e-6)
+    assert float(LogisticLoss()(torch.zeros(3), torch.zeros(3), None)) == pytest.approx(2 * math.log(2))
+
+
+def test_r1_of_a_linear_discriminator():
+    """l = <a, x_t> + b has the gradient a everywhere: the penalty is weight |a|^2 / 2."""
+    torch.manual_seed(0)
+    a, x_t = torch.randn(3, 4, 4, dtype=torch.float64), torch.randn(10, 3, 4, 4, dtype=torch.float64)
+    a.requires_grad_()
+    x_t.requires_grad_()
+    l = (x_t * a).flatten(1).sum(1) + 0.3  # noqa: E741
+    plain = LogisticLoss()(l[:5], l[5:], x_t)
+    penalised = R1Penalized(loss=LogisticLoss(), weight=3.0)(l[:5], l[5:], x_t)
+    assert (penalised - plain).item() == pytest.approx(1.5 * a.square().sum().item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(penalised - plain, a)
+    torch.testing.assert_close(gradient, 3.0 * a.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_r1_looks_at_real_samples_only():
+    """l = x^2 / 2 has the gradient x: the mean of |x|^2 over the real half."""
+    x_t = torch.tensor([[1.0], [2.0], [5.0], [7.0]], requires_grad=True)
+    l = x_t.square().sum(1) / 2  # noqa: E741
+    difference = R1Penalized(loss=LogisticLoss(), weight=1.0)(l[:2], l[2:], x_t) - LogisticLoss()(l[:2], l[2:], x_t)
+    assert difference.item() == pytest.approx((1 + 4) / 2 / 2)
+
+
+def test_a_negative_penalty_is_refused():
+    with pytest.raises(ValueError, match=r"R1Penalized\.weight"):
+        R1Penalized(loss=LogisticLoss(), weight=-1.0)
