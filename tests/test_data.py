@@ -189,6 +189,21 @@ def test_seeds_and_epochs_do_not_share_orders(shards):
     assert labels(stream, 40, 1, seed=0, start=40) != labels(stream, 40, 1, seed=1, start=0)
 
 
+def test_a_stream_of_some_classes_holds_all_of_their_samples_and_no_others(shards):
+    stream = ShardStream(urls=shards, classes=(3, 17, 21, 39), shuffle_buffer=4)
+    epochs = list(itertools.islice((batch.condition.labels for batch in stream.batches(4, 0)), 3))
+    assert [sorted(labels.tolist()) for labels in epochs] == [[3, 17, 21, 39]] * 3
+    resumed = next(stream.batches(4, 0, start=8))
+    assert torch.equal(resumed.condition.labels, epochs[2])
+
+
+def test_a_class_that_is_not_there_is_named(shards):
+    with pytest.raises(ValueError, match=r"ShardStream\.classes=\[99\]"):
+        next(ShardStream(urls=shards, classes=(99,)).batches(4, 0))
+    with pytest.raises(ValueError, match="classes is empty"):
+        ShardStream(urls=shards, classes=())
+
+
 def test_rgb_and_unlabelled_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     write_tar(tmp_path / "c.tar", [("a.png", encode_png(pixels))])

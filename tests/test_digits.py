@@ -2,14 +2,18 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import pdist
 
 from ratiograph.data.stream import load_all
-from ratiograph.evaluation.digits import DigitsEvaluator
+from ratiograph.evaluation.digits import METRICS, DigitsEvaluator, _Digits, _Reference
+from ratiograph.evaluation.manifold import Manifold
 from ratiograph.evaluation.rows import RowCache, file_identity
+from ratiograph.evaluation.scores import inception_score
 from ratiograph.networks.classifier import DigitClassifier
 
 CPU = torch.device("cpu")
@@ -83,6 +87,14 @@ def test_row_is_what_the_definitions_give(evaluator, real):
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.cov(a.T).trace() + np.cov(b.T).trace() - cross
     assert row["frechet_distance"] == pytest.approx(distance, rel=1e-3)
 
+    rates = Manifold(everything).compare(features)  # of which test_manifold is the proof
+    assert {name: row[name] for name in rates} == pytest.approx(rates, abs=2e-3)
+    assert row["inception_score"] == pytest.approx(inception_score(probabilities.log(), splits=1)[0], rel=1e-5)
+    spread = [pdist(x.flatten(1).double().numpy()).mean() for x in (images, real[0][:1000])]
+    assert row["in_batch_distance"] == pytest.approx(spread[0] / spread[1], rel=0.01)
+    assert row["class_coverage"] == 1
+    assert row["collapsed"] is False
+
 
 def test_row_is_a_function_of_the_seed(evaluator, real):
     sampler = resampler(real)
@@ -116,20 +128,97 @@ def test_distance_sees_blur_and_imbalance(evaluator, real):
     assert plain["class_shares"] == pytest.approx([0.1] * 10, abs=4 * (0.09 / 600) ** 0.5 + 0.01)
 
 
+def test_collapsed_samplers_are_called_so(evaluator, real):
+    """One image; one for each class, which only recall and coverage see; and two classes out of ten."""
+    images, labels = real
+    first = torch.stack([images[labels == digit][0] for digit in range(10)])
+    few = images[labels < 2]
+
+    def measured(images):
+        return evaluator.measure(
+            "x", lambda n, generator: images[torch.randint(len(images), (n,), generator=generator)], evaluations=1
+        )
+
+    whole, one, ten, two = measured(images), measured(first[:1]), measured(first), measured(few)
+    assert [row["collapsed"] for row in (whole, one, ten, two)] == [False, True, False, True]
+    assert (one["in_batch_distance"], one["class_coverage"]) == (pytest.approx(0, abs=1e-9), 0.1)
+    assert whole["in_batch_distance"] == pytest.approx(1, abs=0.02)
+    assert ten["in_batch_distance"] == pytest.approx(0.9, abs=0.15)
+    assert two["class_coverage"] == pytest.approx(0.2)
+    assert ten["recall"] <= 0.002 + 1e-9
+    assert ten["coverage"] < 0.05
+    assert whole["recall"] > 0.05
+    assert whole["precision"] == ten["precision"] == 1  # all are real digits
+    assert ten["inception_score"] > 5 > 2.5 > two["inception_score"] > 1.5 > one["inception_score"]
+
+
+def test_wanted_shares_decide_what_is_a_collapse(evaluator, real):
+    sampler = resampler(real, share_of_ones=0.7)
+    wanted = [0.3 / 9] * 10
+    wanted[1] = 0.7
+    uniform = evaluator.measure("x", sampler, evaluations=1)
+    assert uniform["collapsed"] is True
+    tilted = evaluator.measure("x", sampler, evaluations=1, expected_shares=wanted)
+    assert tilted == {**uniform, "collapsed": False}
+
+
 def test_real_row_compares_disjoint_halves(evaluator, monkeypatch):
-    """Of eight numbers no two splits into halves have the same distance, so the distance tells the split."""
-    numbers = 2.0 ** torch.arange(8)
-    monkeypatch.setattr(evaluator, "real_features", numbers[:, None])
-    monkeypatch.setattr(evaluator, "real_logits", torch.eye(10)[:8])
+    """Of twelve numbers no two splits into halves have the same distance, so the distance tells the split."""
+    numbers = 2.0 ** torch.arange(12, dtype=torch.float64)
+    images = numbers[:, None, None, None].expand(12, 1, 28, 28)
+    digits = _Digits(images, numbers[:, None], torch.eye(12)[:, :10])
+    monkeypatch.setattr(evaluator, "real", _Reference(digits))
     (row,) = evaluator.real_rows()
-    distances = []
-    for half in itertools.combinations(range(8), 4):
-        a, b = numbers[list(half)], numbers[[i for i in range(8) if i not in half]]
-        distances.append(float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2))
-    assert min(abs(row["frechet_distance"] - d) for d in distances) < 1e-3
-    assert row["samples"] == 4
-    assert row["name"] == "real digits (one half of 4 against the other)"
+    splits = {}
+    for half in itertools.combinations(range(12), 6):
+        a, b = numbers[list(half)], numbers[[i for i in range(12) if i not in half]]
+        distance = float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2)
+        splits[abs(row["frechet_distance"] - distance)] = a, b
+    a, b = splits[min(splits)]
+    assert min(splits) < 1e-3
+    assert row["samples"] == 6
+    assert row["name"] == "real digits (one half of 6 against the other)"
+    agreeing = []
+    for half, other in ((a, b), (b, a)):  # the Fréchet distance does not say which of them is the reference
+        expected = Manifold(other[:, None]).compare(half[:, None])
+        expected["in_batch_distance"] = pdist(half[:, None].numpy()).mean() / pdist(other[:, None].numpy()).mean()
+        agreeing.append({name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9))
+    assert sum(agreeing) == 1
     assert evaluator.real_rows() == [row]
+
+
+def test_real_digits_are_like_each_other(evaluator):
+    (row,) = evaluator.real_rows()
+    assert row["density"] == pytest.approx(1, abs=0.05)
+    assert row["in_batch_distance"] == pytest.approx(1, abs=0.02)
+    assert min(row["precision"], row["recall"], row["coverage"]) > 0.85
+    assert 9 < row["inception_score"] <= 10
+    assert row["collapsed"] is False
+
+
+def test_evaluation_while_training(evaluator, real, monkeypatch):
+    """The numbers are the row's, torch's random state is not moved, and a student in training is not kept."""
+    monkeypatch.setattr(evaluator, "during_samples", 300)
+    monkeypatch.setattr(evaluator, "cache", None)
+    terms = {"distribution": SimpleNamespace(target=SimpleNamespace())}
+    task = SimpleNamespace(student_sampler=resampler(real), objective=SimpleNamespace(terms=terms))
+    state = torch.get_rng_state()
+    found = evaluator.during(task, CPU, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    row = evaluator.measure("x", task.student_sampler, evaluations=1, samples=300, seed=3)
+    names = {"frechet_distance", "inception_score", "coverage", "recall", "smallest_class_share", "collapsed"}
+    assert found == {name: float(row[name]) for name in names}
+    assert found["collapsed"] == 0.0
+
+    task.student_sampler = lambda n, generator: real[0][:1].expand(n, 1, 28, 28)
+    assert evaluator.during(task, CPU, seed=3)["collapsed"] == 1.0
+
+    task.student_sampler = resampler(real, share_of_ones=0.7)
+    assert evaluator.during(task, CPU, seed=3)["collapsed"] == 1.0
+    log_rewards = [0.0] * 10
+    log_rewards[1] = float(np.log(9 * 0.7 / 0.3))
+    terms["distribution"].target.reward = SimpleNamespace(log_rewards=log_rewards)
+    assert evaluator.during(task, CPU, seed=3)["collapsed"] == 0.0
 
 
 def test_broken_samplers(evaluator):
@@ -142,8 +231,10 @@ def test_broken_samplers(evaluator):
         evaluator.measure("student", nan, evaluations=1)
     with pytest.raises(ValueError, match=r"'student' returned images \(250, 784\)"):
         evaluator.measure("student", lambda n, generator: torch.zeros(n, 784), evaluations=1)
-    with pytest.raises(ValueError, match="samples >= 2"):
-        DigitsEvaluator(samples=1)
+    with pytest.raises(ValueError, match="samples >= 4"):
+        DigitsEvaluator(samples=3)
+    with pytest.raises(ValueError, match="during_samples >= 4"):
+        DigitsEvaluator(during_samples=3)
 
 
 # ------------------------------------------------------------------------------------------ cache
@@ -164,12 +255,28 @@ def test_row_with_an_identity_is_measured_once(evaluator, real, own_cache):
         {"identity": "b"},
         {"identity": "a", "seed": 1},
         {"identity": "a", "samples": 250},
+        {"identity": "a", "expected_shares": [0.1] * 10},
     ):
         evaluator.measure("teacher", sampler, evaluations=35, **change)
     evaluator.measure("teacher", sampler, evaluations=5, identity="a")
-    assert len(calls) == 3 + 3 + 3 + 1 + 3
+    assert len(calls) == 3 + 3 + 3 + 1 + 3 + 3
     notes = evaluator.document([again])["notes"]
     assert any("earlier run" in note and "teacher, 35" in note for note in notes)
+
+
+def test_rows_of_an_older_protocol_are_measured_again(evaluator, real, own_cache, monkeypatch):
+    evaluator.measure("teacher", resampler(real), evaluations=35, identity="a")
+    monkeypatch.setattr("ratiograph.evaluation.digits.PROTOCOL", 1)
+    assert "cached" not in evaluator.measure("teacher", resampler(real), evaluations=35, identity="a")
+
+
+def test_shipped_rows_have_every_metric():
+    rows = json.loads(DigitsEvaluator().cache.shipped.read_text()).values()
+    assert sorted(row["evaluations"] for row in rows) == [1, 5, 35]
+    for row in rows:
+        assert set(row) == {"name", "evaluations", "samples", "class_shares", *METRICS}
+    verdicts = {row["evaluations"]: row["collapsed"] for row in rows}
+    assert verdicts == {1: True, 5: True, 35: False}
 
 
 def test_cache_prefers_the_shipped_file_and_survives_a_damaged_one(own_cache, tmp_path):

@@ -9,7 +9,7 @@ from ratiograph import config
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin").rglob("*.gin") if "base" not in p.parts)
-TINY = {"UNet.channels": 16, "MLP.width": 16, "EDM.weights": None}
+TINY = {"UNet.channels": 16, "MLP.width": 16, "EDM.weights": None, "EncoderRatio.encoder_weights": None}
 
 
 def parse(file):

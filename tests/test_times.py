@@ -13,6 +13,7 @@ from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExplodin
 from ratiograph.objective import Term
 from ratiograph.times import (
     DDPMSteps,
+    FixedSigma,
     InverseTeacherError,
     KarrasIndex,
     LogitNormal,
@@ -145,3 +146,12 @@ def test_inverse_teacher_error_is_the_normaliser_of_dmd():
 def test_refusals(make):
     with pytest.raises(ValueError, match=r"low|std|sigma|last step"):
         make()
+
+
+def test_fixed_sigma_is_one_noise_level_under_any_process():
+    for noising in (VarianceExploding(), VariancePreserving(), RectifiedFlow()):
+        t = FixedSigma(sigma=2.5)(noising, 5, torch.Generator())
+        alpha, sigma = noising.alpha_sigma(t)
+        assert (sigma / alpha).tolist() == pytest.approx([2.5] * 5)
+    with pytest.raises(ValueError, match=r"FixedSigma\.sigma"):
+        FixedSigma(sigma=0.0)

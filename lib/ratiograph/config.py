@@ -84,6 +84,7 @@ COMPONENT_MODULES = (
     "ratiograph.evaluation.digits",
     "ratiograph.evaluation.mixture",
     "ratiograph.distillation",
+    "ratiograph.ratio_training",
     "ratiograph.denoiser_training",
     "ratiograph.classifier_training",
     "ratiograph.experiment",

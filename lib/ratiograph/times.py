@@ -15,6 +15,7 @@ from ratiograph.types import Evaluation
 
 __all__ = [
     "DDPMSteps",
+    "FixedSigma",
     "InverseTeacherError",
     "KarrasIndex",
     "LogNormalSigma",
@@ -133,6 +134,25 @@ class LogNormalSigma(TimeSampler):
 
     def quantile(self, noising, t):
         return torch.special.ndtr((_relative_sigma(noising, t).log() - self.mean) / self.std)
+
+
+class FixedSigma(TimeSampler):
+    """sigma / alpha = ``sigma`` always: single-level denoising score matching (arXiv 2502.08005 §6).
+
+    Args:
+        sigma: the noise level, > 0.
+    """
+
+    def __init__(self, *, sigma: float):
+        if sigma <= 0:
+            raise ValueError(f"FixedSigma.sigma={sigma} must be positive")
+        self.sigma = sigma
+
+    def __call__(self, noising, batch_size, generator):
+        return noising.time_of(torch.full((batch_size,), self.sigma, device=generator.device))
+
+    def quantile(self, noising, t):
+        return torch.full_like(t, 0.5)
 
 
 class DDPMSteps(TimeSampler):

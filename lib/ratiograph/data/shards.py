@@ -21,9 +21,10 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import webdataset as wds
@@ -34,8 +35,10 @@ __all__ = [
     "INDEX",
     "RawSample",
     "count_samples",
+    "damaged_sample",
     "decode",
     "encode_png",
+    "read_samples",
     "read_shard",
     "verify_shard",
     "write_shards",
@@ -43,6 +46,7 @@ __all__ = [
 
 INDEX = "index.json"
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MAIN_SUFFIXES = (*IMAGE_SUFFIXES, "latent.npy")  # every sample has one of these, which is what counts as a sample
 PILLOW_MODES = {1: "L", 3: "RGB"}
 
 
@@ -181,7 +185,7 @@ def _scan_file(path: Path, size: int, modified: int) -> int:
         with tarfile.open(path) as archive:
             for member in archive:
                 key, suffix = base_plus_ext(member.name)
-                if member.isreg() and key is not None and suffix.lower() in IMAGE_SUFFIXES:
+                if member.isreg() and key is not None and suffix.lower() in MAIN_SUFFIXES:
                     keys.add(key)
             archive.fileobj.seek(archive.offset)
             end = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
@@ -196,6 +200,11 @@ def _damaged(path: str | Path, what: str) -> ValueError:
     return ValueError(
         f"Shard {path} is damaged: {what}. Copy or write this shard anew, or leave it out of the data's URLs."
     )
+
+
+def damaged_sample(place: str, what: str) -> ValueError:
+    """The error that says what is wrong with the sample at ``place``, and the remedy."""
+    return ValueError(f"{place} is damaged: {what}. Write this shard anew, or leave it out of the data's URLs.")
 
 
 def count_samples(path: Path) -> int:
@@ -216,16 +225,28 @@ def count_samples(path: Path) -> int:
 # ------------------------------------------------------------------------------------------------ reading
 
 
+Raw = TypeVar("Raw")
+
+
 def read_shard(path: Path) -> Iterator[RawSample]:
-    """The samples of one shard in their order in the file, undecoded.
+    """The images of one shard in their order in the file, undecoded.
 
     Raises:
         ValueError: the shard is damaged or empty, or a sample has no image; names shard and sample.
     """
+    return read_samples(path, _raw)
+
+
+def read_samples(path: Path, raw: Callable[[Path, Mapping[str, object]], Raw]) -> Iterator[Raw]:
+    """The samples of one shard in their order in the file, each made by ``raw`` from its members by suffix.
+
+    Raises:
+        ValueError: the shard is damaged or empty, or ``raw`` refuses a sample.
+    """
     expected = count_samples(path)
     found = 0
     for sample in _grouped(path):
-        yield _raw(path, sample)
+        yield raw(path, sample)
         found += 1
     if found != expected or not found:
         raise _damaged(path, f"{found} samples can be read of {expected}")
@@ -278,7 +299,7 @@ def decode(sample: RawSample, *, channels: int, resolution: int | None, labels: 
             f"{sample.place} is {height}x{width} (height x width), resolution={resolution} was asked for. "
             f"Set ShardStream.resolution, or write the shards anew at {resolution}x{resolution}."
         )
-    return sample.pixels, _decode_label(sample) if labels else -1
+    return sample.pixels, decode_label(sample) if labels else -1
 
 
 def _decode_image(sample: RawSample, channels: int) -> np.ndarray:
@@ -298,7 +319,8 @@ def _decode_image(sample: RawSample, channels: int) -> np.ndarray:
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))  # HWC => CHW
 
 
-def _decode_label(sample: RawSample) -> int:
+def decode_label(sample: RawSample) -> int:
+    """The sample's class index; ValueError that names the sample where there is none, or no number."""
     if sample.label is None:
         raise ValueError(
             f"{sample.place} has no class label ('{sample.key}.cls'). Add the labels to the shards, or set "

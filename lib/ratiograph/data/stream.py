@@ -12,7 +12,7 @@ import itertools
 import queue
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ratiograph.types import Batch, Condition
 
 from .embedded import resolve
-from .shards import PILLOW_MODES, RawSample, count_samples, decode, read_shard
+from .shards import PILLOW_MODES, RawSample, count_samples, decode, decode_label, read_shard
 
 __all__ = ["ShardStream", "load_all"]
 
@@ -49,14 +49,15 @@ def _collate(raw: list[RawSample], *, channels: int, resolution: int | None, lab
 class _ShardReader:
     """Reads shards again and again; those that fit in ``memory`` bytes are read from disk once."""
 
+    read: Callable[[Path], Iterator]
     memory: int
-    held: dict[Path, list[RawSample]] = field(default_factory=dict)
+    held: dict[Path, list] = field(default_factory=dict)
 
-    def samples(self, path: Path) -> Iterator[RawSample]:
+    def samples(self, path: Path) -> Iterator:
         if path not in self.held and path.stat().st_size <= self.memory:
             self.memory -= path.stat().st_size
-            self.held[path] = list(read_shard(path))
-        return iter(self.held[path]) if path in self.held else read_shard(path)
+            self.held[path] = list(self.read(path))
+        return iter(self.held[path]) if path in self.held else self.read(path)
 
 
 @dataclass
@@ -68,21 +69,34 @@ class _Order:
     start: int
     shuffle_buffer: int
     memory: int
+    read: Callable[[Path], Iterator] = read_shard
+    classes: frozenset[int] | None = None
 
-    def __iter__(self) -> Iterator[RawSample]:
-        reader = _ShardReader(self.memory)
+    def __iter__(self) -> Iterator:
+        reader = _ShardReader(self.read, self.memory)
         epoch, skip = 0, self.start
-        if skip:  # whole epochs are skipped unread
-            epoch, skip = divmod(skip, sum(count_samples(path) for path in self.paths))
+        if skip or self.classes:  # whole epochs are skipped unread
+            epoch, skip = divmod(skip, self._samples_an_epoch(reader))
         return itertools.islice(self._epochs(reader, epoch), skip, None)
 
-    def _epochs(self, reader: _ShardReader, first: int) -> Iterator[RawSample]:
+    def _samples_an_epoch(self, reader: _ShardReader) -> int:
+        if self.classes is None:
+            return sum(count_samples(path) for path in self.paths)
+        count = sum(self._wanted(sample) for path in self.paths for sample in reader.samples(path))
+        if not count:
+            raise ValueError(f"no sample of the data has a class in ShardStream.classes={sorted(self.classes)}")
+        return count
+
+    def _wanted(self, sample: RawSample) -> bool:
+        return self.classes is None or decode_label(sample) in self.classes
+
+    def _epochs(self, reader: _ShardReader, first: int) -> Iterator:
         # webdataset's own deterministic shuffle counts epochs in an attribute, of which every worker process
         # has its own copy that starts over; here the epoch's number is handed in.
         for epoch in itertools.count(first):
             rng = random.Random(_mix(self.seed, epoch))
             paths = rng.sample(self.paths, len(self.paths))
-            samples = itertools.chain.from_iterable(reader.samples(path) for path in paths)
+            samples = filter(self._wanted, itertools.chain.from_iterable(reader.samples(path) for path in paths))
             yield from wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
 
 
@@ -104,9 +118,7 @@ class _Batches(IterableDataset):
 
     order: _Order
     batch_size: int
-    channels: int
-    resolution: int | None
-    labels: bool
+    collate: Callable[[list], Batch]
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         worker = get_worker_info()
@@ -116,7 +128,7 @@ class _Batches(IterableDataset):
             for count in itertools.count():
                 raw = list(itertools.islice(samples, self.batch_size))
                 if count % workers == number:
-                    yield _collate(raw, channels=self.channels, resolution=self.resolution, labels=self.labels)
+                    yield self.collate(raw)
         except ValueError as error:
             yield _Failure(str(error))
 
@@ -159,7 +171,65 @@ def _raise_failures(items: Iterable[Batch | _Failure]) -> Iterator[Batch]:
         yield item
 
 
-class ShardStream:
+class SampleStream:
+    """Base class: endless, resumable batches from shards. Subclasses give ``read``, ``collate`` and ``describe``."""
+
+    classes: frozenset[int] | None = None
+    """Only samples of these classes; None takes all."""
+
+    def __init__(self, urls: str, shuffle_buffer: int, workers: int, prefetch: int, memory_megabytes: int) -> None:
+        for name, value, least in [
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("workers", workers, 0),
+            ("prefetch", prefetch, 1),
+            ("memory_megabytes", memory_megabytes, 0),
+        ]:
+            if value < least:
+                raise ValueError(f"{type(self).__name__}.{name} is {value}: it must be at least {least}.")
+        self.urls = urls
+        self.shuffle_buffer = shuffle_buffer
+        self.workers = workers
+        self.prefetch = prefetch
+        self.memory_megabytes = memory_megabytes
+
+    def read(self, path: Path) -> Iterator:
+        """The undecoded samples of one shard."""
+        raise NotImplementedError
+
+    def collate(self, raw: list) -> Batch:
+        """Decodes samples into one batch."""
+        raise NotImplementedError
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches; one may straddle two epochs, and all have the same size.
+
+        Args:
+            batch_size: samples a batch.
+            seed: with the epoch's number it fixes the order.
+            start: number of samples already consumed; they are passed over without being decoded.
+
+        Returns:
+            Batches of float32 ``images`` with their ``condition``. Closing the iterator ends its workers.
+
+        Raises:
+            ValueError: at once, a missing shard or embedded package; while iterating, a damaged shard or
+                sample, one of another size or kind, or without what it should carry. The message names shard
+                and sample.
+        """
+        assert batch_size >= 1, batch_size
+        assert start >= 0, start
+        memory = self.memory_megabytes * 2**20
+        order = _Order(resolve(self.urls), seed, start, self.shuffle_buffer, memory, self.read, self.classes)
+        source = _Batches(order, batch_size, self.collate)
+        if self.workers == 0:
+            return _raise_failures(_prefetch(source, self.prefetch))
+        # Batches leave the loader in the workers' turn, so their order does not depend on who is faster.
+        return _raise_failures(
+            wds.WebLoader(source, batch_size=None, num_workers=self.workers, prefetch_factor=self.prefetch)
+        )
+
+
+class ShardStream(SampleStream):
     """Batches of images and class labels from webdataset shards, shuffled anew every epoch, without end.
 
     Nothing is read before ``batches`` is called.
@@ -171,6 +241,7 @@ class ShardStream:
         resolution: height and width in pixels that every image must have; None takes the images' own.
         channels: 1 (grey) or 3 (RGB); the image files must hold exactly these.
         labels: whether samples carry class labels (member ``<key>.cls``).
+        classes: only samples of these classes; None takes all.
         shuffle_buffer: number of undecoded samples held to draw from; 0 keeps the order within the shuffled
             shards.
         workers: processes that decode ahead of the training loop; 0 decodes in a thread of this process,
@@ -190,6 +261,7 @@ class ShardStream:
         resolution: int | None = None,
         channels: int = 1,
         labels: bool = True,
+        classes: Sequence[int] | None = None,
         shuffle_buffer: int = 5000,
         workers: int = 0,
         prefetch: int = 4,
@@ -197,52 +269,22 @@ class ShardStream:
     ) -> None:
         if channels not in PILLOW_MODES:
             raise ValueError(f"ShardStream.channels is {channels}: choose 1 (grey) or 3 (RGB).")
+        if classes is not None and not classes:
+            raise ValueError("ShardStream.classes is empty: name at least one class, or None for all.")
         if resolution is not None and resolution < 1:
             raise ValueError(f"ShardStream.resolution is {resolution}: give pixels, or None for the images' own.")
-        for name, value, least in [
-            ("shuffle_buffer", shuffle_buffer, 0),
-            ("workers", workers, 0),
-            ("prefetch", prefetch, 1),
-            ("memory_megabytes", memory_megabytes, 0),
-        ]:
-            if value < least:
-                raise ValueError(f"ShardStream.{name} is {value}: it must be at least {least}.")
-        self.urls = urls
+        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes)
         self.resolution = resolution
         self.channels = channels
         self.labels = labels
-        self.shuffle_buffer = shuffle_buffer
-        self.workers = workers
-        self.prefetch = prefetch
-        self.memory_megabytes = memory_megabytes
+        self.classes = None if classes is None else frozenset(classes)
 
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Endless batches; one may straddle two epochs, and all have the same size.
+    def read(self, path: Path) -> Iterator[RawSample]:
+        return read_shard(path)
 
-        Args:
-            batch_size: samples a batch.
-            seed: with the epoch's number it fixes the order.
-            start: number of samples already consumed; they are passed over without being decoded.
-
-        Returns:
-            Batches of images float32 [batch_size, channels, H, W] in [-1, 1], with labels int64 [batch_size]
-            in ``condition.labels`` (None without ``labels``). Closing the iterator ends its workers.
-
-        Raises:
-            ValueError: at once, a missing shard or embedded package; while iterating, a damaged shard or
-                sample, an image of another size or kind, or a missing label. The message names shard and
-                sample.
-        """
-        assert batch_size >= 1, batch_size
-        assert start >= 0, start
-        order = _Order(resolve(self.urls), seed, start, self.shuffle_buffer, self.memory_megabytes * 2**20)
-        source = _Batches(order, batch_size, self.channels, self.resolution, self.labels)
-        if self.workers == 0:
-            return _raise_failures(_prefetch(source, self.prefetch))
-        # Batches leave the loader in the workers' turn, so their order does not depend on who is faster.
-        return _raise_failures(
-            wds.WebLoader(source, batch_size=None, num_workers=self.workers, prefetch_factor=self.prefetch)
-        )
+    def collate(self, raw: list[RawSample]) -> Batch:
+        """Images float32 [B, channels, H, W] in [-1, 1]; labels int64 [B], or None without ``labels``."""
+        return _collate(raw, channels=self.channels, resolution=self.resolution, labels=self.labels)
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""

@@ -1,7 +1,8 @@
 """Evaluation of digit samplers on the features of a digit classifier.
 
 Notation: a *sampler* is called as ``sampler(n, generator)`` and returns n images [n, 1, 28, 28] in [-1, 1]; all its
-randomness comes from the generator. f(x) [D] are the classifier's features, c(x) its predicted class.
+randomness comes from the generator. f(x) [D] are the classifier's features, c(x) its predicted class. A *row* is one
+sampler's measurements.
 
 Every batch gets a generator of its own, seeded from (seed, batch number), so that a row is a function of the
 sampler, the seed and the batch size. Images are rounded to the 256 levels that an image file has, as the
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,12 @@ from ratiograph.data.stream import load_all
 from ratiograph.denoisers import locate_weights
 from ratiograph.networks.classifier import SHIPPED_WEIGHTS, DigitClassifier, classify_all
 
+from .collapse import Collapse, mean_pairwise_distance
 from .frechet import FeatureStatistics, frechet_distance
+from .manifold import Manifold
 from .rows import RowCache, file_identity
 from .samples import class_histogram
+from .scores import inception_score
 
 if TYPE_CHECKING:
     from ratiograph.distillation import Distillation
@@ -39,7 +44,18 @@ METRICS = {
     "smallest_class_share": {"label": "smallest class share", "better": "higher"},
     "largest_class_share": {"label": "largest class share", "better": None},
     "confidence": {"label": "mean classifier confidence", "better": None},
+    "precision": {"label": "precision (k = 3)", "better": "higher"},
+    "recall": {"label": "recall (k = 3)", "better": "higher"},
+    "density": {"label": "density (k = 5)", "better": "higher"},
+    "coverage": {"label": "coverage (k = 5)", "better": "higher"},
+    "inception_score": {"label": "digit inception score", "better": "higher"},
+    "in_batch_distance": {"label": "in-batch distance / that of real digits", "better": None},
+    "class_coverage": {"label": "class coverage", "better": "higher"},
+    "collapsed": {"label": "collapsed", "better": None},
 }
+DURING = ("frechet_distance", "inception_score", "coverage", "recall", "smallest_class_share", "collapsed")
+PART = 500  # samples of one part of the inception score
+PROTOCOL = 2  # of a row; a new number leaves rows measured by the old definition unread
 
 
 def _batch_seed(seed: int, batch: int) -> int:
@@ -62,9 +78,41 @@ def _tilted_shares(task: Distillation, shares: Sequence[float]) -> dict[str, lis
     return {}
 
 
-class DigitsEvaluator:
-    """Fréchet distance to real digits, class shares and classifier confidence of any number of samplers.
+def _last(series: Mapping[str, Sequence[float]]) -> Sequence[float] | None:
+    """The last series of ``_tilted_shares``, p*(y), or None."""
+    return list(series.values())[-1] if series else None
 
+
+@dataclass(frozen=True)
+class _Digits:
+    """Images [N, 1, 28, 28] of 256 levels, with the classifier's features [N, D] and logits [N, 10]; on the CPU."""
+
+    images: Tensor
+    features: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> _Digits:
+        return _Digits(self.images[index], self.features[index], self.logits[index])
+
+
+class _Reference:
+    """What rows need of the real digits."""
+
+    def __init__(self, digits: _Digits):
+        self.digits = digits
+        self.statistics = FeatureStatistics(digits.features.shape[1]).update(digits.features)
+        self.manifold = Manifold(digits.features)
+        self.distance = mean_pairwise_distance(digits.images)
+
+
+class DigitsEvaluator:
+    """Measures any number of samplers against real digits.
+
+    A row holds the Fréchet distance; precision, recall, density and coverage (``manifold``); the inception-style score
+    of the digit classifier; class shares and confidence; and whether the sampler has collapsed (``collapse``).
     Nothing is read before ``prepare`` is called.
 
     Args:
@@ -73,9 +121,10 @@ class DigitsEvaluator:
         samples: images a row.
         teacher_evaluations: numbers of network evaluations at which the teacher is measured.
         batch_size: images a call of a sampler.
+        during_samples: images of an evaluation while training.
 
     Raises:
-        ValueError: ``samples``, ``batch_size`` or a number of evaluations is too small.
+        ValueError: ``samples``, ``during_samples``, ``batch_size`` or a number of evaluations is too small.
     """
 
     def __init__(
@@ -86,13 +135,15 @@ class DigitsEvaluator:
         samples: int = 5000,
         teacher_evaluations: Sequence[int] = (1, 5, 35),
         batch_size: int = 500,
+        during_samples: int = 1000,
     ):
-        if samples < 2 or batch_size < 1 or min(teacher_evaluations, default=1) < 1:
+        if min(samples, during_samples) < 4 or batch_size < 1 or min(teacher_evaluations, default=1) < 1:
             raise ValueError(
-                f"DigitsEvaluator needs samples >= 2, batch_size >= 1 and teacher_evaluations >= 1, got "
-                f"{samples}, {batch_size} and {list(teacher_evaluations)}"
+                f"DigitsEvaluator needs samples >= 4, during_samples >= 4, batch_size >= 1 and teacher_evaluations "
+                f">= 1, got {samples}, {during_samples}, {batch_size} and {list(teacher_evaluations)}"
             )
         self.reference, self.samples, self.batch_size = reference, samples, batch_size
+        self.during_samples = during_samples
         self.teacher_evaluations = tuple(teacher_evaluations)
         self.classifier = DigitClassifier() if classifier is None else classifier
         self.cache = RowCache(SHIPPED_WEIGHTS.with_name("mnist_teacher.evaluations.json"))
@@ -106,11 +157,10 @@ class DigitsEvaluator:
             FileNotFoundError, ValueError: no or unfitting classifier weights; damaged or missing shards.
         """
         self.device = device
-        if not hasattr(self, "real_features"):
+        if not hasattr(self, "real"):
             self.classifier.load()
             images, _ = load_all(self.reference, resolution=28)
-            self.real_features, self.real_logits = classify_all(self.classifier, images, self.batch_size)
-            self.real = FeatureStatistics(self.real_features.shape[1]).update(self.real_features)
+            self.real = _Reference(_Digits(images, *classify_all(self.classifier, images, self.batch_size)))
         self.classifier.to(device)
 
     def measure(
@@ -122,6 +172,7 @@ class DigitsEvaluator:
         samples: int | None = None,
         seed: int = 0,
         identity: str | None = None,
+        expected_shares: Sequence[float] | None = None,
     ) -> dict:
         """Samples and measures one row.
 
@@ -134,47 +185,45 @@ class DigitsEvaluator:
             identity: says what the sampler is (``rows.file_identity`` of its weights and settings). When
                 given, a row measured earlier under the same identity and protocol is returned instead of a
                 new one.
+            expected_shares: [10] class shares that are wanted, which ``class_coverage`` and ``collapsed`` are judged
+                by; None is uniform.
 
         Returns:
-            ``{"name", "evaluations", "samples", "frechet_distance", "smallest_class_share",
-            "largest_class_share", "confidence", "class_shares": [10 floats]}``; a row from the cache also has
-            ``"cached": True``.
+            ``{"name", "evaluations", "samples", "class_shares": [10 floats]}`` and every key of ``METRICS``; a row
+            from the cache also has ``"cached": True``.
 
         Raises:
             ValueError: the sampler's images have another shape, or are not finite.
         """
         samples = self.samples if samples is None else samples
-        if identity is None:
-            return self._row(name, evaluations, *self._sample(name, sampler, samples, seed))
-        key = self._key(identity, evaluations, samples, seed)
-        row = self.cache.get(key)
+        key = None if identity is None else self._key(identity, evaluations, samples, seed, expected_shares)
+        row = None if key is None else self.cache.get(key)
         if row is not None:
             return {**row, "name": name, "cached": True}
-        row = self._row(name, evaluations, *self._sample(name, sampler, samples, seed))
-        self.cache.put(key, row)
+        row = self._row(name, evaluations, self._sample(name, sampler, samples, seed), self.real, expected_shares)
+        if key is not None:
+            self.cache.put(key, row)
         return row
 
     def real_rows(self) -> list[dict]:
         """Real against real digits: one random half of the reference measured against the other half."""
-        order = torch.randperm(len(self.real_features), generator=torch.Generator().manual_seed(0))
+        digits = self.real.digits
+        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
         half = len(order) // 2
-        a, b = order[:half], order[half:]
-        other = FeatureStatistics(self.real_features.shape[1]).update(self.real_features[b])
         name = f"real digits (one half of {half:,} against the other)"
-        return [self._row(name, 0, self.real_features[a], self.real_logits[a], other)]
+        return [self._row(name, 0, digits[order[:half]], _Reference(digits[order[half:]]))]
 
-    def _sample(self, name: str, sampler: Sampler, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-        features, logits = [], []
+    def _sample(self, name: str, sampler: Sampler, samples: int, seed: int) -> _Digits:
+        parts = []
         for batch, first in enumerate(range(0, samples, self.batch_size)):
             n = min(self.batch_size, samples - first)
             generator = torch.Generator(self.device).manual_seed(_batch_seed(seed, batch))
             with torch.no_grad():
                 images = sampler(n, generator)
             self._check(name, images, n)
-            batch_features, batch_logits = classify_all(self.classifier, _to_levels(images), self.batch_size)
-            features.append(batch_features)
-            logits.append(batch_logits)
-        return torch.cat(features), torch.cat(logits)
+            images = _to_levels(images)
+            parts.append((images.cpu(), *classify_all(self.classifier, images, self.batch_size)))
+        return _Digits(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @staticmethod
     def _check(name: str, images: Tensor, n: int) -> None:
@@ -188,35 +237,44 @@ class DigitsEvaluator:
                 "earlier checkpoint, and lower the learning rate or set precision = 'fp32'"
             )
 
+    @staticmethod
     def _row(
-        self,
         name: str,
         evaluations: int,
-        features: Tensor,
-        logits: Tensor,
-        reference: FeatureStatistics | None = None,
+        digits: _Digits,
+        reference: _Reference,
+        expected_shares: Sequence[float] | None = None,
     ) -> dict:
-        fitted = FeatureStatistics(features.shape[1]).update(features)
-        shares = class_histogram(logits.argmax(1), logits.shape[1])
+        fitted = FeatureStatistics(digits.features.shape[1]).update(digits.features)
+        shares = class_histogram(digits.logits.argmax(1), digits.logits.shape[1])
+        distance = mean_pairwise_distance(digits.images) / reference.distance
+        verdict = Collapse()(shares, distance, expected_shares)
         return {
             "name": name,
             "evaluations": evaluations,
-            "samples": len(features),
-            "frechet_distance": frechet_distance(fitted, reference or self.real),
+            "samples": len(digits),
+            "frechet_distance": frechet_distance(fitted, reference.statistics),
             "smallest_class_share": min(shares),
             "largest_class_share": max(shares),
-            "confidence": logits.softmax(1).amax(1).double().mean().item(),
+            "confidence": digits.logits.softmax(1).amax(1).double().mean().item(),
+            **reference.manifold.compare(digits.features),
+            "inception_score": inception_score(digits.logits, splits=max(len(digits) // PART, 1))[0],
+            **{key: verdict[key] for key in ("in_batch_distance", "class_coverage", "collapsed")},
             "class_shares": shares,
         }
 
-    def _key(self, identity: str, evaluations: int, samples: int, seed: int) -> str:
+    def _key(
+        self, identity: str, evaluations: int, samples: int, seed: int, expected_shares: Sequence[float] | None
+    ) -> str:
         """Hash of all that a row depends on."""
         protocol = {
+            "protocol": PROTOCOL,
+            "expected_shares": None if expected_shares is None else list(expected_shares),
             "evaluations": evaluations,
             "samples": samples,
             "seed": seed,
             "batch_size": self.batch_size,
-            "reference": [self.reference, self.real.count],
+            "reference": [self.reference, len(self.real.digits)],
         }
         return file_identity(self.classifier.weights, {"sampler": identity, **protocol})
 
@@ -230,11 +288,40 @@ class DigitsEvaluator:
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         """The document of ``evaluation.json``: real digits, teacher, and student before and after training."""
         self.prepare(device)
-        student = self.measure("student, one evaluation", task.student_sampler, evaluations=1, seed=seed)
-        student["highlight"] = True
         teacher = self.teacher_rows(task) if task.teacher is not None else []
         expected = _tilted_shares(task, (teacher or before)[-1]["class_shares"])
+        student = self.measure(
+            "student, one evaluation", task.student_sampler, evaluations=1, seed=seed, expected_shares=_last(expected)
+        )
+        student["highlight"] = True
         return self.document([*self.real_rows(), *teacher, *before, student], expected_shares=expected)
+
+    def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
+        """A light evaluation of a student in training; draws from no generator but its own.
+
+        Args:
+            task: gives ``student_sampler`` and, if it tilts, the class shares that are wanted.
+            device: where the student is.
+            seed: of the noise; the same one in every call makes the calls comparable.
+
+        Returns:
+            The metrics of ``DURING`` by name, ``collapsed`` as 0 or 1. They come from ``during_samples`` images:
+            Fréchet distance, recall and coverage compare among themselves, not with the larger rows of the table.
+
+        Raises:
+            ValueError: the student's images are not finite.
+        """
+        self.prepare(device)
+        shares = class_histogram(self.real.digits.logits.argmax(1), self.real.digits.logits.shape[1])
+        row = self.measure(
+            "student in training",
+            task.student_sampler,
+            evaluations=1,
+            samples=self.during_samples,
+            seed=seed,
+            expected_shares=_last(_tilted_shares(task, shares)),
+        )
+        return {name: float(row[name]) for name in DURING}
 
     def teacher_rows(self, task: Distillation) -> list[dict]:
         """One row for each number of evaluations; kept for later runs, as 35 evaluations cost more than a training."""
@@ -279,15 +366,21 @@ class DigitsEvaluator:
         }
 
     def _protocol_notes(self, rows: Sequence[Mapping[str, object]]) -> list[str]:
+        count, size = self.real.digits.features.shape
         notes = [
-            f"Fréchet distance: between Gaussians fitted to {self.real_features.shape[1]} features of the "
-            f"package's "
-            f"own digit classifier, against the {self.real.count:,} digits of '{self.reference}'. It is not "
-            "comparable with FID values, which use Inception features.",
-            "The teacher was trained on the reference digits, and the distance falls with the number of "
-            "samples; "
+            f"All distances are between {size} features of the package's own digit classifier, against the {count:,} "
+            f"digits of '{self.reference}'; the Fréchet distance is between Gaussians fitted to them. It is not "
+            "comparable with FID values, which use Inception features, nor is the digit inception score with theirs.",
+            "The teacher was trained on the reference digits, and the distance falls with the number of samples; "
             "the row of real digits, made with half as many on either side, is therefore no lower bound.",
-            "Classes are the classifier's predictions; confidence is its mean largest class probability.",
+            "Precision is the share of samples among real digits, recall that of real digits among samples; density "
+            "counts samples round real digits and is 1 on average for real ones, coverage is the share of real digits "
+            "with a sample near by. Recall and coverage rise with the number of samples.",
+            "Classes are the classifier's predictions; confidence is its mean largest class probability. Class "
+            "coverage is the share of classes with a tenth of their expected share or more; in-batch distance is the "
+            "mean distance of two images, relative to two real ones. A sampler is called collapsed if class coverage "
+            "is below 0.8, in-batch distance below 0.5, or the entropy of its class shares below 0.7 of the "
+            "expected one's.",
         ]
         cached = ", ".join(str(row["name"]) for row in rows if row.get("cached"))
         if cached:
