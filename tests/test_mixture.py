@@ -12,7 +12,7 @@ from torch import Tensor, distributions
 from ratiograph.directions import RatioGradient, ScoreDifference
 from ratiograph.evaluation.mixture import MixtureEvaluator
 from ratiograph.noising import RectifiedFlow, VariancePreserving
-from ratiograph.rewards import ClassReward, LinearReward, Reward
+from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
 from ratiograph.targets import MatchTeacher, RewardTilted
 from ratiograph.teachers.mixture import (
     ExactRatio,
@@ -114,6 +114,13 @@ REWARDS = {
         ClassReward(classifier=MixtureClassifier(mixture=ONE), log_rewards=[0.3, 1.5]),
         lambda x0: math.exp(0.3) + (math.exp(1.5) - math.exp(0.3)) * responsibility_of_second(x0),
     ),
+    "attraction": (QuadraticReward(curvature=-4.0, slope=[2.0]), lambda x0: torch.exp(-2 * x0**2 + 2 * x0)),
+    "repulsion": (QuadraticReward(curvature=0.1, slope=[-0.5]), lambda x0: torch.exp(x0**2 / 20 - 0.5 * x0)),
+    "scaled": (ScaledReward(reward=QuadraticReward(curvature=-4.0), beta=4.0), lambda x0: torch.exp(-(x0**2) / 2)),
+    "sum": (
+        SumReward(rewards=[LinearReward(slope=[0.7]), QuadraticReward(curvature=-2.0)], weights=[-1.0, 0.5]),
+        lambda x0: torch.exp(-0.7 * x0 - x0**2 / 2),
+    ),
 }
 
 
@@ -148,19 +155,48 @@ def test_expected_reward_normaliser_and_gradient(name):
     torch.testing.assert_close(gradient[:, 0], (up - down) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["linear", "classes"])
+def test_expected_reward_under_a_class():
+    """At overwhelming noise E[R | x_t, y] is the class's own normaliser: Z of the mixture of its components."""
+    teacher, reward = mixture(), QuadraticReward(curvature=[[-2.0, 0.7], [0.7, 0.5]], slope=[0.9, -0.4])
+    of_class = {
+        0: GaussianMixture(means=MEANS[::2], covariances=COVARIANCES[::2], weights=WEIGHTS[::2]),
+        1: GaussianMixture(means=MEANS[1:2], covariances=COVARIANCES[1:2]),
+        -1: teacher,
+    }
+    noisy, labels = noisy_points(1e-9, 1.0), torch.tensor([0, 1, -1, 1]).repeat(50)
+    evaluation = Evaluation(noisy, noisy.x_t, Condition(labels), Nodes(teacher=teacher))
+    expected = torch.stack([tilt(reward, of_class[int(label)])[1] for label in labels])
+    torch.testing.assert_close(ExactTilted(reward=reward).log_expected_reward(evaluation), expected)
+    assert (expected[0] - expected[1]).abs() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["linear", "classes", "quadratic", "sum"])
 def test_tilted_mixture_is_reward_times_density(kind):
     """p* = R p / Z pointwise, for full covariances in two dimensions."""
     teacher = mixture()
     reward = {
         "linear": LinearReward(slope=[0.9, -0.4]),
         "classes": ClassReward(classifier=MixtureClassifier(mixture=teacher), log_rewards=[-1.0, 0.5]),
+        "quadratic": QuadraticReward(curvature=[[-2.0, 0.7], [0.7, 0.5]], slope=[0.9, -0.4]),
+        "sum": SumReward(rewards=[QuadraticReward(curvature=-2.0), LinearReward(slope=[1.0, 2.0])], weights=[1.0, 0.3]),
     }[kind]
     tilted, log_normalizer = tilt(reward, teacher)
     clean = noisy_points(1.0, 0.0)
     found = tilted.log_density(clean, FREE) - teacher.log_density(clean, FREE) + log_normalizer
     torch.testing.assert_close(found, reward.log_reward(clean.x_t, FREE).double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(teacher.log_density(clean, FREE), reference(1.0, 0.0).log_prob(clean.x_t))
+
+
+def test_tilting_twice_is_tilting_by_the_product():
+    """Linear then quadratic, by the two separate formulas, against their sum at once; also log Z adds up."""
+    linear, quadratic = LinearReward(slope=[0.9, -0.4]), QuadraticReward(curvature=[[-2.0, 0.7], [0.7, 0.5]])
+    once, log_z = tilt(SumReward(rewards=[linear, quadratic]), mixture())
+    between, first = tilt(linear, mixture())
+    twice, second = tilt(quadratic, between)
+    torch.testing.assert_close(first + second, log_z)
+    noisy = noisy_points(0.6, 0.4)
+    torch.testing.assert_close(once.log_density(noisy, FREE), twice.log_density(noisy, FREE))
+    torch.testing.assert_close(tilt(QuadraticReward(curvature=0.0, slope=[0.9, -0.4]), mixture())[1], first)
 
 
 def test_class_masses_before_and_after_a_tilt():
@@ -278,6 +314,9 @@ class Quadratic(Reward):
         (lambda: GaussianMixture(means=[[0.0, 0.0]], covariances=[[[1.0, 0.5], [0.4, 1.0]]]), "symmetric"),
         (lambda: GaussianMixture(means=[[0.0, 0.0]], covariances=[[[1.0, 2.0], [2.0, 1.0]]]), "positive definite"),
         (lambda: tilt(Quadratic(), ONE), "RewardTilted"),
+        (lambda: tilt(SumReward(rewards=[Quadratic()]), ONE), "scaled or summed Quadratic"),
+        (lambda: tilt(QuadraticReward(curvature=1 / 0.36), ONE), "component 0"),
+        (lambda: tilt(QuadraticReward(curvature=[[0.0, 4.0], [4.0, 0.0]]), mixture()), "not integrable"),
         (lambda: tilt(ClassReward(classifier=torch.nn.Identity(), log_rewards=[0.0, 1.0]), ONE), "MixtureClassifier"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tilted targets: the first-order one against finite differences and against the exact one, and the role of Z."""
+"""Tilted targets: the approximate ones against finite differences, brute force and the exact one, and the role of Z."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import torch
 from exact import LOCATION, SCALE, TEACHER, evaluate, student_of
 from torch import Tensor
 
+from ratiograph.denoisers import EDM, set_precision
 from ratiograph.directions import RatioGradient, ScoreDifference
+from ratiograph.networks.unet import UNet
 from ratiograph.objective import Objective, Term
-from ratiograph.rewards import ClassReward, LinearReward, Reward
-from ratiograph.targets import MatchTeacher, RewardTilted, RewardTiltedNoJacobian, Target
-from ratiograph.teachers.mixture import ExactTilted, GaussianMixture
+from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward
+from ratiograph.targets import (
+    MatchTeacher,
+    RewardTilted,
+    RewardTiltedCumulant,
+    RewardTiltedNoJacobian,
+    RewardTiltedSecondOrder,
+    Target,
+    log_mean_reward,
+)
+from ratiograph.teachers.mixture import ExactTilted, GaussianMixture, MixtureClassifier, RingMixture, tilt
 from ratiograph.types import Batch, Condition, Evaluation, Nodes, Noisy
 from ratiograph.weightings import KL, LR, LS
 
@@ -195,3 +205,255 @@ def test_teacher_of_the_proofs_is_the_one_the_targets_use():
         for teacher in (TEACHER, student_of(LOCATION, SCALE))
     )
     assert (one - other).abs().max() > 0.1
+
+
+# --- second order -------------------------------------------------------------------------------------------
+
+
+def estimate(target: RewardTilted, teacher, x_t: Tensor, alpha: float, sigma: float, seed: int = 0):
+    """(log r*, its gradient) at ``x_t``, the probes drawn from ``seed``."""
+    evaluation = Evaluation(at(x_t, alpha, sigma), x_t, FREE, Nodes(teacher=teacher), target.needs)
+    torch.manual_seed(seed)
+    return target.log_target(evaluation)
+
+
+def curvature(reward: Reward, teacher, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log R(mu) [], R's relative Hessian Hess R / R at mu [D, D], Sigma [D, D]) at one point x [D], by brute force."""
+    mu = teacher.denoise(at(x[None], alpha, sigma), FREE)[0]
+    jacobian = torch.autograd.functional.jacobian(lambda v: teacher.denoise(at(v[None], alpha, sigma), FREE)[0], x)
+    log_reward = reward.log_reward(mu[None], FREE)[0]
+    hessian = torch.autograd.functional.hessian(
+        lambda v: (reward.log_reward(v[None], FREE)[0] - log_reward.detach()).exp(), mu
+    )
+    return log_reward, hessian, sigma**2 / alpha * jacobian
+
+
+LINE = GaussianMixture(means=[[-1.0], [0.8]], std=[0.6, 0.5], weights=[0.4, 0.6])
+
+
+class Cubic(Reward):
+    """log R = x^3 / 3 + x / 2: curved upwards on one side, downwards on the other."""
+
+    def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+        return (x0.pow(3) / 3 + x0 / 2).flatten(1).sum(1)
+
+
+def test_second_order_is_equation_24_in_one_dimension():
+    """One probe is exact there; where the correction is negative its logarithm is replaced by itself."""
+    x_t, scales = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None], (0.6, 0.4)
+    second, cumulant = (
+        estimate(kind(reward=Cubic(), log_normalizer=0.3).double(), LINE, x_t, *scales)[0]
+        for kind in (RewardTiltedSecondOrder, RewardTiltedCumulant)
+    )
+    parts = [curvature(Cubic(), LINE, x, *scales) for x in x_t]
+    log_reward, half = (torch.stack(v) for v in zip(*((g, (h * s).sum() / 2) for g, h, s in parts), strict=True))
+    assert half.max() > 0.05
+    assert half.min() < -0.05
+    equation = (log_reward.exp() * (1 + half)).log() - 0.3
+    torch.testing.assert_close(second[half > 0], equation[half > 0])
+    torch.testing.assert_close(second[half < 0], (log_reward + half - 0.3)[half < 0])
+    torch.testing.assert_close(cumulant, log_reward + half - 0.3)
+
+
+def test_probes_average_to_the_trace():
+    """With v = (1, +-1), v^T M v is tr M plus or minus twice the off-diagonal part: exactly two values, half each."""
+    x, scales = torch.tensor([[0.3, -0.5]], dtype=torch.float64), (0.6, 0.4)
+    target = RewardTiltedCumulant(reward=Curved(), log_normalizer=0.0).double()
+    found = estimate(target, PLANE, x.expand(4000, 2), *scales)[0]
+    log_reward, relative, sigma = curvature(Curved(), PLANE, x[0], *scales)
+    gradient = Curved.gradient(PLANE.denoise(at(x, *scales), FREE))[0]
+    hessian = relative - torch.outer(gradient, gradient)
+    mean = log_reward + (relative * sigma).sum() / 2
+    spread = (hessian @ sigma)[0, 1] / 2 + (hessian @ sigma)[1, 0] / 2
+    assert abs(spread) > 0.01
+    torch.testing.assert_close((found - mean).abs(), spread.abs().expand(4000))
+    assert abs(float((found - mean).mean() / spread)) < 4 / math.sqrt(4000)
+    many = RewardTiltedCumulant(reward=Curved(), probes=50, log_normalizer=0.0).double()
+    averaged = estimate(many, PLANE, x.expand(400, 2), *scales)[0]
+    assert float((averaged - mean).std() / spread.abs()) == pytest.approx(1 / math.sqrt(50), rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [RewardTiltedSecondOrder, RewardTiltedCumulant])
+@pytest.mark.parametrize("sigma", [0.4, 3.0])
+def test_second_order_gradient_against_finite_differences(kind, sigma):
+    target, x_t, step = kind(reward=Curved(), probes=2, log_normalizer=0.3).double(), points(), 1e-5
+    log_target, gradient = estimate(target, PLANE, x_t, 0.6, sigma)
+    for i in range(2):
+        shift = step * torch.eye(2, dtype=torch.float64)[i]
+        up, down = (estimate(target, PLANE, x_t + s * shift, 0.6, sigma)[0] for s in (1, -1))
+        torch.testing.assert_close(gradient[:, i], (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
+    assert not log_target.requires_grad
+    assert not gradient.requires_grad
+
+
+def test_cumulant_is_exact_for_a_gaussian_and_a_linear_reward():
+    teacher = GaussianMixture(means=[[0.3, -0.2]], covariances=[[[0.5, 0.2], [0.2, 0.3]]])
+    reward = LinearReward(slope=[2.8, -3.1])
+    target = RewardTiltedCumulant(reward=reward, log_normalizer=float(tilt(reward, teacher)[1])).double()
+    for sigma in (0.1, 1.0, 10.0):
+        found = estimate(target, teacher, points(), 0.6, sigma)
+        evaluation = Evaluation(at(points(), 0.6, sigma), points(), FREE, Nodes(teacher=teacher))
+        torch.testing.assert_close(found, ExactTilted(reward=reward).log_target(evaluation), rtol=1e-6, atol=1e-6)
+
+
+def test_one_normaliser_serves_every_noise_level():
+    """E_p[r*_t(x_t)] = E_p[R] / Z = 1 at each t, with Z of clean samples."""
+    teacher, reward = GaussianMixture(means=[[0.3]], std=0.7), LinearReward(slope=[1.3])
+    target = RewardTiltedCumulant(reward=reward, log_normalizer=float(tilt(reward, teacher)[1])).double()
+    for sigma in (0.1, 1.0, 10.0):
+        width = math.hypot(0.6 * 0.7, sigma)
+        x = 0.6 * 0.3 + width * torch.linspace(-9, 9, 2001, dtype=torch.float64)[:, None]
+        density = teacher.log_density(at(x, 0.6, sigma), FREE).exp()
+        mean = (density * estimate(target, teacher, x, 0.6, sigma)[0].exp()).sum() * (x[1, 0] - x[0, 0])
+        assert float(mean) == pytest.approx(1, abs=1e-6)
+
+
+OVERLAPPING = GaussianMixture(
+    means=[[0.0, 0.6], [-0.5, 0.3], [0.6, -0.4]], std=[0.6, 0.5, 0.7], weights=[0.3, 0.4, 0.3]
+)
+
+
+def attraction(tau: float) -> QuadraticReward:
+    """R = exp(-|x0 - (0.8, 0.4)|^2 / (2 tau^2)) up to a constant."""
+    return QuadraticReward(curvature=-1 / tau**2, slope=[0.8 / tau**2, 0.4 / tau**2])
+
+
+def errors(kind, reward, teacher, sigma: float, **arguments) -> float:
+    """RMS error of log R_t under p_t."""
+    generator = torch.Generator().manual_seed(1)
+    x0 = teacher.sample(1000, generator, dtype=torch.float64)
+    x_t = x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    target = kind(reward=reward, log_normalizer=0.0, **arguments).double()
+    evaluation = Evaluation(at(x_t, 1.0, sigma), x_t, FREE, Nodes(teacher=teacher))
+    exact = ExactTilted(reward=reward).log_expected_reward(evaluation)
+    return float((estimate(target, teacher, x_t, 1.0, sigma)[0] - exact).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
+@pytest.mark.parametrize("tau", [4.0, 2.0])
+def test_second_order_beats_the_first_at_every_noise_level(tau, sigma):
+    first = errors(RewardTilted, attraction(tau), OVERLAPPING, sigma)
+    for kind in (RewardTiltedSecondOrder, RewardTiltedCumulant):
+        assert errors(kind, attraction(tau), OVERLAPPING, sigma) < first / 3
+        assert errors(kind, attraction(tau), OVERLAPPING, sigma, probes=64) < first / 10
+
+
+def test_where_second_order_is_no_better():
+    """Not a parabola across the posterior: a strong reward on far modes, and a step. The docstring's warning."""
+    modes = GaussianMixture(means=[[-2.0, 0.0], [2.0, 0.0]], std=0.3)
+    first = errors(RewardTilted, attraction(1.0), modes, 1.0)
+    assert errors(RewardTiltedSecondOrder, attraction(1.0), modes, 1.0) > first
+    assert errors(RewardTiltedCumulant, attraction(1.0), modes, 1.0) > 2 * first
+    ring = RingMixture(std=0.15, classes=[0, 1] * 4)
+    step = ClassReward(classifier=MixtureClassifier(mixture=ring), log_rewards=[1.0, 0.0])
+    assert errors(RewardTiltedSecondOrder, step, ring, 0.6) > 5 * errors(RewardTilted, step, ring, 0.6)
+
+
+def test_finite_where_equation_24_is_negative():
+    """In 64 dimensions a mild reward makes 1 + c/2 negative; what replaces it stays within a fifth of the error."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = GaussianMixture(means=torch.randn(3, 64, generator=generator).div(2).tolist(), std=[0.4, 0.5, 0.6])
+    reward, x_t = QuadraticReward(curvature=-0.25), 3 * torch.randn(50, 64, generator=generator, dtype=torch.float64)
+    target = RewardTiltedSecondOrder(reward=reward, probes=8, log_normalizer=0.0).double()
+    log_target, gradient = estimate(target, teacher, x_t, 1.0, 3.0)
+    mu = teacher.denoise(at(x_t, 1.0, 3.0), FREE)
+    assert ((log_target - reward.log_reward(mu, FREE)) < -1).all(), "1 + c/2 is to be negative here"
+    assert gradient.isfinite().all()
+    evaluation = Evaluation(at(x_t, 1.0, 3.0), x_t, FREE, Nodes(teacher=teacher))
+    exact = ExactTilted(reward=reward).log_expected_reward(evaluation)
+    first = reward.log_reward(mu, FREE) - exact
+    assert (log_target - exact).square().mean() < first.square().mean() / 25
+
+
+def small_unet() -> EDM:
+    torch.manual_seed(0)
+    network = UNet(resolution=8, channels=16)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)  # zero-initialised layers would hide most of the Jacobian
+    return EDM(network=network).requires_grad_(False)
+
+
+class Smooth(Reward):
+    """log R = 3 sin(<w, x0>) with a fixed w."""
+
+    def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+        x = x0.flatten(1)
+        return 3 * (x @ torch.linspace(-0.3, 0.3, x.shape[1], dtype=x.dtype)).sin()
+
+
+def test_second_order_through_a_network_with_attention():
+    teacher, target = small_unet().double(), RewardTiltedSecondOrder(reward=Smooth(), log_normalizer=0.0).double()
+    generator = torch.Generator().manual_seed(0)
+    x_t, direction = (torch.randn(6, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    _, gradient = estimate(target, teacher, x_t, 0.6, 0.8)
+    step = 1e-5
+    up, down = (estimate(target, teacher, x_t + s * direction, 0.6, 0.8)[0] for s in (step, -step))
+    difference = (up - down) / (2 * step)
+    torch.testing.assert_close((gradient * direction).flatten(1).sum(1), difference, rtol=1e-4, atol=1e-6)
+    assert difference.abs().min() > 1e-3
+
+
+def test_second_order_where_fused_attention_would_run():
+    """In this memory format queries are contiguous, and torch takes a kernel without a second derivative."""
+    teacher, target = small_unet(), RewardTiltedSecondOrder(reward=Smooth(), log_normalizer=0.0)
+    x_t = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = estimate(target, teacher, x_t, 0.6, 0.8)
+    teacher.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(estimate(target, teacher, x_t, 0.6, 0.8), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_second_order_under_bf16_autocast():
+    """Double backward through the autocast network; log R_t and its gradient within bf16's reach of float32."""
+    teacher, target = small_unet(), RewardTiltedSecondOrder(reward=Smooth(), log_normalizer=0.0)
+    x_t = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    precise = estimate(target, teacher, x_t, 0.6, 0.8)
+    set_precision(teacher, torch.bfloat16)
+    for found, expected in zip(estimate(target, teacher, x_t, 0.6, 0.8), precise, strict=True):
+        assert found.dtype == torch.float32
+        assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_probes_come_from_the_global_generator():
+    target = RewardTiltedSecondOrder(reward=Curved(), log_normalizer=0.0).double()
+    first, again, other = (estimate(target, PLANE, points(), 0.6, 0.4, seed)[0] for seed in (0, 0, 1))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert (first - other).abs().max() > 1e-3
+
+
+# --- the normaliser -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RewardTilted, RewardTiltedNoJacobian, RewardTiltedSecondOrder, RewardTiltedCumulant])
+def test_a_given_normaliser_is_kept_and_used(kind):
+    def unread():
+        raise AssertionError("no sample is to be read")
+        yield
+
+    given = kind(reward=LinearReward(slope=[0.7]), log_normalizer=1)
+    given.fit(unread())
+    assert float(given.log_normalizer) == 1
+    assert not given.needs_samples
+    zero = kind(reward=LinearReward(slope=[0.7]), log_normalizer=0.0)
+    for weighting, moves in ((KL(), False), (LR(), True), (LS(), True)):
+        difference = velocities(given.double(), weighting) - velocities(zero.double(), weighting)
+        assert bool(difference.abs().max() > 0.05) is moves
+    assert kind(reward=LinearReward(slope=[0.7])).needs_samples
+    assert not MatchTeacher().needs_samples
+
+
+def test_log_mean_reward_and_its_standard_error():
+    """The delta method's error against the jackknife's, and against the log-normal's own."""
+    log_reward = 0.5 * torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_mean, error = log_mean_reward(log_reward + 800)  # e^800 overflows float64
+    assert float(log_mean) == pytest.approx(800 + math.log(log_reward.exp().mean()))
+    reward = log_reward.exp()
+    left_out = ((reward.sum() - reward) / 3999).log()
+    jackknife = (left_out - left_out.mean()).square().sum().mul(3999 / 4000).sqrt()
+    assert float(error) == pytest.approx(float(jackknife), rel=1e-3)
+    assert float(error) == pytest.approx(math.sqrt(math.expm1(0.25) / 4000), rel=0.05)
+    assert abs(float(log_mean) - 800 - 0.125) < 4 * float(error)
+
+
+def test_no_probe_is_refused():
+    with pytest.raises(ValueError, match="probes=0"):
+        RewardTiltedCumulant(reward=Curved(), probes=0)

@@ -19,7 +19,7 @@ from ratiograph.times import TimeSampler, TimeWeight, UnitTimeWeight
 from ratiograph.types import Evaluation, Needs, expand
 from ratiograph.weightings import Weighting
 
-__all__ = ["Objective", "Term"]
+__all__ = ["AbsorbedTerm", "Objective", "Term"]
 
 
 class Term(nn.Module):
@@ -82,6 +82,33 @@ class Term(nn.Module):
         v = self.velocity(evaluation)
         scale = self.coefficient * self.time_weight(evaluation) * evaluation.noisy.alpha
         return expand(scale, v) * v
+
+
+class AbsorbedTerm(Term):
+    """The tilt absorbed into the reference, v = omega(r/r*) (d - grad log r*), instead of subtracted as in ``Term``.
+
+    As r/r* = q/p*, this is an untilted term whose teacher is p* = R p / Z. It descends D_h(q_t || p*_t) =
+    E_p*[h(q/p*)] = E_p[r* h(r/r*)], where ``Term`` descends E_p[h(r) - h(r*) - h'(r*) (r - r*)]; the two are the same
+    for KL only, and both are at rest at q = p* and nowhere else. Z matters here too, except to KL; ``RatioNormalized``
+    removes an error of it, because E_q[p*/q] = 1 at every t.
+
+    Args:
+        direction: d, an estimate of s_q - s_p.
+        weighting: omega, taken at l + log r* = log p*/q.
+        target: r*; the teacher itself by default, with which this is ``Term``.
+        time_weight: w(t); 1 by default.
+        coefficient: multiplies the term.
+    """
+
+    def velocity(self, evaluation: Evaluation) -> Tensor:
+        """v [B, ...] = omega(r/r*) (d - grad log r*)."""
+        tilt = self.target.log_target(evaluation)
+        if tilt is None:
+            return super().velocity(evaluation)
+        log_target, gradient = tilt
+        t, difference = evaluation.noisy.t, self.direction(evaluation) - gradient
+        log_ratio = evaluation.log_ratio + log_target if self.weighting.needs_ratio else torch.zeros_like(t)
+        return expand(self.weighting(log_ratio, t), difference) * difference
 
 
 class Objective(nn.Module):

@@ -19,6 +19,34 @@ from ratiograph.types import Condition
 __all__ = ["MLP", "UNet"]
 
 
+class ClassEmbedding(nn.Embedding):
+    """label => its row; no class (a negative label, or no labels at all) => 0.
+
+    Args:
+        classes: number of classes.
+        width: size of the embedding.
+        dropout: probability of training a sample without its class, which guidance needs.
+    """
+
+    def __init__(self, classes: int, width: int, dropout: float):
+        super().__init__(classes, width)
+        self.dropout = dropout
+
+    def forward(self, labels: Tensor | None) -> Tensor:
+        """[B, width] of labels [B]; [1, width] without labels."""
+        if labels is None and not self.dropout:
+            raise ValueError(
+                f"a network with classes={self.num_embeddings} needs labels and the data gave none; only one trained "
+                "with label_dropout can do without"
+            )
+        if labels is None:
+            return torch.zeros_like(self.weight[:1])
+        known = labels >= 0
+        if self.training and self.dropout:
+            known = known & (torch.rand(len(labels), device=labels.device) >= self.dropout)
+        return super().forward(labels.clamp(min=0)) * known[:, None]
+
+
 class UNet(nn.Module):
     """Encoder, middle and decoder of residual blocks, on patches of the image.
 
@@ -34,7 +62,8 @@ class UNet(nn.Module):
         patch_size: side of the pixel patches that become channels.
         attention: whether the middle attends over all positions.
         dropout: dropout probability of the residual blocks.
-        classes: number of classes, 0 for an unconditional network.
+        classes: number of classes, 0 for an unconditional network. Negative labels ask for no class.
+        label_dropout: probability of training a sample without its class, which guidance needs.
 
     Raises:
         ValueError: if ``resolution`` is not divisible by the patch size and the halvings.
@@ -52,6 +81,7 @@ class UNet(nn.Module):
         attention: bool = True,
         dropout: float = 0.0,
         classes: int = 0,
+        label_dropout: float = 0.0,
     ):
         super().__init__()
         factor = patch_size * 2 ** (len(multipliers) - 1)
@@ -62,11 +92,12 @@ class UNet(nn.Module):
             )
         self.resolution, self.image_channels, self.patch_size = resolution, image_channels, patch_size
         self.channels, self.multipliers, self.classes = channels, tuple(multipliers), classes
+        self.label_dropout = label_dropout
         embedding = 4 * channels
         widths = [channels * m for m in multipliers]
         self.feature_channels = (*widths, widths[-1])
         self.noise_embedding = NoiseEmbedding(embedding)
-        self.class_embedding = nn.Embedding(classes, embedding) if classes else None
+        self.class_embedding = ClassEmbedding(classes, embedding, label_dropout) if classes else None
         patch_channels = image_channels * patch_size**2
         self.stem = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
         self.encoder, self.downsamples = nn.ModuleList(), nn.ModuleList()
@@ -99,8 +130,6 @@ class UNet(nn.Module):
     def _embed(self, c_noise: Tensor, condition: Condition) -> Tensor:
         embedding = self.noise_embedding(c_noise)
         if self.class_embedding is not None:
-            if condition.labels is None:
-                raise ValueError(f"a network with UNet.classes={self.classes} needs labels; the data gave none")
             embedding = embedding + self.class_embedding(condition.labels)
         return F.silu(embedding)
 
@@ -140,17 +169,21 @@ class MLP(nn.Module):
         dimension: D.
         width: size of the hidden layers.
         layers: number of residual hidden layers, at least 2; the encoder is the first half.
-        classes: number of classes, 0 for an unconditional network.
+        classes: number of classes, 0 for an unconditional network. Negative labels ask for no class.
+        label_dropout: probability of training a sample without its class, which guidance needs.
     """
 
-    def __init__(self, *, dimension: int = 2, width: int = 128, layers: int = 4, classes: int = 0):
+    def __init__(
+        self, *, dimension: int = 2, width: int = 128, layers: int = 4, classes: int = 0, label_dropout: float = 0.0
+    ):
         super().__init__()
         if layers < 2:
             raise ValueError(f"MLP.layers={layers} must be at least 2: one for the encoder, one for the decoder")
         self.feature_channels = (width,)
         self.width, self.layers, self.classes, self.shape = width, layers, classes, (dimension,)
+        self.label_dropout = label_dropout
         self.noise_embedding = NoiseEmbedding(width, frequencies=16)
-        self.class_embedding = nn.Embedding(classes, width) if classes else None
+        self.class_embedding = ClassEmbedding(classes, width, label_dropout) if classes else None
         self.stem = nn.Linear(dimension, width)
         hidden = [nn.Linear(width, width) for _ in range(layers)]
         self.encoder, self.decoder = nn.ModuleList(hidden[: layers // 2]), nn.ModuleList(hidden[layers // 2 :])
@@ -163,8 +196,6 @@ class MLP(nn.Module):
     def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> Encoding:
         embedding = self.noise_embedding(c_noise)
         if self.class_embedding is not None:
-            if condition.labels is None:
-                raise ValueError(f"a network with MLP.classes={self.classes} needs labels; the data gave none")
             embedding = embedding + self.class_embedding(condition.labels)
         h = self.stem(x) + embedding
         for layer in self.encoder:

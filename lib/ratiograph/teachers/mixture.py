@@ -99,13 +99,20 @@ class GaussianMixture(Denoiser):
         masses = self.log_weights.new_zeros(int(self.classes.max()) + 1)
         return masses.index_add(0, self.classes, self.log_weights.exp())
 
-    def _log_weights(self, condition: Condition) -> Tensor:
-        """log w [K], or [B, K] of the class asked for, -inf outside it; all of them where the label is negative."""
+    def _log_masses(self, condition: Condition) -> Tensor:
+        """log w [K], or [B, K] with -inf outside the class asked for; all of them where the label is negative."""
         if condition.labels is None:
             return self.log_weights
         labels = condition.labels[:, None]
-        inside = (self.classes == labels) | (labels < 0)
-        return torch.where(inside, self.log_weights, -math.inf).log_softmax(1)
+        return torch.where((self.classes == labels) | (labels < 0), self.log_weights, -math.inf)
+
+    def _log_weights(self, condition: Condition) -> Tensor:
+        """The same, normalised: of the class alone."""
+        return self._log_masses(condition).log_softmax(-1)
+
+    def log_class_mass(self, condition: Condition) -> Tensor:
+        """log p(y) of the class asked for [B], or [] without labels; 0 where none is asked for."""
+        return self._log_masses(condition).logsumexp(-1)
 
     def _residuals(self, noisy: Noisy) -> tuple[Tensor, Tensor]:
         """(u, v), [B, K, D] each."""
@@ -341,6 +348,8 @@ def _tilt_classes(reward: ClassReward, mixture: GaussianMixture) -> tuple[Gaussi
 class ExactTilted(Target):
     """r* = R_t / Z = p*_t / p_t in closed form, for a ``GaussianMixture`` teacher: what ``RewardTilted`` approximates.
 
+    Under labels p* and p are those of the class, and so is the Z in it.
+
     Args:
         reward: ``LinearReward`` and ``QuadraticReward``, also scaled and summed, or ``ClassReward`` with a
             ``MixtureClassifier`` of the teacher.
@@ -353,9 +362,12 @@ class ExactTilted(Target):
         self.reward = reward
 
     def log_expected_reward(self, evaluation: Evaluation) -> Tensor:
-        """log R_t(x_t) = log E_p[R(x0) | x_t] [B]."""
-        _, log_normalizer = tilt(self.reward, evaluation.nodes.teacher)
-        return self.log_target(evaluation)[0] + log_normalizer
+        """log R_t(x_t) = log E_p[R(x0) | x_t] [B], under the class where there is one."""
+        teacher, condition = evaluation.nodes.teacher, evaluation.condition
+        tilted, log_normalizer = tilt(self.reward, teacher)
+        # r* is of the conditional densities: the Z of a class is Z p*(y) / p(y).
+        log_ratio = tilted.log_class_mass(condition) - teacher.log_class_mass(condition)
+        return self.log_target(evaluation)[0] + log_normalizer + log_ratio
 
     @torch.no_grad()
     def log_target(self, evaluation):

@@ -1,0 +1,472 @@
+"""Conversion of official networks: the reference files, files of the same format made here, and hostile ones.
+
+The files made here are written by torch's own pickling, as the official ones are: records of modules with the source of
+their classes, which their own loader would run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from absl import flags
+from torch import nn
+
+from ratiograph import config
+from ratiograph.denoisers import EDM
+from ratiograph.edm_pickles import read_network
+from ratiograph.edm_weights import Description, convert_file, our_name
+from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
+from ratiograph.noising import RectifiedFlow, VarianceExploding, VariancePreserving
+from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
+from ratiograph.types import Condition, Noisy, expand
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = Path("/work/shared/reference/edm")
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference networks in {REFERENCE}")
+PROCESSES = {"ve": VarianceExploding(), "vp": VariancePreserving(), "flow": RectifiedFlow()}
+
+SMALL = {"resolution": 8, "channels": 8, "multipliers": (1, 2, 2), "blocks": 2, "attention_resolutions": (4,)}
+NETWORKS = {
+    "ddpmpp": lambda: DDPMPP(**SMALL, dropout=0.13),
+    "ncsnpp": lambda: NCSNPP(**SMALL, dropout=0.13, classes=3, label_dropout=0.1),
+    "adm": lambda: ADM(**{**SMALL, "channels": 64}, classes=3),
+}
+
+
+def rebuilt(folder: Path) -> EDM:
+    """The denoiser that a converted folder describes, with its weights."""
+    document = json.loads((folder / "network.json").read_text())
+    parts = (document[key] for key in ("denoiser", "denoiser_arguments", "network", "network_arguments"))
+    denoiser = Description(*parts).build()
+    denoiser.weights = str(folder / "weights.safetensors")
+    denoiser.load()
+    return denoiser.eval()
+
+
+# --- reference files ------------------------------------------------------------------------------------------
+
+
+@needs_reference
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", ["ddpmpp_uncond", "ncsnpp_cond", "adm_cond"])
+def test_reference_networks_give_the_stored_outputs(name, process, tmp_path):
+    convert_file(REFERENCE / f"{name}.pkl", tmp_path)
+    denoiser, process = rebuilt(tmp_path), PROCESSES[process]
+    with np.load(REFERENCE / f"{name}.npz") as stored:
+        stored = {key: torch.from_numpy(stored[key]) for key in stored.files}
+    labels = stored["labels"].argmax(1) if stored["labels"].numel() else None
+    augment = stored["augment"] if stored["augment"].numel() else None
+    t = process.time_of(stored["sigma"].double())
+    alpha, sigma = (scale.float() for scale in process.alpha_sigma(t))
+    noisy = Noisy(expand(alpha, stored["x"]) * stored["x"], t, alpha, sigma)
+    with torch.no_grad():
+        plain = denoiser.denoise(noisy, Condition(labels))
+        augmented = denoiser.denoise(noisy, Condition(labels, augment))
+    for found, key in ((plain, "denoised"), (augmented, "denoised_augmented")):
+        torch.testing.assert_close(found, stored[key], rtol=0, atol=2e-6)
+    if augment is not None:
+        assert (plain - augmented).abs().max() > 1e-3
+
+
+# --- files of the official format -----------------------------------------------------------------------------
+
+MARKER = "ran.txt"
+SOURCE = f"open({MARKER!r}, 'w').write('the source was run')\n"
+RENAMED = [
+    (r"^embedding\.noise\.frequencies", "map_noise.freqs"),
+    (r"^embedding\.classes\.table", "map_label.weight"),
+    (r"^embedding\.classes", "map_label"),
+    (r"^embedding\.augment", "map_augment"),
+    (r"^embedding\.layer1", "map_layer0"),
+    (r"^embedding\.layer2", "map_layer1"),
+    (r"attention\.norm", "norm3"),
+    (r"attention\.query_key_value", "qkv"),
+    (r"attention\.project", "proj"),
+    (r"norm(\d)", lambda m: f"norm{int(m[1]) - 1}"),
+    (r"conv(\d)", lambda m: f"conv{int(m[1]) - 1}"),
+    (r"^stem", "enc.8x8_conv"),
+    (r"^encoder\.(\d)\.resample", lambda m: "enc.{0}x{0}_down".format(8 >> int(m[1]))),
+    (r"^decoder\.(\d)\.resample", lambda m: "dec.{0}x{0}_up".format(8 >> int(m[1]))),
+    (r"^(enc|dec)oder\.(\d)\.blocks\.(\d)", lambda m: "{1}.{0}x{0}_block{2}".format(8 >> int(m[2]), m[1], m[3])),
+    (r"^middle\.(\d)", lambda m: f"dec.2x2_in{m[1]}"),
+    (r"^pyramid\.(\d)", lambda m: "enc.{0}x{0}_aux_residual".format(4 >> int(m[1]))),
+]
+
+
+def official_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's state dict as the official classes would have it."""
+    ends = ("out_norm", "out_conv") if isinstance(network, ADM) else ("dec.8x8_aux_norm", "dec.8x8_aux_conv")
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if isinstance(network, NCSNPP) else [1.0, 1.0])
+    taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+    result = {}
+    for name, tensor in network.state_dict().items():
+        for pattern, replacement in [*RENAMED, ("^out_norm", ends[0]), (r"^out\.", f"{ends[1]}.")]:
+            name = re.sub(pattern, replacement, name)
+        result[name] = tensor.T if name == "map_label.weight" else tensor
+    moved = {name.rsplit(".", 2)[0] for name in result if re.search(r"_(down|up)\.conv0\.", name)}
+    return {**result, **{f"{name}.{layer}.resample_filter": taps for name in moved for layer in ("conv0", "skip")}}
+
+
+class Official:
+    """Pickles as a module of an official class."""
+
+    def __init__(self, class_name: str, **state):
+        self.class_name, self.state = class_name, state
+
+    def __reduce__(self):
+        description = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": self.class_name}
+        reconstruct = sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj
+        return reconstruct, ({**description, "state": self.state},)
+
+
+def module_state(**attributes):
+    return {"_parameters": {}, "_buffers": {}, "_non_persistent_buffers_set": set(), "_modules": {}, **attributes}
+
+
+def official_module(state: dict[str, torch.Tensor], class_name: str, of_blocks: dict, **attributes) -> Official:
+    """A tree of records from dotted names; blocks get the attributes ``of_blocks``."""
+    result = Official(class_name, **module_state(**attributes))
+    children: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            children.setdefault(first, {})[rest] = tensor
+        elif first in ("resample_filter", "freqs"):
+            result.state["_buffers"][first] = tensor
+        else:
+            result.state["_parameters"][first] = nn.Parameter(tensor)
+    result.state["_parameters"]["absent"] = None
+    for name, inside in children.items():
+        child = official_module(inside, "Layer", of_blocks, **(of_blocks if "block" in name else {}))
+        if name in ("enc", "dec"):
+            container = nn.ModuleDict()
+            container._modules = child.state["_modules"]
+            child = container
+        result.state["_modules"][name] = child
+    return result
+
+
+def official_pickle(
+    path: Path, network: nn.Module, monkeypatch, *, old: bool = False, denoiser="EDMPrecond", **scalars
+):
+    """Writes ``network`` as the official code would: today's, or that of 2022 with numpy 1."""
+
+    def _reconstruct_persistent_obj(description):
+        raise AssertionError("only its name is needed")
+
+    module = types.ModuleType("torch_utils.persistence")
+    _reconstruct_persistent_obj.__module__ = module.__name__
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    rate = network.embedding.classes.dropout if network.embedding.classes is not None else 0
+    of_blocks = {"dropout": network.encoder[0].blocks[0].dropout, "skip_scale": np.float64(0.5) ** 0.5}
+    model = official_module(official_state(network), "AnyUNet", of_blocks, label_dropout=rate)
+    scalars = {"sigma_min": 0, "sigma_max": float("inf"), **scalars, "extra": np.arange(6.0).reshape(2, 3)}
+    document = {"ema": Official(denoiser, **module_state(_modules={"model": model}, **scalars)), "augment_pipe": None}
+    data = pickle.dumps(document, protocol=3 if old else 4)
+    if old:  # numpy 1 wrote the same under another module
+        assert b"numpy._core.multiarray" in data
+        data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    path.write_bytes(data)
+
+
+def random(network: nn.Module) -> nn.Module:
+    """Weights at which every tensor counts."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+def asked():
+    """Noisy samples and a condition."""
+    generator = torch.Generator().manual_seed(1)
+    x, sigma = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0.1, 3.0])
+    augment = torch.randn(2, 9, generator=generator)
+    return Noisy(x, sigma, torch.ones(2), sigma), Condition(torch.tensor([2, 0]), augment)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Whatever a file would write when run lands here, and must not."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not Path(MARKER).exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pickles_give_back_the_network(name, old, tmp_path, monkeypatch):
+    network = random(NETWORKS[name]())
+    official_pickle(tmp_path / "net.pkl", network, monkeypatch, old=old, sigma_data=0.6)
+    description = convert_file("net.pkl", "out")
+    assert description.denoiser_arguments == {"sigma_data": 0.6}
+    arguments = {**SMALL, "image_channels": 3, "classes": network.classes, "augment_labels": network.augment_labels}
+    arguments |= {"dropout": 0.1 if name == "adm" else 0.13, "label_dropout": 0.1 if name == "ncsnpp" else 0.0}
+    assert description.network_arguments == {**arguments, "channels": 64 if name == "adm" else 8}
+    with torch.no_grad():
+        expected = EDM(network=network, sigma_data=0.6).eval().denoise(*asked())
+        assert torch.equal(rebuilt(Path("out")).denoise(*asked()), expected)
+
+
+@pytest.mark.parametrize(("suffix", "prefix"), [(".pt", ""), (".pth", "model.")])
+def test_plain_state_dicts_give_back_the_network(suffix, prefix):
+    network = random(NETWORKS["ncsnpp"]())
+    state = {prefix + name: tensor for name, tensor in official_state(network).items()}
+    torch.save(state, f"net{suffix}")
+    convert_file(f"net{suffix}", "out", "VEPreconditioned")
+    with torch.no_grad():
+        expected = VEPreconditioned(network=network).eval().denoise(*asked())
+        assert torch.equal(rebuilt(Path("out")).denoise(*asked()), expected)
+
+
+def test_score_networks_before_edm_keep_their_preconditioning(monkeypatch):
+    network = random(NETWORKS["ddpmpp"]())
+    path = Path("net.pkl")
+    official_pickle(path, network, monkeypatch, denoiser="VPPrecond", beta_min=0.2, beta_d=9.8, M=500, epsilon_t=1e-5)
+    convert_file(path, "out")
+    with torch.no_grad():
+        expected = VPPreconditioned(network=network, beta_min=0.2, beta_max=10.0, steps=500).eval().denoise(*asked())
+        assert torch.equal(rebuilt(Path("out")).denoise(*asked()), expected)
+    with pytest.raises(ValueError, match="its denoiser is VPPreconditioned and not EDM"):
+        convert_file(path, "out", "EDM")
+
+
+def test_gin_lines_build_the_same_denoiser(monkeypatch):
+    network = random(NETWORKS["adm"]())
+    official_pickle(Path("net.pkl"), network, monkeypatch)
+    convert_file("net.pkl", "out")
+    Path("run.gin").write_text(
+        "import ratiograph.networks.edm\nimport ratiograph.preconditioning\ninclude 'out/network.gin'\n"
+    )
+    denoiser = config.build(config.parse(["run.gin"], root="EDM"))
+    denoiser.load()
+    with torch.no_grad():
+        expected = EDM(network=network).eval().denoise(*asked())
+        assert torch.equal(denoiser.eval().denoise(*asked()), expected)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """A pickle that runs a command when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {MARKER}",)
+
+
+class Storage:
+    """Tensor bytes that are a pickle of something else."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (self.data,)
+
+
+def torch_file(value: object, zipped: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+HOSTILE = {
+    "a command": (pickle.dumps({"ema": Runs()}), r"(posix|nt)\.system"),
+    "a command in a list": (pickle.dumps([1, Runs()]), r"(posix|nt)\.system"),
+    "a command, protocol 0": (pickle.dumps(Runs(), protocol=0), r"(posix|nt)\.system"),
+    "a command in tensor bytes": (pickle.dumps(Storage(torch_file(Runs(), False))), r"(posix|nt)\.system"),
+    "a command in a zip of tensors": (pickle.dumps(Storage(torch_file(Runs(), True))), r"(posix|nt)\.system"),
+    "a bare pickle in tensor bytes": (pickle.dumps(Storage(pickle.dumps(Runs()))), "no EDM network"),
+    "eval": (b"cbuiltins\neval\n(V1\ntR.", r"builtins\.eval"),
+    "an unknown class": (pickle.dumps({"ema": subprocess.Popen}), r"subprocess\.Popen"),
+    "a way round through attributes": (b"cbuiltins\ngetattr\n.", r"builtins\.getattr"),
+    "a nested name": (b"\x80\x04\x8c\x05numpy\x8c\x0ctesting.main\x93.", r"numpy\.testing\.main"),
+    "a persistent object": (b"Pid\n.", "the persistent object 'id'"),
+    "state for a function": (b"ctorch._utils\n_rebuild_tensor_v2\n}b.", "state for Function"),
+    "slots of a function": (b"ctorch._utils\n_rebuild_tensor_v2\n(N}V_call\nNstb.", "state for Function"),
+    "state for a class": (b"ctorch.nn.modules.container\nModuleDict\n}b.", "no EDM network"),
+    "a record of a function": (
+        b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n(}(Vtype\nVfunction\nVclass_name\nVx\nVstate\n}utR.",
+        "a record of type 'function'",
+    ),
+    "an object array": (b"cnumpy\ndtype\n(VO\ntR.", r"numpy\.dtype\('O'\)"),
+    "no network": (pickle.dumps({"ema": {"weight": 1.0}}), "a dict in place of a network"),
+    "something else": (b"not a pickle at all", "damaged, or no EDM network"),
+    "nothing": (b"", "damaged, or no EDM network"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused_by_name_and_not_run(name):
+    data, message = HOSTILE[name]
+    Path("net.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_network("net.pkl")
+
+
+def test_the_command_would_have_run():
+    """What the refusals above are worth: the standard loader runs these bytes."""
+    code = f"import pickle; pickle.loads({HOSTILE['a command'][0]!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert Path(MARKER).exists()
+    Path(MARKER).unlink()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_hostile_state_dicts_are_refused_by_name_and_not_run(zipped):
+    Path("net.pt").write_bytes(torch_file({"enc.8x8_conv.weight": Runs()}, zipped))
+    with pytest.raises(ValueError, match=r"refused (posix|nt)\.system"):
+        read_network("net.pt")
+
+
+def test_refused_inside_a_network(monkeypatch):
+    """A whole network with one command among the attributes of a block."""
+    network = NETWORKS["ddpmpp"]()
+    official_pickle(Path("net.pkl"), network, monkeypatch, harmless=Runs())
+    with pytest.raises(ValueError, match=r"refused (posix|nt)\.system, which no EDM network needs; nothing was run"):
+        convert_file("net.pkl", "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "message"),
+    [
+        ((1000, 1000), (0, 0), "larger than its storage"),  # a small file that asks for much memory
+        ((2, 2), (3, 1), "out of bounds"),
+    ],
+)
+def test_tensors_stay_inside_their_storage(size, stride, message):
+    class Tensor:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (STORAGE, 0, size, stride, False, {})
+
+    Path("net.pkl").write_bytes(pickle.dumps({"ema": Tensor()}))
+    with pytest.raises(ValueError, match=message):
+        read_network("net.pkl")
+
+
+STORAGE = Storage(torch_file(torch.arange(4.0)._typed_storage(), False))
+
+
+def test_truncated_files_are_damaged_wherever_they_end(monkeypatch):
+    official_pickle(Path("whole.pkl"), NETWORKS["ddpmpp"](), monkeypatch)
+    data = Path("whole.pkl").read_bytes()
+    for share in (0.001, 0.1, 0.5, 0.9, 0.9999):
+        Path("net.pkl").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError, match="is damaged"):
+            read_network("net.pkl")
+
+
+def test_tensor_bytes_that_end_early_are_damaged():
+    Path("net.pkl").write_bytes(pickle.dumps({"ema": Storage(STORAGE.data[:-8])}))
+    with pytest.raises(ValueError, match="is damaged"):
+        read_network("net.pkl")
+
+
+def test_unknown_denoisers_are_named(monkeypatch):
+    official_pickle(Path("net.pkl"), NETWORKS["ddpmpp"](), monkeypatch, denoiser="iDDPMPrecond")
+    with pytest.raises(ValueError, match="its network is a iDDPMPrecond; only EDMPrecond"):
+        convert_file("net.pkl", "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("enc.4x4_block1.conv0.weight"), "encoder.1.blocks.1.conv1.weight: nothing where"),
+        (lambda s: s.pop("map_layer0.weight"), r"embedding\.layer1\.weight: nothing where \[32, 8\] belongs"),
+        (lambda s: s.update({"enc.4x4_aux_skip.weight": torch.zeros(1)}), "enc.4x4_aux_skip.weight has no place"),
+        (lambda s: s.update({"head.weight": torch.zeros(1)}), "head.weight has no place"),
+        (lambda s: s.update({"map_noise.freqs": torch.zeros(4)}), "none of DDPM"),
+        (lambda s: s.update({"dec.8x8_up.conv0.resample_filter": torch.ones(1, 1, 2, 2)}), "neither"),
+        (lambda s: s.clear(), "none of DDPM"),
+    ],
+)
+def test_tensors_that_make_no_network_are_named(change, message):
+    state = official_state(NETWORKS["ddpmpp"]())
+    change(state)
+    torch.save(state, "net.pt")
+    with pytest.raises(ValueError, match=message):
+        convert_file("net.pt", "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("official", "ours"),
+    [
+        ("enc.32x32_conv.bias", "stem.bias"),
+        ("enc.8x8_block3.norm2.weight", "encoder.2.blocks.3.attention.norm.weight"),
+        ("enc.16x16_aux_residual.weight", "pyramid.0.weight"),
+        ("dec.16x16_up.skip.weight", "decoder.1.resample.skip.weight"),
+        ("dec.8x8_in1.conv1.weight", "middle.1.conv2.weight"),
+        ("dec.32x32_aux_norm.weight", "out_norm.weight"),
+        ("map_noise.freqs", "embedding.noise.frequencies"),
+    ],
+)
+def test_names(official, ours):
+    assert our_name(official, 32) == ours
+
+
+# --- the tool -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/convert_edm.py as a function of its arguments."""
+    spec = importlib.util.spec_from_file_location("convert_edm", ROOT / "tools" / "convert_edm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments):
+        flags.FLAGS.unparse_flags()
+        module.main(flags.FLAGS(["convert_edm.py", *arguments]))
+
+    return call
+
+
+def test_tool_converts(tool, capsys):
+    network = random(NETWORKS["ncsnpp"]())
+    torch.save(official_state(network), "net.pt")
+    tool("--preconditioning=VEPreconditioned", "net.pt", "out")
+    assert "VEPreconditioned with NCSNPP" in capsys.readouterr().out
+    document = json.loads(Path("out/network.json").read_text())
+    assert document["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    lines = Path("out/network.gin").read_text().splitlines()
+    assert "VEPreconditioned.network = @NCSNPP()" in lines
+    assert f"TEACHER = '{Path('out').resolve() / 'weights.safetensors'}'" in lines
+    assert "NCSNPP.multipliers = (1, 2, 2)" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net.pkl"], "error: give the official file and the folder"),
+        (["missing.pkl", "out"], "error: no file missing.pkl"),
+        (["net.zip", "out"], "error: net.zip is neither a pickle"),
+        (["net.pkl", "out"], "error: net.pkl: refused builtins.eval"),
+    ],
+)
+def test_tool_reports_one_line(tool, arguments, message):
+    Path("net.pkl").write_bytes(HOSTILE["eval"][0])
+    Path("net.zip").write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        tool("--preconditioning=EDM", *arguments)
+    assert str(stopped.value).startswith(message)
+    assert "\n" not in str(stopped.value)

@@ -1,0 +1,40 @@
+"""Converts an official EDM network to safetensors, and writes the gin lines that build it.
+
+  python tools/convert_edm.py edm-cifar10-32x32-uncond-vp.pkl teachers/cifar10
+  python tools/convert_edm.py --preconditioning=VPPreconditioned ddpmpp.pt teachers/ddpmpp
+
+Official pickles (.pkl) hold Python source that their own loader runs; here nothing in the file is run, and a pickle
+with anything but a network in it is refused. Plain state dicts (.pt, .pth) with official names are taken too; they do
+not say how the network was preconditioned, which --preconditioning does (EDM by default).
+
+The folder gets weights.safetensors, network.json (class names and constructor arguments) and network.gin, which a
+run includes:
+
+  python launch/main.py --gin_file=gin/mine.gin --gin_file=teachers/cifar10/network.gin --workdir=runs/mine
+
+The official files: https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{un,}cond-{vp,ve}.pkl,
+edm-ffhq-64x64-uncond-{vp,ve}.pkl, edm-afhqv2-64x64-uncond-{vp,ve}.pkl, edm-imagenet-64x64-cond-adm.pkl.
+"""
+
+import sys
+
+from absl import app, flags
+
+from ratiograph.edm_weights import DENOISERS, convert_file
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("preconditioning", None, list(DENOISERS), "Class of the denoiser, for plain state dicts.")
+
+
+def main(argv):
+    if len(argv) != 3:
+        sys.exit("error: give the official file and the folder to write: convert_edm.py FILE OUT_DIR")
+    try:
+        description = convert_file(argv[1], argv[2], FLAGS.preconditioning)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{argv[2]}: {description.denoiser} with {description.network}; include {argv[2]}/network.gin in a run")
+
+
+if __name__ == "__main__":
+    app.run(main)
