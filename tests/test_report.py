@@ -20,7 +20,8 @@ from PIL import Image
 from ratiograph import report_charts
 from ratiograph.logs import make_grid
 from ratiograph.report import write_report
-from ratiograph.report_charts import Axis, bar_chart, line_chart, log_ticks, mini_bars, nice_ticks, smooth, tick_label
+from ratiograph.report_charts import Axis, line_chart, log_ticks, nice_ticks, smooth, tick_label
+from ratiograph.report_results import bar_chart, mini_bars
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SELF_CLOSED = {"path", "line", "rect"}
@@ -137,6 +138,23 @@ def test_table_rounds_a_column_alike_and_marks_what_is_missing(workdir):
     assert re.search(r'<tr class="?highlight"?><th>student</th>', html)
     assert html.index("Fréchet distance") < html.index("lower is better")
     assert "higher is better" not in html
+
+
+def test_many_metrics_stand_below_one_another_and_truth_values_are_words(workdir):
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    names = [f"m{k}" for k in range(6)]
+    for index, row in enumerate(evaluation["rows"]):
+        row |= dict.fromkeys(names, index + 0.5) | {"collapsed": index == 2}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    html = write_report(workdir).read_text(encoding="utf-8")
+    found = {row[0]: row[1:] for row in cells(re.sub(r" class=highlight", "", html))}
+    assert found["network evaluations"] == ["–", "35", "1", "1"]
+    assert found["Fréchet distance lower is better"] == ["0.52", "3.46", "1,234.50", "4.00"]
+    assert found["collapsed"] == ["no", "no", "yes", "no"]
+    assert found["m3"] == ["0.50", "1.50", "2.50", "3.50"]
+    heads = re.search(r"<thead>(.*?)</thead>", html)[1]
+    assert re.findall(r"<th([^>]*)>([^<]+)</th>", heads)[-1] == (" class=highlight", "student")
+    assert html.count("<td class=highlight>") == len(found)
 
 
 def test_header_sums_up_the_run(workdir):

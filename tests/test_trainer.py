@@ -78,6 +78,36 @@ def test_a_nan_ends_the_run_with_the_earlier_checkpoint_intact(tmp_path):
     assert all(value.isfinite().all() for value in state["task"]["networks"]["student"].values())
 
 
+def test_an_overflowing_identity_does_not_end_the_run(tmp_path, monkeypatch):
+    """E_q[e^l] is infinite in fp32 from l = 89 on; the weights may be fine."""
+    infinite = torch.tensor(float("inf"))
+    monkeypatch.setattr("ratiograph.distillation.ratio_metrics", lambda *ratios: {"ratio/mean_exp_student": infinite})
+    run(tmp_path, steps=2)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2
+    assert last["ratio/mean_exp_student"] is None
+
+
+def test_quick_evaluations_are_logged_and_change_nothing(tmp_path):
+    """The measured run takes the very steps of the other, and tells about its ratio."""
+    plain, judged = (tmp_path / name for name in ("plain", "judged"))
+    run(plain, steps=4)
+    quick = ["during_samples = 50", "samples = 50", "teacher_evaluations = (1,)"]
+    lines = ["Experiment.evaluator = @DigitsEvaluator()", "Experiment.evaluate_every = 2"]
+    run(judged, *lines, *(f"DigitsEvaluator.{line}" for line in quick), steps=4)
+    records = [json.loads(line) for line in (judged / "metrics.jsonl").read_text().splitlines()]
+    key = "evaluation/frechet_distance"
+    measured = {record["step"]: record[key] for record in records if key in record}
+    assert sorted(measured) == [2, 4]
+    assert all(value > 1 for value in measured.values())
+    states = [checkpoints.latest(folder / "checkpoints")[1]["task"]["networks"] for folder in (plain, judged)]
+    for key, value in states[0]["student"].items():
+        assert torch.equal(value, states[1]["student"][key]), key
+    summary = json.loads((judged / "diagnostics.json").read_text())
+    assert summary["step"] == 4
+    assert sum(summary["ratio"]["calibration"]["share"]) == pytest.approx(1)
+
+
 def test_a_checkpoint_of_another_graph_is_refused(tmp_path):
     run(tmp_path, steps=3)
     with pytest.raises(ValueError, match=r"another graph: student\.denoiser\.network"):

@@ -74,7 +74,8 @@ class RatioTraining(Task):
         return Evaluation(noisy, both, Condition(), Nodes(teacher=self.teacher, ratio=self.ratio), needs)
 
     def step(self, batch: None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        evaluation = self.evaluate(batch_size, generator, Needs(training=True, ratio_gradient=self.loss.needs_gradient))
+        again = self.loss.needs_gradient
+        evaluation = self.evaluate(batch_size, generator, Needs(training=True, ratio_gradient=again, curvature=again))
         real, student = evaluation.log_ratio_output.tensor_split([batch_size])
         loss = self.loss(real, student, evaluation.noisy.x_t)
         loss.backward()

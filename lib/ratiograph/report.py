@@ -1,18 +1,20 @@
 """The page that a run leaves: ``report.html``, one file that opens anywhere, without a network.
 
-It is written from the files in the run's folder alone, and any of them may be missing: ``metrics.jsonl`` ->
-curves, ``samples/step_*.png`` -> grids over training, ``evaluation.json`` -> table, histograms, figures and
-notes, ``graph.svg`` -> the graph, ``config.gin`` -> the configuration. An *evaluation row* is one sampler's
-measurements. The fields of evaluation.json, each optional::
+It is written from the files in the run's folder alone, and any of them may be missing: ``metrics.jsonl`` -> curves,
+``diagnostics.json`` -> whether the ratio can be trusted, ``samples/step_*.png`` -> grids over training,
+``evaluation.json`` -> table, histograms, figures and notes, ``graph.svg`` -> the graph, ``config.gin`` -> the
+configuration. An *evaluation row* is one sampler's measurements. The fields of evaluation.json, each optional::
 
     {"title": str,
-     "rows": [{"name": str, "evaluations": int, "samples": int, "highlight": bool, "<metric>": float |
-     [float]}], "metrics": {"<metric>": {"label": str, "better": "lower" | "higher" | null}}, "histograms":
-     {"labels": [str], "series": [{"name": str, "values": [float]}]}, "figures": [{"file": path inside the
-     run's folder, "caption": str}], "notes": [str]}
+     "rows": [{"name": str, "evaluations": int, "samples": int, "highlight": bool, "collapsed": bool,
+               "<metric>": float | bool | [float]}],
+     "metrics": {"<metric>": {"label": str, "better": "lower" | "higher" | null}},
+     "histograms": {"labels": [str], "series": [{"name": str, "values": [float]}]},
+     "figures": [{"file": path inside the run's folder, "caption": str}],
+     "notes": [str]}
 
-``histograms`` may also be a list of such objects, each with a ``title``. Every text is escaped: nothing in
-those files becomes markup.
+``histograms`` may also be a list of such objects, each with a ``title``. A highlighted row that has collapsed is warned
+of at the page's head. Every text is escaped: nothing in those files becomes markup.
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ import math
 import os
 import platform
 import re
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from importlib import metadata, resources
 from pathlib import Path
@@ -35,14 +36,15 @@ from xml.etree import ElementTree
 import ratiograph
 from ratiograph.files import write_atomically
 from ratiograph.logs import duration, read_metrics, significant
-from ratiograph.report_charts import bar_chart, line_chart, mini_bars
+from ratiograph.report_charts import line_chart
+from ratiograph.report_diagnostics import collapse_banner, quality_charts, trust
+from ratiograph.report_results import class_charts, results_table
 
 __all__ = ["write_report"]
 
 _GRIDS = 6  # sample grids shown, the first and the last among them
-_TOGETHER = {"field"}  # groups whose metrics share a unit and are read against each other: one chart
+_TOGETHER = {"field": "norms", "cosine": "cosines"}  # groups read against each other in one chart, and its title
 _UNITS = (  # the first pattern found in a metric's name gives its unit
-    (r"^field/.*cos", "cosine"),
     (r"^field/", "rms at the image"),
     (r"per_second$", "per second"),
     (r"fraction$|accuracy", "fraction"),
@@ -64,24 +66,35 @@ def write_report(workdir: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: evaluation.json does not have the form above, or the page cannot be written.
+        ValueError: evaluation.json does not have the form above or diagnostics.json not its own, or the page cannot be
+            written.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
-    evaluation, metrics = _evaluation(workdir / "evaluation.json"), read_metrics(workdir / "metrics.jsonl")
+    evaluation, metrics = _object(workdir / "evaluation.json"), read_metrics(workdir / "metrics.jsonl")
+    diagnostics = _object(workdir / "diagnostics.json")
     title = evaluation.get("title") or workdir.resolve().name
     try:
-        results = [_table(evaluation), _histograms(evaluation), _figures(workdir, evaluation), _notes(evaluation)]
+        results = [_results(evaluation), _classes(evaluation), _figures(workdir, evaluation), _notes(evaluation)]
+        banner, quality = collapse_banner(metrics, evaluation), quality_charts(metrics, evaluation.get("metrics") or {})
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{workdir / 'evaluation.json'} lacks or misuses a field ({type(error).__name__}: {error}). The form is "
             "in the documentation of ratiograph.report; evaluate again, or remove the file"
         ) from error
+    try:
+        trusted, shown = trust(metrics, diagnostics)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{workdir / 'diagnostics.json'} lacks or misuses a field ({type(error).__name__}: {error}). Resume "
+            "the run, which writes it again, or remove the file"
+        ) from error
     table, histograms, figures, notes = results
     sections = [
-        *(table, _samples(workdir / "samples"), histograms, figures, notes),
-        *(_graph(workdir / "graph.svg"), _curves(metrics), _configuration(workdir / "config.gin")),
+        *(banner, table, _samples(workdir / "samples"), _quality(quality), histograms, _trust(trusted)),
+        *(figures, notes, _graph(workdir / "graph.svg"), _curves(metrics, shown)),
+        _configuration(workdir / "config.gin"),
     ]
     if not any(sections):
         sections = ['<p class="lead">Nothing has been measured here yet.</p>']
@@ -89,15 +102,16 @@ def write_report(workdir: Path) -> Path:
     return workdir / "report.html"
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file of the run holds; {} if there is no file."""
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Evaluate again, or remove the file") from error
+        raise ValueError(f"{path} is not JSON ({error}). Make it again, or remove the file") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object. Evaluate again, or remove it")
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object. Make it again, or remove it")
     return found
 
 
@@ -146,78 +160,17 @@ def _facts(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
-# -- evaluation
-# ------------------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def _table(evaluation: Mapping[str, Any]) -> str:
-    """Rows side by side; a column whose numbers are all the same becomes a sentence."""
-    rows = evaluation.get("rows") or []
-    if not rows:
-        return ""
-    described = evaluation.get("metrics") or {}
-    counts = {"evaluations": "network evaluations", "samples": "samples"}
-    known = {"name", "highlight", *counts, *described}
-    others = dict.fromkeys(key for row in rows for key in row if key not in known)
-    sentence = ""
-    if len({row.get("samples") for row in rows}) == 1 and rows[0].get("samples") is not None:
-        sentence = f"{rows[0]['samples']:,} samples in every row."
-        del counts["samples"]
-    columns = [key for key in (*counts, *described, *others) if any(row.get(key) is not None for row in rows)]
-    heads = []
-    for key in columns:
-        about = described.get(key) or {}
-        arrow = {"lower": "lower is better", "higher": "higher is better"}.get(about.get("better") or "", "")
-        label = escape(str(about.get("label") or counts.get(key) or key.replace("_", " ")))
-        heads.append(f'<th>{label}{f"""<span class="better">{arrow}</span>""" if arrow else ""}</th>')
-    cells = {key: _column([row.get(key) for row in rows]) for key in columns}
-    if "evaluations" in cells:  # real samples took none
-        cells["evaluations"] = [cell if cell != "0" else "–" for cell in cells["evaluations"]]
-    body = "".join(
-        f"<tr{' class=highlight' if row.get('highlight') else ''}><th>{escape(str(row['name']))}</th>"
-        + "".join(f"<td>{cells[key][index]}</td>" for key in columns)
-        + "</tr>"
-        for index, row in enumerate(rows)
-    )
-    table = f'<table class="numbers"><thead><tr><th></th>{"".join(heads)}</tr></thead><tbody>{body}</tbody></table>'
-    return _section("Results", f'<div class="scroll">{table}</div>', sentence)
+def _results(evaluation: Mapping[str, Any]) -> str:
+    table, sentence = results_table(evaluation)
+    return _section("Results", table, sentence) if table else ""
 
 
-def _column(values: Sequence[Any]) -> list[str]:
-    """Cells of one column: integers whole, other numbers with the same decimals, lists as small bars."""
-    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-    decimals = 0
-    if any(isinstance(value, float) for value in numbers):
-        sizes = [abs(value) for value in numbers if value]
-        decimals = min(max(2 - math.floor(math.log10(statistics.median_low(sizes))), 0), 4) if sizes else 0
-    cells = []
-    for value in values:
-        if value is None:
-            cells.append("–")
-        elif isinstance(value, str | bool):
-            cells.append(escape(str(value).lower() if isinstance(value, bool) else value))
-        elif isinstance(value, Sequence):
-            cells.append(mini_bars(value))
-        elif not math.isfinite(value):
-            cells.append(escape(significant(value)))
-        else:
-            cells.append(significant(value, 2) if 0 < abs(value) < 0.5 * 10**-decimals else f"{value:,.{decimals}f}")
-    return cells
-
-
-def _histograms(evaluation: Mapping[str, Any]) -> str:
-    found = evaluation.get("histograms") or []
-    charts = []
-    for histogram in [found] if isinstance(found, Mapping) else found:
-        series = {str(one["name"]): [float(v) for v in one["values"]] for one in histogram["series"]}
-        labels = [str(label) for label in histogram["labels"]]
-        for name, values in series.items():
-            if len(values) != len(labels):
-                raise TypeError(f"histogram {name} has {len(values)} values for {len(labels)} labels")
-        heading = f"<h3>{escape(str(histogram['title']))}</h3>" if histogram.get("title") else ""
-        charts.append(heading + bar_chart(labels, series))
-    hint = "Fraction of samples in each class."
-    return _section("Classes", "".join(charts), hint) if charts else ""
+def _classes(evaluation: Mapping[str, Any]) -> str:
+    charts = class_charts(evaluation)
+    return _section("Classes", charts, "Fraction of samples in each class.") if charts else ""
 
 
 def _figures(workdir: Path, evaluation: Mapping[str, Any]) -> str:
@@ -237,8 +190,7 @@ def _notes(evaluation: Mapping[str, Any]) -> str:
     return _section("Notes", "".join(f"<p>{escape(str(note))}</p>" for note in notes)) if notes else ""
 
 
-# -- pictures
-# --------------------------------------------------------------------------------------------------------
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 def _data(path: Path) -> str:
@@ -280,15 +232,29 @@ def _graph(path: Path) -> str:
     return _section("Graph", f'<div class="graph"><img src="{_data(path)}" alt="component graph of the run"></div>')
 
 
-# -- curves
-# ----------------------------------------------------------------------------------------------------------
+# -- curves ------------------------------------------------------------------------------------------------------------
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _quality(charts: str) -> str:
+    hint = "On fewer samples than in the table of results: compare the points with each other, not with it."
+    return _section("Quality over training images", f'<div class="charts">{charts}</div>', hint) if charts else ""
+
+
+def _trust(body: str) -> str:
+    hint = (
+        "The log-ratio l = log p/q sets the weight of every sample, and D = sigmoid(l) is its belief that a sample is "
+        "real. p is the teacher or the data, q the student. Below each chart: how to read it, and what to do."
+    )
+    return _section("Can the ratio be trusted?", body, hint) if body else ""
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]], elsewhere: Collection[str]) -> str:
     """One chart a metric, or one a group where its metrics are read against each other."""
     names = dict.fromkeys(key for record in metrics for key in record if key not in ("step", "seconds", "images"))
     groups: dict[str, list[str]] = {}
     for name in sorted(names, key=_rank):
+        if name in elsewhere or name.startswith("evaluation/"):
+            continue
         if any(_finite(record.get(name)) for record in metrics):
             groups.setdefault(name.partition("/")[0], []).append(name)
     charts = "".join(
@@ -331,7 +297,7 @@ def _chart(group: str, names: Sequence[str], metrics: Sequence[Mapping[str, Any]
         ]
         for name in names
     }
-    title = next(iter(series)) if len(names) == 1 else "norms"
+    title = next(iter(series)) if len(names) == 1 else _TOGETHER[group]
     unit = _unit(names[0])
     unit = "" if unit in title else unit
     return line_chart(group.replace("_", " "), title, unit, [record["step"] for record in records], series)

@@ -1,9 +1,9 @@
-"""Charts of a report as inline SVG and HTML: lines over training steps, bars over classes.
+"""Charts of a report as inline SVG: lines over training, dots over noise levels, a calibration curve.
 
-A *series* is a name with one value a step; a value that was not finite is NaN here and a gap in the line.
-Lines are drawn twice: the raw values faint, and over them a centred Gaussian average in the scale of the
-axis. Colours are the classes ``c0`` to ``c5`` of report.css, so that a chart follows the page into dark mode
-and print.
+A *series* is a name with one value a step; a value that was not finite is NaN here and a gap in the line. Lines
+of many points are drawn twice: the raw values faint, and over them a centred Gaussian average, in the scale of
+the axis or, against a ``Guide``, in plain scale. Colours are the classes ``c0`` to ``c5`` of report.css, so
+that a chart follows the page into dark mode and print.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import numpy as np
 
 from ratiograph.logs import significant
 
-__all__ = ["Axis", "bar_chart", "line_chart", "log_ticks", "mini_bars", "nice_ticks", "smooth", "tick_label"]
+__all__ = [
+    "Axis",
+    "Guide",
+    "bin_chart",
+    "calibration_chart",
+    "line_chart",
+    "log_ticks",
+    "nice_ticks",
+    "smooth",
+    "tick_label",
+]
 
 _COLOURS = 6
 _POINTS = 400  # drawn a line: more than a screen resolves, few enough for a light page
@@ -54,9 +64,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
-    """Gaussian average of each value's neighbours, ``width`` points in standard deviation; NaN stays NaN,
-    others
-    ignore it. At the ends the average is over the neighbours there are."""
+    """Gaussian average of each value's neighbours, ``width`` points in standard deviation.
+
+    NaN stays NaN, and the others ignore it. At the ends the average is over the neighbours there are.
+    """
     if width < 0.5 or len(values) < 3:
         return values.copy()
     reach = min(math.ceil(3 * width), len(values) - 1)
@@ -89,17 +100,59 @@ class Axis:
         return ticks if len(ticks) >= 2 else nice_ticks(self.low, self.high)
 
 
-def _value_axis(series: Mapping[str, np.ndarray], smoothed: Mapping[str, np.ndarray]) -> Axis:
-    """The vertical axis: all of the averages and all but the wildest 1 % of the raw values, with a little
-    air.
+@dataclass(frozen=True)
+class Guide:
+    """What values are read against: a dashed line at ``value``, which is kept in view.
 
-    Logarithmic where every value is positive and the averages span more than a factor of 20.
+    Args:
+        value: of the line.
+        shade: (low, high) of a tinted band, or None.
+        ends: (low, high) of the axis; None fits it to the values.
+        log: the axis is logarithmic, and shows at least half and twice ``value`` > 0. Values beyond a factor of 10^4
+            are drawn at that factor.
     """
-    raw = np.concatenate([values[np.isfinite(values)] for values in series.values()])
+
+    value: float
+    shade: tuple[float, float] | None = None
+    ends: tuple[float, float] | None = None
+    log: bool = False
+
+    def drawn(self, values: np.ndarray) -> np.ndarray:
+        return np.clip(values, self.value * 1e-4, self.value * 1e4) if self.log else values
+
+    def axis(self, low: float, high: float) -> Axis:
+        if self.ends:
+            return Axis(*self.ends, _HEIGHT - _BOTTOM, _TOP)
+        if self.log:
+            low, high = min(low, self.value / 2), max(high, self.value * 2)
+            air = (high / low) ** 0.05
+            return Axis(low / air, high * air, _HEIGHT - _BOTTOM, _TOP, log=True)
+        low, high = min(low, self.value), max(high, self.value)
+        air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+        return Axis(low - air, high + air, _HEIGHT - _BOTTOM, _TOP)
+
+    def svg(self, y: Axis) -> str:
+        parts = []
+        if self.shade:
+            top, base = y(self.shade[1]), y(self.shade[0])
+            box = f'y="{top:.1f}" width="{_WIDTH - _RIGHT - _LEFT}" height="{base - top:.1f}"'
+            parts.append(f'<rect class="shade" x="{_LEFT}" {box}/>')
+        at = f'y1="{y(self.value):.1f}" y2="{y(self.value):.1f}"'
+        return "".join([*parts, f'<line class="guide" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {at}/>'])
+
+
+def _value_axis(drawn: Mapping[str, np.ndarray], smoothed: Mapping[str, np.ndarray], guide: Guide | None) -> Axis:
+    """The vertical axis: all of the averages and all but the wildest 1 % of the raw values, with a little air.
+
+    Without a guide it is logarithmic where every value is positive and the averages span more than a factor of 20.
+    """
+    raw = np.concatenate([values[np.isfinite(values)] for values in drawn.values()])
     curves = np.concatenate([values[np.isfinite(values)] for values in smoothed.values()])
     log = raw.min() > 0 and curves.max() > 20 * curves.min()
     low, high = np.quantile(raw, [0.005, 0.995])
     low, high = float(min(low, curves.min())), float(max(high, curves.max()))
+    if guide:
+        return guide.axis(low, high)
     if log:
         air = (high / low) ** 0.05
         return Axis(low / air, high * air, _HEIGHT - _BOTTOM, _TOP, log=True)
@@ -122,50 +175,143 @@ def _path(steps: Sequence[float], values: np.ndarray, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def line_chart(group: str, title: str, unit: str, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> str:
-    """One or more series over the training steps, as an HTML figure; report.js shows values under the
-    pointer.
+def line_chart(
+    group: str,
+    title: str,
+    unit: str,
+    steps: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    *,
+    guide: Guide | None = None,
+    where: str = "step #",
+) -> str:
+    """One or more series over training, as an HTML figure; report.js shows values under the pointer.
 
     Args:
         group: what the chart belongs to, in front of the title; may be "".
         title: what is drawn.
         unit: of the values; "" for a pure number.
-        steps: [N] ascending, N >= 1.
+        steps: [N] ascending, N >= 1: training steps, or images.
         series: name -> [N] values, NaN where there is none; at least one is finite. A single one needs no
             legend.
+        guide: what the values are read against.
+        where: names a place under the pointer; "#" stands for its number.
 
     Returns:
         HTML of the figure.
     """
     arrays = {name: np.asarray(values, dtype=float) for name, values in series.items()}
     arrays = {name: np.where(np.isfinite(values), values, np.nan) for name, values in arrays.items()}
+    drawn = {name: guide.drawn(values) for name, values in arrays.items()} if guide else arrays
     width = 0.015 * len(steps) if len(steps) >= 20 else 0.0
-    y = _value_axis(arrays, {name: smooth(values, width) for name, values in arrays.items()})
-    smoothed = {name: _smooth_on(values, width, log=y.log) for name, values in arrays.items()}
+    y = _value_axis(drawn, {name: smooth(values, width) for name, values in drawn.items()}, guide)
+    smoothed = {name: _smooth_on(values, width, log=y.log and not guide) for name, values in drawn.items()}
     x = Axis(*(float(s) for s in _step_range(steps)), _LEFT, _WIDTH - _RIGHT)
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _POINTS)).round().astype(int))
-    shown_steps = [steps[index] for index in shown]
+    places = [steps[index] for index in shown]
     lines = []
-    for index, name in enumerate(arrays):
-        if width:
-            raw = _path(shown_steps, arrays[name][shown], x, y)
-            lines.append(f'<path class="raw c{index % _COLOURS}" d="{raw}"/>')
-        curve = _path(shown_steps, smoothed[name][shown], x, y)
-        lines.append(f'<path class="curve c{index % _COLOURS}" d="{curve}"/>')
-    data = {
-        "steps": shown_steps,
-        "x": [round(x(step), 1) for step in shown_steps],
-        "series": [[significant(value) for value in arrays[name][shown]] for name in arrays],
+    for index, name in enumerate(drawn):
+        if not width:
+            lines.append(_dotted(places, drawn[name][shown], x, y, index % _COLOURS))
+            continue
+        for kind, values in (("raw", drawn[name]), ("curve", smoothed[name])):
+            lines.append(f'<path class="{kind} c{index % _COLOURS}" d="{_path(places, values[shown], x, y)}"/>')
+    ticks = [tick for tick in nice_ticks(x.low, x.high) if tick == round(tick)]
+    marks = [(tick, f"{tick:,.0f}" if tick < 1e8 else tick_label(tick)) for tick in ticks]
+    content = f"{_frame(x, y, marks)}{guide.svg(y) if guide else ''}{_clipped(lines)}"
+    values = {name: array[shown] for name, array in arrays.items()}
+    chart = _figure(
+        (group, title, _unit(unit, y)), "over training", content, _pointed(x, places, values, where), arrays
+    )
+    return chart.replace("</figure>", f"{_gaps(arrays)}</figure>")
+
+
+def bin_chart(title: str, unit: str, series: Mapping[str, Sequence[float | None]], *, guide: Guide) -> str:
+    """Values in bins of increasing noise, as dots joined by lines.
+
+    Args:
+        title, unit: as of ``line_chart``.
+        series: name -> [N] values, None where a bin is empty; at least one is not.
+        guide: what the values are read against.
+    """
+    arrays = {name: np.array(values, dtype=float) for name, values in series.items()}  # None => NaN
+    drawn = {name: guide.drawn(values) for name, values in arrays.items()}
+    bins = list(range(1, len(next(iter(arrays.values()))) + 1))
+    x, y = Axis(0.5, bins[-1] + 0.5, _LEFT, _WIDTH - _RIGHT), _value_axis(drawn, drawn, guide)
+    lines = [_dotted(bins, values, x, y, index % _COLOURS) for index, values in enumerate(drawn.values())]
+    marks = [(1, "least noise"), (bins[-1], "most noise")]
+    content = f"{_frame(x, y, marks)}{guide.svg(y)}{_clipped(lines)}"
+    data = _pointed(x, bins, arrays, f"noise level # of {bins[-1]}")
+    return _figure(("", title, _unit(unit, y)), "by noise level", content, data, arrays, last=False)
+
+
+def calibration_chart(
+    title: str, predicted: Sequence[float | None], observed: Sequence[float | None], share: Sequence[float | None]
+) -> str:
+    """P(real) that was observed over the one that was predicted, with the diagonal where both are equal.
+
+    Args:
+        title: of the chart.
+        predicted: [N] mean D of each level of D, None where nothing fell; at least one is not.
+        observed: [N] share of real samples among those; None at the same places.
+        share: [N] of all samples in each level, the largest drawn as a third of the plot's height.
+    """
+    rows = zip(predicted, observed, share, strict=True)
+    known = np.array([row for row in rows if None not in row[:2]], dtype=float)
+    d, real, shares = known.T
+    x, y = Axis(0.0, 1.0, _LEFT, _WIDTH - _RIGHT), Axis(0.0, 1.0, _HEIGHT - _BOTTOM, _TOP)
+    wide, base, tallest = 0.6 * (x(1) - x(0)) / len(predicted), y(0), (y(0) - y(1)) / 3 / max(shares.max(), 1e-12)
+    bars = [
+        f'<rect class="share" x="{x(at) - wide / 2:.1f}" y="{base - tallest * size:.1f}" width="{wide:.1f}" '
+        f'height="{tallest * size:.1f}"/>'
+        for at, size in zip(d, shares, strict=True)
+    ]
+    diagonal = f'<line class="guide" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>'
+    marks = [(tick, tick_label(tick)) for tick in nice_ticks(0, 1)]
+    content = f"{_frame(x, y, marks)}{_clipped([*bars, diagonal, _dotted(d, real, x, y, 0)])}"
+    arrays = {"observed share of real ones": real, "share of all samples": shares}
+    data = _pointed(x, [round(float(value), 3) for value in d], arrays, "D = #")
+    return _figure(("", title, ' <span class="unit">over D</span>'), "over D", content, data, arrays, last=False)
+
+
+def _dotted(places: Sequence[float], values: np.ndarray, x: Axis, y: Axis, colour: int) -> str:
+    dots = "".join(
+        f'<circle class="c{colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="2.6"/>'
+        for at, value in zip(places, values, strict=True)
+        if math.isfinite(value)
+    )
+    return f'<path class="curve c{colour}" d="{_path(places, values, x, y)}"/>{dots}'
+
+
+def _pointed(x: Axis, places: Sequence[float], values: Mapping[str, np.ndarray], where: str) -> dict:
+    """What report.js shows under the pointer."""
+    return {
+        "where": where,
+        "steps": list(places),
+        "x": [round(x(place), 1) for place in places],
+        "series": [[significant(value) for value in array] for array in values.values()],
     }
-    heading = f"<i>{escape(group)}</i> <b>{escape(title)}</b>{_unit(unit, y)}"
-    spoken = escape(f"{group} {title} over training steps".strip())
+
+
+def _figure(
+    heading: tuple[str, str, str],
+    over: str,
+    content: str,
+    data: dict,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    last: bool = True,
+) -> str:
+    """The chart in its card; ``last`` shows the last values until the pointer asks for others."""
+    group, title, unit = heading
+    spoken = escape(f"{group} {title} {over}".strip())
     return (
         f'<figure class="chart" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"<figcaption><span>{heading}</span>{_readout(arrays)}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">'
-        f"{_frame(x, y)}{_clipped(lines)}"
+        f"<figcaption><span><i>{escape(group)}</i> <b>{escape(title)}</b>{unit}</span>"
+        f"{_readout(arrays, last=last)}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">{content}'
         f'<line class="cursor" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" hidden="hidden"/></svg>'
-        f"{_legend(arrays)}{_gaps(arrays)}</figure>"
+        f"{_legend(arrays, last=last)}</figure>"
     )
 
 
@@ -178,15 +324,16 @@ def _step_range(steps: Sequence[int]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 1, high + 1)
 
 
-def _frame(x: Axis, y: Axis) -> str:
-    """Grid lines and numbers of both axes."""
+def _frame(x: Axis, y: Axis, marks: Sequence[tuple[float, str]]) -> str:
+    """Grid lines and numbers of the vertical axis, and what is written at places of the horizontal one."""
     parts = []
     for tick in y.ticks():
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick_label(tick)}</text>')
-    for tick in (tick for tick in nice_ticks(x.low, x.high) if tick == round(tick)):
-        anchor, at = ("end", _WIDTH - _RIGHT) if x(tick) > _WIDTH - _RIGHT - 12 else ("middle", x(tick))
-        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{tick_label(tick)}</text>')
+    for place, label in marks:
+        beyond = x(place) + 3 * len(label) > _WIDTH  # a letter is about 6 wide
+        anchor, at = ("end", _WIDTH - _RIGHT) if beyond else ("middle", x(place))
+        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{escape(label)}</text>')
     base = _HEIGHT - _BOTTOM
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)
@@ -208,18 +355,18 @@ def _last(values: np.ndarray) -> float:
     return float(values[np.isfinite(values)][-1])
 
 
-def _readout(arrays: Mapping[str, np.ndarray]) -> str:
-    """Where the value under the pointer appears; the last value until then. Several series have it in the legend."""
-    if len(arrays) > 1:
-        return "<output></output>"
-    return f"<output>{significant(_last(next(iter(arrays.values()))))}</output>"
+def _readout(arrays: Mapping[str, np.ndarray], *, last: bool) -> str:
+    """Where the value under the pointer appears. Several series have it in the legend."""
+    value = significant(_last(next(iter(arrays.values())))) if last and len(arrays) == 1 else ""
+    return f"<output>{value}</output>"
 
 
-def _legend(arrays: Mapping[str, np.ndarray]) -> str:
+def _legend(arrays: Mapping[str, np.ndarray], *, last: bool) -> str:
     if len(arrays) == 1:
         return ""
     items = "".join(
-        f'<li class="c{index % _COLOURS}">{escape(name)} <output>{significant(_last(values))}</output></li>'
+        f'<li class="c{index % _COLOURS}">{escape(name)} '
+        f"<output>{significant(_last(values)) if last else ''}</output></li>"
         for index, (name, values) in enumerate(arrays.items())
     )
     return f'<ul class="legend">{items}</ul>'
@@ -229,55 +376,3 @@ def _gaps(arrays: Mapping[str, np.ndarray]) -> str:
     """A warning where values were not finite."""
     broken = [name for name, values in arrays.items() if not np.isfinite(values).all()]
     return f'<p class="gaps">gaps in {escape(", ".join(broken))}: not finite there</p>' if broken else ""
-
-
-def bar_chart(labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
-    """Groups of bars, one group a label and one bar a series, with the values in a table below.
-
-    Args:
-        labels: [N] of the groups, e.g. class names.
-        series: name -> [N] values >= 0, e.g. the fraction of samples in each class.
-
-    Returns:
-        HTML; bars are percentages of the plot's height, so that the chart fits any width.
-    """
-    top = max(max((value for values in series.values() for value in values), default=0.0), 1e-12)
-    ticks = nice_ticks(0.0, top * 1.05)
-    limit = max(top * 1.05, ticks[-1])
-    grid = "".join(
-        f'<div class="rule" style="bottom:{100 * tick / limit:.2f}%"><span>{tick_label(tick)}</span></div>'
-        for tick in ticks
-    )
-    groups = []
-    for position, label in enumerate(labels):
-        bars = "".join(
-            f'<i class="c{index % _COLOURS}" style="height:{100 * max(values[position], 0) / limit:.2f}%" '
-            f'title="{escape(name)}, {escape(label)}: {significant(values[position], 3)}"></i>'
-            for index, (name, values) in enumerate(series.items())
-        )
-        groups.append(f'<div class="group"><div class="bars">{bars}</div><span>{escape(label)}</span></div>')
-    legend = "".join(f'<li class="c{index % _COLOURS}">{escape(name)}</li>' for index, name in enumerate(series))
-    head = "".join(f"<th>{escape(label)}</th>" for label in labels)
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{value:.3f}</td>" for value in values) + "</tr>"
-        for name, values in series.items()
-    )
-    return (
-        f'<figure class="histogram"><ul class="legend">{legend}</ul>'
-        f'<div class="plot"><div class="rules">{grid}</div>{"".join(groups)}</div></figure>'
-        f'<div class="scroll"><table class="numbers small"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-
-
-def mini_bars(values: Sequence[float]) -> str:
-    """A list of numbers >= 0 as bars the height of a line of text; the numbers are its tooltip."""
-    top = max([*values, 1e-12])
-    heights = [16 * max(value, 0) / top for value in values]
-    bars = "".join(
-        f'<rect x="{6 * index}" width="5" y="{16 - height:.1f}" height="{height:.1f}"/>'
-        for index, height in enumerate(heights)
-    )
-    words = ", ".join(significant(value, 3) for value in values)
-    width = 6 * max(len(values), 1)
-    return f'<svg class="mini" viewBox="0 0 {width} 16" width="{width}" height="16"><title>{words}</title>{bars}</svg>'

@@ -14,9 +14,9 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
     cursor.removeAttribute("hidden");
     cursor.setAttribute("x1", data.x[near]);
     cursor.setAttribute("x2", data.x[near]);
-    const step = "step " + data.steps[near].toLocaleString("en");
+    const place = data.where.replace("#", data.steps[near].toLocaleString("en"));
     outputs.forEach((output, index) => { output.textContent = data.series[index][near]; });
-    head.textContent = single ? step + ": " + data.series[0][near] : step;
+    head.textContent = single ? place + ": " + data.series[0][near] : place;
   });
   svg.addEventListener("pointerleave", () => {
     cursor.setAttribute("hidden", "hidden");
