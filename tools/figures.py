@@ -56,6 +56,14 @@ def normalized_weights():
     return rows, normalization.draw_normalized_weights(rows)
 
 
+def reward_error():
+    """The error of first- and second-order R_t over noise, against exact mixtures (Di-Bregman Eq. 24 and 25)."""
+    from ratiograph.figures import tilts
+
+    rows = tilts.reward_error(samples=FLAGS.samples or 1000, seed=FLAGS.seed)
+    return rows, tilts.draw_reward_error(rows)
+
+
 def score_difference():
     """ω against the difference of the scores in a run, --workdir (f-distill Fig. 6)."""
     if not FLAGS.workdir:
@@ -97,7 +105,7 @@ def initialisations():
     return rows, runs.draw_initialisations(rows)
 
 
-WITHOUT_RUN = (normalized_variance, h_curves, weighting_curves, normalized_weights)
+WITHOUT_RUN = (normalized_variance, h_curves, weighting_curves, normalized_weights, reward_error)
 FIGURES = {figure.__name__: figure for figure in (*WITHOUT_RUN, score_difference, lambda_curves, initialisations)}
 
 
