@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ratiograph.denoisers import EDM
 from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
@@ -384,6 +385,21 @@ def test_checkpointing_changes_nothing_but_when_activations_are_computed(name):
         assert len(calls) == 1 + checkpointing
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_checkpointed_pass_can_be_differentiated_twice():
+    """As R1 does: the recomputed attention is the plain one of the forward pass, without a context in the backward."""
+    found = []
+    for checkpointing in (False, True):
+        network = randomize(MAKE["adm"](checkpointing=checkpointing))
+        x, c_noise, condition = inputs()
+        with sdpa_kernel(SDPBackend.MATH):
+            features = network.encode(x.requires_grad_(), c_noise, condition).features[-1]
+        (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        found.append(network.stem.weight.grad)
+    torch.testing.assert_close(*found)
+    assert found[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.ratio_losses import LogisticLoss, R1Penalized, Scaled
 
 
 def test_the_logistic_loss():
@@ -41,3 +41,14 @@ def test_r1_looks_at_real_samples_only():
 def test_a_negative_penalty_is_refused():
     with pytest.raises(ValueError, match=r"R1Penalized\.weight"):
         R1Penalized(loss=LogisticLoss(), weight=-1.0)
+
+
+def test_a_scaled_loss_has_scaled_gradients():
+    real, student = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    plain = torch.autograd.grad(LogisticLoss()(real, student, None), (real, student))
+    scaled = torch.autograd.grad(Scaled(loss=LogisticLoss(), weight=0.01)(real, student, None), (real, student))
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(b, 0.01 * a)
+    assert Scaled(loss=R1Penalized(loss=LogisticLoss()), weight=2.0).needs_gradient
+    with pytest.raises(ValueError, match="must be > 0"):
+        Scaled(loss=LogisticLoss(), weight=0.0)

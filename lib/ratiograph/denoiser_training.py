@@ -10,29 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.denoisers import EDM, set_precision
+from ratiograph.denoising_weights import EDMWeight, weighted_denoising_loss
 from ratiograph.experiment import Task
 from ratiograph.noising import NoisingProcess
 from ratiograph.optim import EMA, Adam
 from ratiograph.samplers import HeunSampler
 from ratiograph.times import TimeSampler
-from ratiograph.types import Batch, Condition, Noisy
+from ratiograph.types import Batch, Condition
 
 __all__ = ["DenoiserTraining"]
-
-
-def denoising_loss(denoised: Tensor, x0: Tensor, noisy: Noisy, sigma_data: float) -> Tensor:
-    """EDM's weighted denoising loss [], mean over samples and dimensions.
-
-    Args:
-        denoised: mu(x_t) [B, ...], with its graph.
-        x0: the clean samples [B, ...] that ``noisy`` was made from.
-        noisy: the noisy samples.
-        sigma_data: standard deviation of the clean data.
-    """
-    s = noisy.sigma / noisy.alpha
-    weight = (s.square() + sigma_data**2) / (s * sigma_data).square()
-    error = (denoised - x0).square().flatten(1).mean(1)
-    return (weight * error).mean()
 
 
 class DenoiserTraining(Task):
@@ -60,6 +46,7 @@ class DenoiserTraining(Task):
         super().__init__()
         self.denoiser, self.noising, self.times = denoiser, noising, times
         self.optimizer, self.ema, self.sampler = optimizer, ema, sampler
+        self.weight = EDMWeight(sigma_data=denoiser.sigma_data)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         set_precision(self.to(device), autocast_dtype)
@@ -78,7 +65,7 @@ class DenoiserTraining(Task):
         noise = torch.empty_like(batch.images).normal_(generator=generator)
         noisy = self.noising.add_noise(batch.images, t, noise)
         denoised = self.denoiser.denoise(noisy, batch.condition)
-        loss = denoising_loss(denoised, batch.images, noisy, self.denoiser.sigma_data)
+        loss = weighted_denoising_loss(denoised, batch.images, noisy, self.weight)
         loss.backward()
         updater = self.optimizers["denoiser"]
         norm = updater.step()

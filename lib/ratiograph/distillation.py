@@ -19,8 +19,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ratiograph.denoiser_training import denoising_loss
+from ratiograph.conditions import Conditions, UniformLabels
+from ratiograph.data.latents import picture
 from ratiograph.denoisers import EDM, Denoiser, set_precision
+from ratiograph.denoising_weights import DenoisingWeight, EDMWeight, weighted_denoising_loss
 from ratiograph.diagnostics import RatioDiagnostics, bregman_divergence, field_metrics, ratio_metrics
 from ratiograph.experiment import Sampler, Task
 from ratiograph.noising import NoisingProcess
@@ -55,6 +57,7 @@ class Distillation(Task):
         student_score_times: p(t) of its denoising loss.
         student_score_optimizer: recipe of its optimiser.
         student_score_updates: its updates a step; the first shares the step's samples, the others draw fresh ones.
+        student_score_weight: lambda(s) of its loss; EDM's for its ``sigma_data`` by default.
         ratio: estimator of log p/q, trained online; None where every weighting is KL's and no direction needs it.
         ratio_times: p(t) of its loss; None, for an estimator on the student score, shares that network's noisy samples,
             so that one pass over them gives both losses.
@@ -64,6 +67,7 @@ class Distillation(Task):
         positives: its samples of p; by default exact ones if the teacher has them, and real ones otherwise.
         warm_start: an earlier run whose networks to begin with.
         critic_steps: first steps in which only the critics learn and the student stands still.
+        conditions: what the student's samples are conditioned on; uniform labels by default.
 
     Raises:
         ValueError: if a term asks for a node the graph does not have, or a node lacks its times or optimiser.
@@ -83,6 +87,7 @@ class Distillation(Task):
         student_score_times: TimeSampler | None = None,
         student_score_optimizer: Adam | None = None,
         student_score_updates: int = 1,
+        student_score_weight: DenoisingWeight | None = None,
         ratio: RatioEstimator | None = None,
         ratio_times: TimeSampler | None = None,
         ratio_optimizer: Adam | None = None,
@@ -91,6 +96,7 @@ class Distillation(Task):
         positives: Positives | None = None,
         warm_start: WarmStart | None = None,
         critic_steps: int = 0,
+        conditions: Conditions | None = None,
     ):
         super().__init__()
         self.student, self.objective, self.noising, self.times = student, objective, noising, times
@@ -103,15 +109,20 @@ class Distillation(Task):
         exact = getattr(teacher, "can_sample", False)
         self.positives = positives or (ExactSamples() if exact else RealSamples())
         self.warm_start, self.critic_steps = warm_start, critic_steps
+        self.conditions = UniformLabels() if conditions is None else conditions
+        if student_score is not None and student_score_weight is None:
+            student_score_weight = EDMWeight(sigma_data=student_score.sigma_data)
+        self.student_score_weight = student_score_weight
         self._check()
         if teacher is not None:
-            teacher.requires_grad_(False)
+            teacher.requires_grad_(False).eval()
         objective.connect(noising, times)
         if ratio is not None:
             ratio.connect(teacher, student_score)
             self.diagnostics = RatioDiagnostics()
 
     def _check(self) -> None:
+        self.conditions.check(self.student)
         for node, terms in self.objective.requires.items():
             if getattr(self, node) is None:
                 raise ValueError(f"the term {terms[0]!r} needs a {node}: bind Distillation.{node}, or change the term")
@@ -138,8 +149,8 @@ class Distillation(Task):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the ratio's positives are real samples."""
-        return self.ratio is not None and self.positives.needs_data
+        """Whether the ratio's positives are real samples, or the student's conditions theirs."""
+        return self.conditions.needs_data or (self.ratio is not None and self.positives.needs_data)
 
     @property
     def nodes(self) -> Nodes:
@@ -177,11 +188,13 @@ class Distillation(Task):
         return {name: network for name, network in networks.items() if network is not None}
 
     def training_state(self) -> dict:
-        return {**super().training_state(), "steps_done": self.steps_done}
+        state = super().training_state()
+        return {**state, "steps_done": self.steps_done, "conditions": self.conditions.state_dict()}
 
     def load_training_state(self, state: dict) -> None:
         super().load_training_state(state)
         self.steps_done = state["steps_done"]
+        self.conditions.load_state_dict(state.get("conditions", {}))
 
     def weights(self) -> dict[str, nn.Module]:
         ratio = {"ratio": self.ratio} if "ratio" in self.optimizers else {}
@@ -191,14 +204,15 @@ class Distillation(Task):
         return {} if self.ratio is None else {"ratio": self.diagnostics.summary()}
 
     def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
-        """Estimates log Z of each tilted target from real or teacher samples.
+        """Estimates log Z of each tilted target from real or teacher samples, and keeps conditions for previews.
 
         Raises:
             ValueError: for a tilted target without real samples, if the teacher cannot be sampled either.
         """
+        self.conditions.remember(batches)
         fitted = {}
         for name, term in self.objective.terms.items():
-            if hasattr(term.target, "log_normalizer"):
+            if term.target.needs_samples:
                 term.target.fit(self._samples_of_p(batches, 500, generator))
                 fitted[f"log Z of {name}"] = float(term.target.log_normalizer)
         return fitted
@@ -211,7 +225,7 @@ class Distillation(Task):
         return (Batch(self.teacher.sample(size, generator), Condition()) for _ in itertools.count())
 
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        condition = self.student.condition(batch_size, generator)
+        condition = self.conditions.draw(batch, batch_size, self.student, generator)
         z = self.student.noise(batch_size, generator)
         if self.steps_done >= self.critic_steps:
             x0 = self.student(z, condition)
@@ -221,7 +235,7 @@ class Distillation(Task):
             metrics, x0 = {}, self._samples(z, condition)
         for update in range(max(self.student_score_updates, self.ratio_updates)):
             if update:
-                condition = self.student.condition(batch_size, generator)
+                condition = self.conditions.draw(batch, batch_size, self.student, generator)
                 x0 = self._samples(self.student.noise(batch_size, generator), condition)
             metrics |= self._update_critics(update, x0, condition, batch, generator)
         self.steps_done += 1
@@ -239,7 +253,12 @@ class Distillation(Task):
         return Evaluation(noisy, x0, condition, self.nodes, self.objective.needs)
 
     def _update_student(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
+        critics = [node for node in (self.student_score, self.ratio) if node is not None]
+        for node in critics:  # without their dropout where they are only asked
+            node.eval()
         fields = self.objective.fields(self.evaluate(x0, condition, generator))
+        for node in critics:
+            node.train()
         total = torch.stack(list(fields.values())).sum(0)
         x0.backward(total / x0.shape[0])
         updater = self.optimizers["student"]
@@ -272,7 +291,8 @@ class Distillation(Task):
         return Evaluation(noisy, x0, condition, self.nodes, needs)
 
     def _learn_student_score(self, student: Evaluation) -> dict[str, Tensor]:
-        loss = denoising_loss(student.student_score_output, student.x0, student.noisy, self.student_score.sigma_data)
+        denoised = student.student_score_output
+        loss = weighted_denoising_loss(denoised, student.x0, student.noisy, self.student_score_weight)
         # A ratio that shares this pass goes back through its encoder once more.
         loss.backward(retain_graph=self._shares_pass)
         return {"loss/student_score": loss.detach()}
@@ -319,7 +339,8 @@ class Distillation(Task):
 
     @property
     def _ratio_needs(self) -> Needs:
-        return TRAINING | Needs(ratio_gradient=self.ratio_loss.needs_gradient)
+        again = self.ratio_loss.needs_gradient
+        return TRAINING | Needs(ratio_gradient=again, curvature=again)
 
     def _divergences(self, real: Tensor) -> dict[str, Tensor]:
         """The estimate of each term's own D_h(q_t||p_t), where h has a closed form."""
@@ -328,12 +349,12 @@ class Distillation(Task):
 
     @torch.no_grad()
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:
-        return self.student_sampler(samples, generator)
+        return picture(self.student_sampler(samples, generator))
 
     @torch.no_grad()
     def student_sampler(self, samples: int, generator: torch.Generator) -> Tensor:
         """x0 [samples, ...] of the averaged student."""
-        condition = self.average.condition(samples, generator)
+        condition = self.conditions.preview(samples, self.average, generator)
         return self.average(self.average.noise(samples, generator), condition)
 
     def teacher_sampler(self, evaluations: int) -> Sampler:
@@ -341,7 +362,7 @@ class Distillation(Task):
         heun = HeunSampler.for_evaluations(evaluations)
 
         def sample(samples: int, generator: torch.Generator) -> Tensor:
-            condition = self.student.condition(samples, generator)
+            condition = self.conditions.preview(samples, self.student, generator)
             return heun.sample(self.teacher, self.student.noise(samples, generator), condition)
 
         return sample

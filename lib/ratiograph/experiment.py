@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.checkpoints import load_strict
-from ratiograph.data.stream import ShardStream
 from ratiograph.optim import Updater
 from ratiograph.types import Batch
 
@@ -77,6 +76,17 @@ class Task(nn.Module):
 
 
 @runtime_checkable
+class DataStream(Protocol):
+    """Where real samples come from: `ShardStream` for images, `LatentStream` for captioned latents."""
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches in an order fixed by ``seed``, without the first ``start`` samples."""
+
+    def describe(self) -> str:
+        """One line for people, from the arguments alone."""
+
+
+@runtime_checkable
 class Evaluator(Protocol):
     """Judges a task's samples and writes ``evaluation.json`` into the workdir."""
 
@@ -113,7 +123,7 @@ class Experiment:
     """
 
     task: Task
-    data: ShardStream | None = None
+    data: DataStream | None = None
     evaluator: Evaluator | None = None
     steps: int
     batch_size: int

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LogisticLoss", "R1Penalized", "RatioLoss"]
+__all__ = ["LogisticLoss", "R1Penalized", "RatioLoss", "Scaled"]
 
 
 class RatioLoss:
@@ -56,3 +56,22 @@ class R1Penalized(RatioLoss):
         (gradient,) = torch.autograd.grad(real.sum(), x_t, create_graph=True)
         penalty = gradient.float().square().sum() / len(real)
         return self.loss(real, student, x_t) + self.weight / 2 * penalty
+
+
+class Scaled(RatioLoss):
+    """weight times the loss held, for a ratio whose encoder learns to denoise too: DMD2 takes 0.01.
+
+    A ratio with weights of its own alone does not need it, as Adam's steps do not depend on the scale of a loss.
+
+    Args:
+        loss: the loss held.
+        weight: its factor beside the denoising loss, > 0.
+    """
+
+    def __init__(self, *, loss: RatioLoss, weight: float):
+        if weight <= 0:
+            raise ValueError(f"Scaled.weight={weight} must be > 0")
+        self.loss, self.weight, self.needs_gradient = loss, weight, loss.needs_gradient
+
+    def __call__(self, real, student, x_t):
+        return self.weight * self.loss(real, student, x_t)

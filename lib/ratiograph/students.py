@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.denoisers import EDM
+from ratiograph.noising import ScaledLinearDDPM
 from ratiograph.types import Condition, Noisy
 
-__all__ = ["OneStep"]
+__all__ = ["OneStep", "OneStepDDPM"]
 
 
 class OneStep(nn.Module):
@@ -40,3 +41,28 @@ class OneStep(nn.Module):
         """x0 [B, ...] of noise ``z`` [B, ...]."""
         sigma = z.new_full((z.shape[0],), self.sigma_init)
         return self.denoiser.denoise(Noisy(self.sigma_init * z, sigma, torch.ones_like(sigma), sigma), condition)
+
+
+class OneStepDDPM(OneStep):
+    """G(z) = mu(x_T = z) at step T of a discrete process: z stands for x_T itself, as DMD2 starts Stable Diffusion.
+
+    ``OneStep`` at the same noise level would put sigma_T z there, which at T = 399 is visibly less.
+
+    Args:
+        denoiser: the network.
+        timestep: T, an index of the process: 999 for SD 1.5, 399 for SDXL in DMD2.
+        process: the discrete process; Stable Diffusion's by default.
+    """
+
+    def __init__(self, *, denoiser: EDM, timestep: int = 999, process: ScaledLinearDDPM | None = None):
+        process = ScaledLinearDDPM() if process is None else process
+        last = int(process.t_range[1])
+        if not 0 <= timestep <= last:
+            raise ValueError(f"OneStepDDPM.timestep={timestep} must be a step of the process, 0 to {last}")
+        alpha, sigma = (float(table[timestep]) for table in (process.alpha_table, process.sigma_table))
+        super().__init__(denoiser=denoiser, sigma_init=sigma / alpha)
+        self.timestep, self.process, self.alpha, self.sigma = timestep, process, alpha, sigma
+
+    def forward(self, z: Tensor, condition: Condition) -> Tensor:
+        t, alpha, sigma = (z.new_full((z.shape[0],), value) for value in (self.timestep, self.alpha, self.sigma))
+        return self.denoiser.denoise(Noisy(z, t, alpha, sigma), condition)

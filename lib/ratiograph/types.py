@@ -8,12 +8,14 @@ p is the teacher (or the data), q the student; ``log_ratio`` l = log p_t(x_t) / 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from ratiograph.denoisers import Denoiser, Encoding
@@ -29,35 +31,45 @@ def expand(scale: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a conditional network is told.
+    """What a conditional network is told; each part is None where it is not told.
 
-    ``labels`` [B] int64 class indices, or None when unconditional. ``augment`` [B, 9] says how each image was
-    augmented (EDM, Appendix F), or None for images as they are; networks without augmentation labels ignore it.
+    ``labels`` [B] int64: class indices. ``augment`` [B, 9]: how each image was augmented (EDM, Appendix F), None for
+    images as they are; networks without augmentation labels ignore it. ``text`` [B, L, E]: the text encoder's states of
+    each caption. ``pooled`` [B, P] and ``sizes`` [B, 6]: SDXL's pooled caption and its "time ids", the original size,
+    the crop's corner and the target size as (height, width) pairs in pixels.
     """
 
     labels: Tensor | None = None
     augment: Tensor | None = None
+    text: Tensor | None = None
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
 
     def to(self, device: torch.device) -> Condition:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def repeat(self, times: int) -> Condition:
         """The condition of a batch that holds this one's samples ``times`` over, one whole copy after another."""
-        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+        return self.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
     def join(self, other: Condition) -> Condition:
         """This one's samples followed by ``other``'s; a part that either lacks is left out."""
-        pairs = ((self.labels, other.labels), (self.augment, other.augment))
-        return Condition(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+        theirs = other.parts()
+        return Condition(**{k: torch.cat([v, theirs[k]]) for k, v in self.parts().items() if k in theirs})
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        labels, augment = (None if tensor is None else change(tensor) for tensor in (self.labels, self.augment))
-        return Condition(labels, augment)
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that are there, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """The condition whose parts are ``change`` of this one's."""
+        return Condition(**{name: change(tensor) for name, tensor in self.parts().items()})
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Real samples. ``images`` [B, C, H, W] in [-1, 1]; ``condition`` holds their labels where the data has any."""
+    """Real samples. ``images`` [B, C, H, W] in [-1, 1], or latents; ``condition`` holds their labels or captions."""
 
     images: Tensor
     condition: Condition
@@ -105,17 +117,20 @@ class Needs:
 
     It decides which passes keep a graph: ``ratio_gradient`` the ratio estimator's to x_t (and of the network whose
     encoder it sits on), ``teacher_gradient`` the whole teacher's to x_t, ``training`` the critics' to their weights.
+    ``curvature`` says that one of these gradients is differentiated again.
     """
 
     ratio_gradient: bool = False
     teacher_gradient: bool = False
     training: bool = False
+    curvature: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             self.ratio_gradient or other.ratio_gradient,
             self.teacher_gradient or other.teacher_gradient,
             self.training or other.training,
+            self.curvature or other.curvature,
         )
 
 
@@ -144,7 +159,7 @@ class Evaluation:
         """The teacher's encoder output; carries a graph to x_t if a gradient through it is needed."""
         teacher = self.nodes.require("teacher", "this objective")
         keep = self.needs.ratio_gradient and self.nodes.ratio is not None and self.nodes.ratio.on_teacher
-        with torch.set_grad_enabled(keep or self.needs.teacher_gradient):
+        with torch.set_grad_enabled(keep or self.needs.teacher_gradient), self._attention():
             return teacher.encode(self.noisy, self.condition)
 
     @cached_property
@@ -152,8 +167,12 @@ class Evaluation:
         """mu_p(x_t) [B, ...]; carries a graph to x_t if ``needs.teacher_gradient``."""
         keep = self.needs.teacher_gradient
         encoding = self.teacher_encoding if keep else self.teacher_encoding.detach()
-        with torch.set_grad_enabled(keep):
+        with torch.set_grad_enabled(keep), self._attention():
             return self.nodes.teacher.decode(encoding)
+
+    def _attention(self) -> AbstractContextManager:
+        """Plain attention where a pass is differentiated twice, which the fused kernels cannot be."""
+        return sdpa_kernel(SDPBackend.MATH) if self.needs.curvature else nullcontext()
 
     @property
     def teacher_denoised(self) -> Tensor:
@@ -165,7 +184,8 @@ class Evaluation:
         """The student score's encoder output; carries a graph while it trains, or if the ratio's gradient needs one."""
         student_score = self.nodes.require("student_score", "this objective")
         on_it = self.nodes.ratio is not None and self.nodes.ratio.on_student_score
-        with torch.set_grad_enabled(self.needs.training or (on_it and self.needs.ratio_gradient)):
+        keep = self.needs.training or (on_it and self.needs.ratio_gradient)
+        with torch.set_grad_enabled(keep), self._attention():
             return student_score.encode(self.noisy, self.condition)
 
     @cached_property
@@ -184,7 +204,7 @@ class Evaluation:
     @cached_property
     def log_ratio_output(self) -> Tensor:
         """l [B]; carries a graph to x_t if ``needs.ratio_gradient`` and to the weights if ``needs.training``."""
-        with torch.set_grad_enabled(self.needs.ratio_gradient or self.needs.training):
+        with torch.set_grad_enabled(self.needs.ratio_gradient or self.needs.training), self._attention():
             return self.nodes.require("ratio", "this objective").log_ratio(self)
 
     @property

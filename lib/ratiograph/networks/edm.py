@@ -35,6 +35,7 @@ from ratiograph.networks.edm_blocks import (
     box_down,
     box_up,
     group_norm,
+    same_attention,
 )
 from ratiograph.types import Condition
 
@@ -165,7 +166,7 @@ class EDMUNet(nn.Module):
 
     def _run(self, block: Block, x: Tensor, embedding: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, embedding, use_reentrant=False)
+            return checkpoint(block, x, embedding, use_reentrant=False, context_fn=same_attention)
         return block(x, embedding)
 
     def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,324 @@
+"""The U-Nets of Stable Diffusion 1.5 (Rombach et al. 2022) and SDXL (Podell et al. 2023), from the package diffusers.
+
+Notation: x and F [B, 4, H, W] latents; c_noise [B] the step index; ``text`` [B, L, E] the caption's states. The encoder
+is everything up to the middle block, the decoder the rest, so that whoever needs only features stops half-way.
+diffusers is imported when such a network is built and not before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ratiograph.checkpoints import load_weights
+from ratiograph.denoisers import Encoding
+from ratiograph.types import Condition
+
+__all__ = ["SD15UNet", "SDXLUNet", "UNetFromFolder"]
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NEEDED = ("sample_size", "in_channels", "block_out_channels", "cross_attention_dim")
+FOREIGN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim", "center_input_sample")
+
+
+def build_unet(config: Mapping[str, object], asked_by: str) -> nn.Module:
+    """diffusers' ``UNet2DConditionModel`` of ``config``, with random weights and in training mode.
+
+    Raises:
+        ValueError: diffusers is not installed, or it refuses the configuration.
+    """
+    try:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    except ImportError as error:
+        raise ValueError(
+            f"{asked_by} needs the package diffusers: pip install 'ratiograph[text2image]' "
+            "(in a checkout: pip install -e '.[text2image]')"
+        ) from error
+    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    try:
+        return UNet2DConditionModel(**known).train()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{asked_by}: diffusers cannot build this U-Net: {error}") from error
+
+
+def explicit_attention() -> Callable:
+    """Attention as two matrix products and a softmax: torch's fused attention has no second derivative."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    return AttnProcessor()
+
+
+@dataclass(frozen=True)
+class TextUNetEncoding(Encoding):
+    """``features``: the last map of each level, finest first, then the middle's. The decoder takes the rest too."""
+
+    skips: tuple[Tensor, ...] = ()
+    text: Tensor | None = None
+
+    def detach(self) -> TextUNetEncoding:
+        detached = super().detach()
+        skips = tuple(skip.detach() for skip in self.skips)
+        return replace(detached, skips=skips, embedding=self.embedding.detach(), text=self.text.detach())
+
+
+class _TextUNet(nn.Module):
+    """Base class: a ``UNet2DConditionModel`` run in two halves.
+
+    Args:
+        config: its configuration in diffusers' names.
+        gradient_checkpointing: keep only each block's input for the backward and run the block again there.
+        double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
+            asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+    """
+
+    classes = 0
+    """No class labels: the condition is a caption."""
+
+    def __init__(self, config: Mapping[str, object], gradient_checkpointing: bool, double_backward: bool):
+        super().__init__()
+        widths, resolution = tuple(config["block_out_channels"]), config["sample_size"]
+        if resolution % 2 ** (len(widths) - 1):
+            raise ValueError(
+                f"{type(self).__name__}: {len(widths)} levels halve the latents {len(widths) - 1} times, so their side "
+                f"must be a multiple of {2 ** (len(widths) - 1)}, not {resolution}"
+            )
+        self.gradient_checkpointing, self.double_backward = gradient_checkpointing, double_backward
+        self.shape = (config["in_channels"], resolution, resolution)
+        self.feature_channels = (*widths, widths[-1])
+        self.text_width = config["cross_attention_dim"]
+        self.unet = build_unet(config, type(self).__name__)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if double_backward:
+            self.unet.set_attn_processor(explicit_attention())
+
+    def load(self, weights: str) -> None:
+        """Loads weights in diffusers' naming: a ``.safetensors`` file, or a folder with ``unet/`` in it.
+
+        Raises:
+            FileNotFoundError: there are none; says which file is meant, its size and how to get it.
+            ValueError: as ``checkpoints.load_weights``.
+        """
+        path = find_weights(Path(weights).expanduser())
+        if path is None:
+            size = 4 * sum(parameter.numel() for parameter in self.parameters()) / 1e9
+            raise FileNotFoundError(
+                f"no U-Net weights at {weights}: give a .safetensors file in diffusers' naming or a folder that holds "
+                f"unet/{WEIGHTS} (about {size:.1f} GB in float32, half of it in float16). {self.source}"
+            )
+        load_weights(path, self.unet)
+
+    source = "Copy it from the model's own repository"
+    """How to get the weights, a sentence."""
+
+    def drop_decoder(self) -> None:
+        """Leaves only what ``encode`` needs."""
+        del self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_act, self.unet.conv_out
+
+    def added(self, condition: Condition) -> dict[str, Tensor] | None:
+        """What diffusers calls ``added_cond_kwargs``."""
+        return None
+
+    def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> TextUNetEncoding:
+        """As ``UNet.encode``.
+
+        Raises:
+            ValueError: the condition has no caption.
+        """
+        if condition.text is None:
+            raise ValueError(f"{type(self).__name__} needs captions: bind Distillation.conditions = @BatchConditions()")
+        unet, text = self.unet, condition.text.to(x.dtype)
+        embedding = unet.time_embedding(unet.get_time_embed(sample=x, timestep=c_noise))
+        extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=self.added(condition))
+        embedding = embedding if extra is None else embedding + extra
+        h = unet.conv_in(x)
+        levels, skips = [], [h]
+        for block in unet.down_blocks:
+            h, outputs = block(hidden_states=h, temb=embedding, **_captions(block, text))
+            levels.append(outputs[-1 if block.downsamplers is None else -2])
+            skips += outputs
+        h = unet.mid_block(h, embedding, **_captions(unet.mid_block, text))
+        return TextUNetEncoding((*levels, h), embedding, skips=tuple(skips), text=text)
+
+    def decode(self, encoding: TextUNetEncoding) -> Tensor:
+        unet, h, skips = self.unet, encoding.features[-1], list(encoding.skips)
+        for block in unet.up_blocks:
+            skips, own = skips[: -len(block.resnets)], tuple(skips[-len(block.resnets) :])
+            h = block(h, temb=encoding.embedding, res_hidden_states_tuple=own, **_captions(block, encoding.text))
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+
+
+def _captions(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
+    """The argument by which a block with cross-attention takes the captions; {} for one without."""
+    return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+
+
+def find_weights(path: Path) -> Path | None:
+    """The weights' file at ``path``: itself, or in the folder or its ``unet``; None if there is none."""
+    candidates = (path, path / "unet" / WEIGHTS, path / WEIGHTS)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+class SD15UNet(_TextUNet):
+    """Stable Diffusion 1.5's U-Net, 859,520,964 parameters at the defaults. Conditioned on ``text``.
+
+    Args:
+        resolution: height and width of the latents, an eighth of the image's.
+        block_out_channels: channels of each level, finest first; the last level has no attention.
+        layers_per_block: residual blocks of a level.
+        cross_attention_dim: E, width of the caption's states.
+        attention_heads: heads of every attention.
+        norm_groups: groups of every group normalisation; divides all channels.
+        gradient_checkpointing: keep only each block's input for the backward and run the block again there.
+        double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
+            asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+    """
+
+    source = (
+        "With the CLI of huggingface_hub: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 "
+        f"unet/{WEIGHTS} --local-dir FOLDER"
+    )
+
+    def __init__(
+        self,
+        *,
+        resolution: int = 64,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 768,
+        attention_heads: int = 8,
+        norm_groups: int = 32,
+        gradient_checkpointing: bool = False,
+        double_backward: bool = False,
+    ):
+        attended = len(block_out_channels) - 1
+        config = {
+            "sample_size": resolution,
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": attended * ("CrossAttnDownBlock2D",) + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + attended * ("CrossAttnUpBlock2D",),
+            "block_out_channels": tuple(block_out_channels),
+            "layers_per_block": layers_per_block,
+            "cross_attention_dim": cross_attention_dim,
+            "attention_head_dim": attention_heads,  # diffusers' name for the number of heads
+            "norm_num_groups": norm_groups,
+        }
+        super().__init__(config, gradient_checkpointing, double_backward)
+        self.resolution, self.block_out_channels = resolution, tuple(block_out_channels)
+        self.layers_per_block, self.cross_attention_dim = layers_per_block, cross_attention_dim
+        self.attention_heads, self.norm_groups = attention_heads, norm_groups
+
+
+class _SizedUNet(_TextUNet):
+    """A U-Net conditioned on ``text``, ``pooled`` and ``sizes``, as SDXL's."""
+
+    def added(self, condition: Condition) -> dict[str, Tensor]:
+        if condition.pooled is None or condition.sizes is None:
+            raise ValueError(
+                f"{type(self).__name__} needs pooled captions and sizes: set LatentStream.pooled = True for shards "
+                "with the members .pooled.npy and .sizes.npy"
+            )
+        return {"text_embeds": condition.pooled, "time_ids": condition.sizes}
+
+
+class SDXLUNet(_SizedUNet):
+    """SDXL base's U-Net, 2,567,463,684 parameters at the defaults. Conditioned on ``text``, ``pooled`` and ``sizes``.
+
+    Args:
+        resolution: height and width of the latents, an eighth of the image's.
+        block_out_channels: channels of each level, finest first; the first level has no attention.
+        transformer_layers: depth of each level's transformers.
+        attention_heads: heads of each level's attention.
+        layers_per_block: residual blocks of a level.
+        cross_attention_dim: E, width of the caption's states (both text encoders', side by side).
+        pooled_width: P, width of the pooled caption.
+        size_embedding: sinusoids of each of the six sizes.
+        norm_groups: groups of every group normalisation; divides all channels.
+        gradient_checkpointing: keep only each block's input for the backward and run the block again there.
+        double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
+            asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+    """
+
+    source = (
+        "With the CLI of huggingface_hub: hf download stabilityai/stable-diffusion-xl-base-1.0 "
+        f"unet/{WEIGHTS} --local-dir FOLDER"
+    )
+
+    def __init__(
+        self,
+        *,
+        resolution: int = 128,
+        block_out_channels: Sequence[int] = (320, 640, 1280),
+        transformer_layers: Sequence[int] = (1, 2, 10),
+        attention_heads: Sequence[int] = (5, 10, 20),
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 2048,
+        pooled_width: int = 1280,
+        size_embedding: int = 256,
+        norm_groups: int = 32,
+        gradient_checkpointing: bool = False,
+        double_backward: bool = False,
+    ):
+        attended = len(block_out_channels) - 1
+        config = {
+            "sample_size": resolution,
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D",) + attended * ("CrossAttnDownBlock2D",),
+            "up_block_types": attended * ("CrossAttnUpBlock2D",) + ("UpBlock2D",),
+            "block_out_channels": tuple(block_out_channels),
+            "transformer_layers_per_block": tuple(transformer_layers),
+            "attention_head_dim": tuple(attention_heads),  # diffusers' name for the number of heads
+            "layers_per_block": layers_per_block,
+            "cross_attention_dim": cross_attention_dim,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": size_embedding,
+            "projection_class_embeddings_input_dim": pooled_width + 6 * size_embedding,
+            "norm_num_groups": norm_groups,
+        }
+        super().__init__(config, gradient_checkpointing, double_backward)
+        self.resolution, self.block_out_channels = resolution, tuple(block_out_channels)
+        self.transformer_layers, self.attention_heads = tuple(transformer_layers), tuple(attention_heads)
+        self.layers_per_block, self.cross_attention_dim = layers_per_block, cross_attention_dim
+        self.pooled_width, self.size_embedding, self.norm_groups = pooled_width, size_embedding, norm_groups
+
+
+class UNetFromFolder(_SizedUNet):
+    """The U-Net of a model in diffusers' format, as its ``config.json`` describes it: fine-tunes, SD 2.x, small ones.
+
+    Time- and text-conditioned U-Nets with or without SDXL's sizes; the configuration is read when it is built, so that
+    a dry run needs this one file.
+
+    Args:
+        folder: the model's folder, or its ``unet``; must hold ``config.json``.
+        gradient_checkpointing: keep only each block's input for the backward and run the block again there.
+        double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
+            asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+    """
+
+    def __init__(self, *, folder: str, gradient_checkpointing: bool = False, double_backward: bool = False):
+        root = Path(folder).expanduser()
+        path = next((p for p in (root / "unet" / "config.json", root / "config.json") if p.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"UNetFromFolder.folder={folder!r} holds no config.json: give a model in diffusers' format"
+            )
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+        strange = [name for name in NEEDED if name not in config] + [name for name in FOREIGN if config.get(name)]
+        if strange:
+            raise ValueError(f"{path} is not a U-Net that runs on time and captions alone: see its {strange[0]!r}")
+        super().__init__(config, gradient_checkpointing, double_backward)
+        self.folder = folder
+        self.sized = config.get("addition_embed_type") == "text_time"
+
+    def added(self, condition: Condition) -> dict[str, Tensor] | None:
+        return super().added(condition) if self.sized else None

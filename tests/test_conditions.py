@@ -1,0 +1,130 @@
+"""What the student's samples are conditioned on, and that a run remembers it."""
+
+import pytest
+import torch
+
+from ratiograph import checkpoints
+from ratiograph.conditions import BatchConditions, UniformLabels
+from ratiograph.denoisers import EDM
+from ratiograph.directions import ScoreDifference
+from ratiograph.distillation import Distillation
+from ratiograph.networks import UNet
+from ratiograph.noising import VarianceExploding
+from ratiograph.objective import Objective, Term
+from ratiograph.optim import EMA, Adam
+from ratiograph.students import OneStep
+from ratiograph.times import KarrasIndex
+from ratiograph.types import Batch, Condition
+from ratiograph.weightings import KL
+
+
+def edm(seed=0, classes=3):
+    torch.manual_seed(seed)
+    denoiser = EDM(network=UNet(resolution=8, channels=16, multipliers=(1, 2), classes=classes))
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return denoiser
+
+
+def task_of(conditions=None, **changes):
+    task = Distillation(
+        student=OneStep(denoiser=edm(0)),
+        teacher=edm(1),
+        student_score=edm(2),
+        student_score_times=KarrasIndex(),
+        student_score_optimizer=Adam(),
+        objective=Objective(terms={"matching": Term(direction=ScoreDifference(), weighting=KL())}),
+        noising=VarianceExploding(),
+        times=KarrasIndex(),
+        student_optimizer=Adam(lr=1e-3),
+        ema=EMA(),
+        conditions=conditions,
+        **changes,
+    )
+    task.prepare(torch.device("cpu"), None)
+    return task
+
+
+def batch(labels):
+    return Batch(torch.zeros(len(labels), 1, 8, 8), Condition(torch.tensor(labels)))
+
+
+def test_parts_of_a_condition_move_together():
+    one = Condition(labels=torch.tensor([1, 2]), text=torch.ones(2, 3, 4), pooled=torch.ones(2, 5))
+    other = Condition(labels=torch.tensor([0]), text=torch.zeros(1, 3, 4), sizes=torch.zeros(1, 6))
+    joined = one.join(other)
+    assert joined.parts().keys() == {"labels", "text"}
+    assert joined.labels.tolist() == [1, 2, 0]
+    assert torch.equal(joined.text, torch.cat([one.text, other.text]))
+    twice = one.repeat(2)
+    assert twice.labels.tolist() == [1, 2, 1, 2]
+    assert twice.text.shape == (4, 3, 4)
+    assert twice.pooled.shape == (4, 5)
+    assert one.map(lambda part: part[1:]).labels.tolist() == [2]
+    assert one.to(torch.device("meta")).text.is_meta
+    assert Condition().parts() == {}
+
+
+def test_uniform_labels_are_the_student_s_own_draw():
+    student, conditions = OneStep(denoiser=edm()), UniformLabels()
+    drawn = conditions.draw(None, 200, student, torch.Generator().manual_seed(4))
+    assert torch.equal(drawn.labels, student.condition(200, torch.Generator().manual_seed(4)).labels)
+    assert set(drawn.labels.tolist()) == {0, 1, 2}
+    assert UniformLabels().draw(None, 2, OneStep(denoiser=edm(classes=0)), torch.Generator()).parts() == {}
+
+
+def test_a_network_of_captions_is_not_given_labels():
+    student = OneStep(denoiser=edm())
+    student.denoiser.network.text_width = 768
+    with pytest.raises(ValueError, match="conditions = @BatchConditions"):
+        UniformLabels().check(student)
+    BatchConditions().check(student)
+
+
+def test_the_student_is_told_what_the_batch_says():
+    task = task_of(BatchConditions(), student_score_updates=2)
+    assert task.needs_data
+    assert not task_of().needs_data
+    told = []
+    encode = task.student.denoiser.encode
+    task.student.denoiser.encode = lambda noisy, condition: (
+        told.append(condition.labels.tolist()),
+        encode(noisy, condition),
+    )[1]
+    task.step(batch([2, 0, 2, 1]), 4, torch.Generator().manual_seed(0))
+    assert told == [[2, 0, 2, 1]] * 2
+
+
+def test_data_without_conditions_is_refused():
+    with pytest.raises(ValueError, match="neither labels nor captions"):
+        BatchConditions().draw(Batch(torch.zeros(2, 1, 8, 8), Condition()), 2, None, None)
+    with pytest.raises(ValueError, match="kept=0 must be at least 1"):
+        BatchConditions(kept=0)
+
+
+def test_previews_take_the_first_conditions_in_turn():
+    conditions = BatchConditions(kept=3)
+    with pytest.raises(ValueError, match=r"call Distillation\.fit"):
+        conditions.preview(2, None, torch.Generator())
+    conditions.remember(iter([batch([2, 0, 1, 1]), batch([0, 0, 0, 0])]))
+    assert conditions.preview(7, None, torch.Generator()).labels.tolist() == [2, 0, 1, 2, 0, 1, 2]
+    assert conditions.preview(2, None, torch.Generator()).labels.tolist() == [2, 0]
+
+
+def test_a_resumed_run_shows_the_same_conditions(tmp_path):
+    first = task_of(BatchConditions())
+    first.fit(iter([batch([2, 2, 1])]), torch.Generator())
+    checkpoints.save(tmp_path, 1, {"task": first.training_state()})
+    second = task_of(BatchConditions())
+    second.load_training_state(checkpoints.latest(tmp_path)[1]["task"])
+    shown = [task.preview(5, torch.Generator().manual_seed(1)) for task in (first, second)]
+    assert torch.equal(*shown)
+    assert second.conditions.preview(4, None, torch.Generator()).labels.tolist() == [2, 2, 1, 2]
+
+
+def test_a_checkpoint_without_conditions_still_loads():
+    task = task_of()
+    state = task.training_state()
+    del state["conditions"]
+    task.load_training_state(state)
+    assert task.preview(2, torch.Generator().manual_seed(0)).isfinite().all()
