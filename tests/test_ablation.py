@@ -324,6 +324,21 @@ def test_the_table_holds_the_highlighted_rows_with_the_best_in_bold(tmp_path):
     assert [Path(line["folder"]).name for line in found] == list("abcd")
 
 
+def test_rows_to_start_from_are_left_out_and_truths_are_shares(tmp_path):
+    made = grid(row("stage 1"), row("yes"), row("no"), columns=("collapsed",))
+    cells = ablation.cells_of(made, tmp_path)
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "teacher.safetensors").touch()
+    for cell, collapsed in zip(cells[1:], (True, False), strict=True):
+        leave(cell.folder, distance=1.0)
+        document = json.loads((cell.folder / "evaluation.json").read_text())
+        document["rows"][-1]["collapsed"] = collapsed
+        (cell.folder / "evaluation.json").write_text(json.dumps(document))
+    lines = ablation_table.tabulate(made, cells).markdown("x").splitlines()
+    assert lines[-2:] == ["| yes | 1.00 |", "| no | 0.00 |"]
+    assert not any("stage 1" in line for line in lines)
+
+
 def test_seeds_give_mean_and_sample_deviation(tmp_path):
     distances = [[3.0, 1.0], [4.0, 2.0], [5.0, None]]  # by seed, then row
     results = [None if d is None else {"distance": d} for by_row in distances for d in by_row]

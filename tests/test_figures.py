@@ -351,7 +351,7 @@ def command(*flags):
 def test_all_draws_what_needs_no_run(tmp_path):
     done = command("all", f"--out={tmp_path}", "--samples=1000")
     assert done.returncode == 0, done.stderr
-    names = ("normalized_variance", "h_curves", "weighting_curves", "normalized_weights")
+    names = ("normalized_variance", "h_curves", "weighting_curves", "normalized_weights", "reward_error")
     expected = {f"{name}.{suffix}" for name in names for suffix in ("png", "svg", "csv")}
     assert {path.name for path in tmp_path.iterdir()} == expected == {Path(p).name for p in done.stdout.split()}
     rows = read(tmp_path / "normalized_variance.csv")
@@ -416,6 +416,7 @@ def test_list_says_what_there_is():
         "h_curves",
         "weighting_curves",
         "normalized_weights",
+        "reward_error",
         "score_difference",
         "lambda_curves",
         "initialisations",

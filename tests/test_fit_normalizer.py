@@ -23,8 +23,11 @@ RING = "gin/mixture2d_first_order.gin"
 
 @pytest.fixture
 def run():
-    """Calls the tool with flags, in this process; its flags are gone afterwards, as other tools have the same ones."""
-    others = set(flags.FLAGS)
+    """Calls the tool with flags, in this process; those of other tools, which have the same names, stand aside."""
+    absls = {name for name in flags.FLAGS if str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl")}
+    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - absls}
+    for name in others:
+        delattr(flags.FLAGS, name)
     spec = importlib.util.spec_from_file_location("fit_normalizer", TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -35,8 +38,10 @@ def run():
 
     yield call
     flags.FLAGS.unparse_flags()
-    for name in set(flags.FLAGS) - others:
+    for name in set(flags.FLAGS) - absls:
         delattr(flags.FLAGS, name)
+    for name, flag in others.items():
+        flags.FLAGS[name] = flag
 
 
 def test_estimates_every_tilted_target_of_a_run(run, tmp_path):

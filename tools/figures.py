@@ -113,10 +113,12 @@ def chosen_runs():
     """Folders by label, of --folder and then of --run."""
     named = {}
     for text in FLAGS.run:
-        label, _, folder = text.rpartition("=")
-        if not (label and Path(folder).is_dir()):
+        # Labels and folders may hold the sign themselves: the split is where a folder begins.
+        splits = [(text[:k], text[k + 1 :]) for k in range(1, len(text)) if text[k] == "="]
+        found = next(((label, folder) for label, folder in splits if Path(folder).is_dir()), None)
+        if found is None:
             raise ValueError(f"--run={text}: give LABEL=FOLDER, where FOLDER is that of a run")
-        named[label] = Path(folder)
+        named[found[0]] = Path(found[1])
     if not (named or FLAGS.folder):
         raise ValueError("this figure compares runs: give --folder=FOLDER, or --run=LABEL=FOLDER once for each")
     if not FLAGS.folder:

@@ -90,7 +90,8 @@ def read_result(folder: Path) -> Result | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Also True of a bool, whose mean over seeds is the share of runs that it holds for."""
+    return isinstance(value, int | float)
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Table:
         for name, values in self.references().items():
             spans = [_span(values.get(column.key), formats[column.key]) for column in self.columns]
             rows.append([f"*{name}*", *[""] * (ahead - 1), *spans, *[""] * len(published)])
-        for line in self.lines:
+        for line in (line for line in self.lines if not self._only_needed(line)):
             names = [*([line.name] if named or not axes else []), *line.setting.values()]
             cells = [self._cell(line, column, formats[column.key]) for column in self.columns]
             paper = [f"{line.published[key]:g}" if key in line.published else "" for key in published]
@@ -190,6 +191,10 @@ class Table:
                 values = [result.values.get(column.key, "") if result else "" for column in self.columns]
                 writer.writerow([line.name, *line.setting.values(), folder, *values])
         return text.getvalue()
+
+    def _only_needed(self, line: Line) -> bool:
+        """Whether the line's runs are done and have no column at all: they are there for others to start from."""
+        return all(line.results) and not any(line.values(column.key) for column in self.columns)
 
     def _label(self, key: str) -> str:
         described = next((result.metrics[key] for result in self.results if key in result.metrics), {})

@@ -52,7 +52,7 @@ class UniformLabels(Conditions):
     """Classes drawn uniformly for a class-conditional student, and nothing for an unconditional one."""
 
     def check(self, student):
-        if getattr(getattr(student.denoiser, "network", None), "text_width", None):
+        if getattr(student, "captioned", False):
             raise ValueError(
                 "the student's network is conditioned on captions: bind Distillation.conditions = @BatchConditions()"
             )

@@ -110,8 +110,6 @@ class Distillation(Task):
         self.positives = positives or (ExactSamples() if exact else RealSamples())
         self.warm_start, self.critic_steps = warm_start, critic_steps
         self.conditions = UniformLabels() if conditions is None else conditions
-        if student_score is not None and student_score_weight is None:
-            student_score_weight = EDMWeight(sigma_data=student_score.sigma_data)
         self.student_score_weight = student_score_weight
         self._check()
         if teacher is not None:
@@ -292,7 +290,8 @@ class Distillation(Task):
 
     def _learn_student_score(self, student: Evaluation) -> dict[str, Tensor]:
         denoised = student.student_score_output
-        loss = weighted_denoising_loss(denoised, student.x0, student.noisy, self.student_score_weight)
+        weight = self.student_score_weight or EDMWeight(sigma_data=self.student_score.sigma_data)
+        loss = weighted_denoising_loss(denoised, student.x0, student.noisy, weight)
         # A ratio that shares this pass goes back through its encoder once more.
         loss.backward(retain_graph=self._shares_pass)
         return {"loss/student_score": loss.detach()}

@@ -26,6 +26,11 @@ class OneStep(nn.Module):
             raise ValueError(f"OneStep.sigma_init={sigma_init} must be positive")
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
+    @property
+    def captioned(self) -> bool:
+        """Whether the network is told captions."""
+        return getattr(getattr(self.denoiser, "network", None), "text_width", None) is not None
+
     def noise(self, samples: int, generator: torch.Generator) -> Tensor:
         """z [samples, ...] ~ N(0, I) on the generator's device."""
         return torch.randn((samples, *self.denoiser.shape), generator=generator, device=generator.device)
