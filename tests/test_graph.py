@@ -157,6 +157,14 @@ def test_short_values(value, text):
     assert graph.short(value, 28) == text
 
 
+def test_a_ratio_on_the_student_score_is_drawn_with_its_source():
+    with torch.device("meta"):
+        described = graph.describe(config.build(config.parse(["gin/mnist_dmd2.gin"], [], {})))
+    assert "  student_score -->|features| ratio" in graph.to_mermaid(described).splitlines()
+    assert "  teacher -->|features| ratio" not in graph.to_mermaid(described).splitlines()
+    assert graph.to_svg(described, title="x").count("features, the same pass") == 1
+
+
 def test_mermaid_has_the_edges_of_a_step(node):
     lines = [line.strip() for line in graph.to_mermaid(node).splitlines()]
     assert lines[0] == "flowchart LR"

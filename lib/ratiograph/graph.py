@@ -177,6 +177,7 @@ def _requires(component: object) -> tuple[str, ...]:
     asked = set(getattr(component, "requires", ()))
     asked |= {"ratio"} if getattr(component, "needs_ratio", False) else set()
     asked |= {"teacher"} if getattr(component, "on_teacher", False) else set()
+    asked |= {"student_score"} if getattr(component, "on_student_score", False) else set()
     return tuple(sorted(asked))
 
 
@@ -271,8 +272,9 @@ def _mermaid_step(node: Node, task: Node) -> Iterator[str]:
         yield f"  times[{_mermaid_card('t', times)}] --> noising"
     for name in networks:
         yield f"  xt --> {name}[{_mermaid_card(name.replace('_', ' '), task.child(name))}]"
-    if "ratio" in networks and "teacher" in task.child("ratio").requires:
-        yield "  teacher -->|features| ratio"
+    for name in networks:
+        if "ratio" in networks and name in task.child("ratio").requires:
+            yield f"  {name} -->|features| ratio"
     for i, (name, term) in enumerate(task.child("objective").group("terms").items()):
         parts = [(part, term.child(part)) for part in graph_svg.TERM_PARTS if term.child(part)]
         parts = [f"{part}: {graph_svg.chosen(n)} {graph_svg.inside(n, inf)}".strip() for part, n in parts]

@@ -180,11 +180,22 @@ def _networks(
         if name in asked:
             c.curve(XT + 21, middle, NETWORK_X - 2, rows[name], INK)
         y += heights[name] + 26
-    if "ratio" in networks and "teacher" in networks and "teacher" in networks["ratio"].requires:
-        x, below = NETWORK_X + 40, rows["teacher"] + heights["teacher"] / 2
+    if "ratio" in networks:
+        _features(c, networks["ratio"].requires, rows, heights)
+    return rows
+
+
+def _features(c: Canvas, sources: tuple[str, ...], rows: dict[str, float], heights: dict[str, float]) -> None:
+    """An arrow to the ratio from the network above or below it whose encoder it reads."""
+    x = NETWORK_X + 40
+    if "teacher" in sources and "teacher" in rows:
+        below = rows["teacher"] + heights["teacher"] / 2
         c.line((x, below), (x, below + 24), color=BORDER["teacher"])
         c.text(x + 9, below + 17, "features, the same pass", 11, color=MUTED)
-    return rows
+    if "student_score" in sources and "student_score" in rows:
+        above = rows["student_score"] - heights["student_score"] / 2
+        c.line((x, above), (x, above - 24), color=BORDER["student_score"])
+        c.text(x + 9, above - 9, "features, the same pass", 11, color=MUTED)
 
 
 def _rows_of(term: Node) -> dict[str, tuple[Node, float]]:
