@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -77,3 +79,14 @@ def student_of(location: float, scale: float) -> GaussianMixture:
 def evaluate(noisy: Noisy, x0: Tensor, needs: Needs, student: GaussianMixture) -> Evaluation:
     """An evaluation in which all three networks are exact."""
     return Evaluation(noisy, x0, Condition(), Nodes(TEACHER, student, ExactRatio(student=student)), needs)
+
+
+def finite_difference(divergence: Callable[..., float], *arguments) -> Tensor:
+    """Gradient [2] of ``divergence(*arguments, m, s)`` at (LOCATION, SCALE), by the fourth-order central stencil."""
+    step = 2e-4
+
+    def slope(dm: float, ds: float) -> float:
+        d = [divergence(*arguments, LOCATION + k * dm * step, SCALE + k * ds * step) for k in (-2, -1, 1, 2)]
+        return (d[0] - 8 * d[1] + 8 * d[2] - d[3]) / (12 * step)
+
+    return torch.tensor([slope(1, 0), slope(0, 1)], dtype=torch.float64)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, student_of
+from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, finite_difference, student_of
 from test_field import DIRECTIONS, LEVELS, POINTS, REACH, full, library_gradient, relative_error
 from torch import Tensor
 
@@ -43,21 +43,10 @@ def divergence(weighting: Weighting, target: Target, noising, t: float, location
     return float((log_p.exp() * weighting.h(r)).sum() * (x[1] - x[0]))
 
 
-def finite_difference(*arguments) -> Tensor:
-    """Gradient [2] of the divergence with respect to (m, s), by the fourth-order central stencil."""
-    step = 2e-4
-
-    def slope(dm: float, ds: float) -> float:
-        d = [divergence(*arguments, LOCATION + k * dm * step, SCALE + k * ds * step) for k in (-2, -1, 1, 2)]
-        return (d[0] - 8 * d[1] + 8 * d[2] - d[3]) / (12 * step)
-
-    return torch.tensor([slope(1, 0), slope(0, 1)], dtype=torch.float64)
-
-
 @pytest.mark.parametrize("tilt", TILTS)
 @pytest.mark.parametrize("row", DISTINCT)
 def test_field_is_the_gradient_of_the_divergence_to_the_tilted_teacher(row, tilt):
-    expected = finite_difference(ROWS[row], TILTS[tilt], *LEVEL)
+    expected = finite_difference(divergence, ROWS[row], TILTS[tilt], *LEVEL)
     for direction in DIRECTIONS.values():
         term = AbsorbedTerm(direction=direction, weighting=ROWS[row], target=TILTS[tilt])
         assert relative_error(library_gradient(term, *LEVEL), expected) <= 1e-9
@@ -65,7 +54,7 @@ def test_field_is_the_gradient_of_the_divergence_to_the_tilted_teacher(row, tilt
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_under_every_process(level):
-    expected = finite_difference(LR(), TILTS["linear"], *LEVELS[level])
+    expected = finite_difference(divergence, LR(), TILTS["linear"], *LEVELS[level])
     term = AbsorbedTerm(direction=DIRECTIONS["scores"], weighting=LR(), target=TILTS["linear"])
     assert relative_error(library_gradient(term, *LEVELS[level]), expected) <= 1e-9
 

@@ -33,8 +33,11 @@ from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
 from ratiograph.types import Condition, Noisy, expand
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = Path("/work/shared/reference/edm")
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference networks in {REFERENCE}")
+REFERENCE = Path(os.environ.get("RATIOGRAPH_EDM_REFERENCE", ROOT.parent / "shared" / "reference" / "edm"))
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(),
+    reason=f"no networks in {REFERENCE}: give their folder as RATIOGRAPH_EDM_REFERENCE",
+)
 PROCESSES = {"ve": VarianceExploding(), "vp": VariancePreserving(), "flow": RectifiedFlow()}
 
 SMALL = {"resolution": 8, "channels": 8, "multipliers": (1, 2, 2), "blocks": 2, "attention_resolutions": (4,)}

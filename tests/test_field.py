@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, student_of
+from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, finite_difference, student_of
 from torch import Tensor
 
 from ratiograph.directions import RatioGradient, ScoreDifference
@@ -61,17 +61,6 @@ def divergence(weighting: Weighting, target: Target, noising, t: float, location
     return float((log_p.exp() * bregman).sum() * (x[1] - x[0]))
 
 
-def finite_difference(*arguments) -> Tensor:
-    """Gradient [2] of the divergence with respect to (m, s), by the fourth-order central stencil."""
-    step = 2e-4
-
-    def slope(dm: float, ds: float) -> float:
-        d = [divergence(*arguments, LOCATION + k * dm * step, SCALE + k * ds * step) for k in (-2, -1, 1, 2)]
-        return (d[0] - 8 * d[1] + 8 * d[2] - d[3]) / (12 * step)
-
-    return torch.tensor([slope(1, 0), slope(0, 1)], dtype=torch.float64)
-
-
 def library_gradient(term: Term, noising, t: float, points: int = POINTS) -> Tensor:
     """Gradient [2] from ``x0.backward(field)`` of the library's own components, the mean taken by quadrature."""
     theta = torch.tensor([LOCATION, SCALE], dtype=torch.float64, requires_grad=True)
@@ -96,7 +85,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("row", ROWS)
 def test_field_is_the_gradient_of_the_divergence(row, target):
     weighting, level = ROWS[row], LEVELS["VarianceExploding"]
-    expected = finite_difference(weighting, TARGETS[target], *level)
+    expected = finite_difference(divergence, weighting, TARGETS[target], *level)
     # A tabulated omega has kinks, which the trapezoid rule integrates to second order only.
     points, bar = (200_001, 1e-6) if row == "CustomWeighting" else (POINTS, 1e-9)
     for direction in DIRECTIONS.values():
@@ -108,7 +97,7 @@ def test_field_is_the_gradient_of_the_divergence(row, target):
 @pytest.mark.parametrize("level", LEVELS)
 def test_field_is_the_gradient_under_every_process(level, row):
     for target in TARGETS.values():
-        expected = finite_difference(ROWS[row], target, *LEVELS[level])
+        expected = finite_difference(divergence, ROWS[row], target, *LEVELS[level])
         for direction in DIRECTIONS.values():
             term = Term(direction=direction, weighting=ROWS[row], target=target)
             assert relative_error(library_gradient(term, *LEVELS[level]), expected) <= 1e-9
@@ -118,7 +107,7 @@ def test_field_is_the_gradient_under_every_process(level, row):
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "SBA(-1.5)"])
 def test_the_printed_sign_of_equation_35_is_wrong(row):
     level = LEVELS["VarianceExploding"]
-    expected = finite_difference(ROWS[row], TILTS["linear"], *level)
+    expected = finite_difference(divergence, ROWS[row], TILTS["linear"], *level)
     matched, tilted = (
         library_gradient(Term(direction=ScoreDifference(), weighting=ROWS[row], target=target), *level)
         for target in (MatchTeacher(), TILTS["linear"])
@@ -202,7 +191,7 @@ def test_monte_carlo_backward_of_the_field(weighting, direction, target):
     start, end = noising.t_range
     times = start + (end - start) * (LOW + (HIGH - LOW) * (nodes + 1) / 2)
     expected = sum(
-        w / 2 * t**2 * finite_difference(weighting, TARGETS[target], noising, float(t))
+        w / 2 * t**2 * finite_difference(divergence, weighting, TARGETS[target], noising, float(t))
         for t, w in zip(times, weights, strict=True)
     )
     assert (error < 0.03 * expected.norm()).all(), "too few samples for a test that can fail"

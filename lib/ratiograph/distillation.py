@@ -135,9 +135,8 @@ class Distillation(Task):
         self.positives.check(self.teacher)
         if not ratio.learns:
             return
-        if self.ratio_times is None and not ratio.on_student_score:
-            raise ValueError("ratio is trained online: bind Distillation.ratio_times and ratio_optimizer")
-        if ratio.has_weights and self.ratio_optimizer is None:
+        timeless = self.ratio_times is None and not ratio.on_student_score
+        if timeless or (ratio.has_weights and self.ratio_optimizer is None):
             raise ValueError("ratio is trained online: bind Distillation.ratio_times and ratio_optimizer")
         if self.ratio_times is None and self.ratio_updates > self.student_score_updates:
             raise ValueError(
