@@ -224,24 +224,3 @@ def test_load_strict_names_the_first_difference_and_changes_nothing(found, messa
         checkpoints.load_strict(modules, found, source="run/step_1.pt")
     for name, module in modules.items():
         assert all(torch.equal(v, before[name][k]) for k, v in module.state_dict().items())
-
-
-def test_weights_go_through_safetensors_unchanged(tmp_path):
-    source, target = net(), net()
-    source[0].bias = source[1].bias  # tied weights are legal in a module
-    checkpoints.save_weights(tmp_path / "student.safetensors", source, {"gin": "a = 1"})
-    assert checkpoints.load_weights(tmp_path / "student.safetensors", target) == {"gin": "a = 1"}
-    x = torch.randn(5, 3)
-    assert torch.equal(source.eval()(x), target.eval()(x))
-
-
-def test_wrong_torn_and_missing_weights_are_clear_errors(tmp_path):
-    path = tmp_path / "teacher.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*teacher\.safetensors"):
-        checkpoints.load_weights(path, net())
-    checkpoints.save_weights(path, net(5))
-    with pytest.raises(ValueError, match=r"does not fit Sequential: 0\.weight has shape \[4, 3\] here and \[5, 3\]"):
-        checkpoints.load_weights(path, net(4))
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"teacher\.safetensors is not a whole safetensors file"):
-        checkpoints.load_weights(path, net(5))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from ratiograph.checkpoints import save_weights
 from ratiograph.denoisers import EDM
 from ratiograph.networks import MLP, UNet
 from ratiograph.noising import RectifiedFlow, VarianceExploding
 from ratiograph.ratio_losses import LogisticLoss
 from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
 from ratiograph.types import Condition, Evaluation, Needs, Nodes
+from ratiograph.weight_files import save_weights
 
 NOTHING = Needs()
 

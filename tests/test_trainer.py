@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ratiograph import checkpoints, config, trainer
+from ratiograph import checkpoints, config, trainer, weight_files
 
 TINY = [
     "EDM.weights = None",
@@ -60,7 +60,7 @@ def test_samples_and_weights_are_left(tmp_path):
     student = experiment.task.ema.copy_of(experiment.task.average)
     for parameter in student.parameters():
         parameter.zero_()
-    checkpoints.load_weights(tmp_path / "student.safetensors", student)
+    weight_files.load_weights(tmp_path / "student.safetensors", student)
     for ours, written in zip(experiment.task.average.parameters(), student.parameters(), strict=True):
         assert torch.equal(ours, written)
 

@@ -33,7 +33,7 @@ def evaluate(workdir, folder):
 
     import torch
 
-    from ratiograph import checkpoints, config, trainer
+    from ratiograph import config, trainer, weight_files
 
     cfg = config.parse([str(workdir / "config.gin")], FLAGS.gin_param, {})
     torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # as launch/main.py and the trainer seed random weights
@@ -49,7 +49,7 @@ def evaluate(workdir, folder):
     torch.manual_seed(trainer.step_seed(experiment.seed, 0))
     task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
     before = evaluator.before(task, device, experiment.seed)
-    checkpoints.load_weights(workdir / "student.safetensors", task.average)
+    weight_files.load_weights(workdir / "student.safetensors", task.average)
     return evaluator.after(task, device, experiment.seed, before, folder)
 
 

@@ -29,7 +29,7 @@ def sample():
     """The samples [N, ...] that the flags ask for, float32 on the CPU."""
     import torch
 
-    from ratiograph import checkpoints, config, trainer
+    from ratiograph import config, trainer, weight_files
 
     workdir = Path(FLAGS.workdir)
     if not (workdir / "config.gin").is_file():
@@ -42,7 +42,7 @@ def sample():
     if FLAGS.evaluations:
         sampler = task.teacher_sampler(FLAGS.evaluations)
     else:
-        checkpoints.load_weights(Path(FLAGS.weights or workdir / "student.safetensors"), task.average)
+        weight_files.load_weights(Path(FLAGS.weights or workdir / "student.safetensors"), task.average)
         sampler = task.student_sampler
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
     sizes = [min(FLAGS.batch_size, FLAGS.samples - k) for k in range(0, FLAGS.samples, FLAGS.batch_size)]

@@ -3,8 +3,7 @@
 A *state* is a nested dict, list or tuple of tensors, numbers, strings and None:
 ``torch.load(weights_only=True)`` reads it back, nothing in it can run code. ``folder/step_00000400.pt`` holds
 the state after 400 steps, and beside it ``step_00000400.pt.sha256`` the digest of its bytes in the format of
-``sha256sum -c``. Weights that leave a run (a trained student, a teacher) are safetensors files instead,
-without optimisers.
+``sha256sum -c``. Weights that leave a run are `weight_files`.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ratiograph.files import clear_storage_errors, write_atomically
+from ratiograph.weight_files import differences, listed
 
-__all__ = ["latest", "load_part", "load_strict", "load_weights", "save", "save_weights", "steps"]
+__all__ = ["latest", "load_strict", "save", "steps"]
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 _SCALARS = (bool, int, float, str, bytes, type(None))
@@ -181,23 +180,6 @@ def latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def _differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
-    """Sentences on how the tensors ``found`` in a file differ from those ``here``, in their order."""
-    for key, tensor in here.items():
-        if key not in found:
-            yield f"{name}{key} is not in the file"
-        elif not isinstance(found[key], Tensor):
-            yield f"{name}{key} is a tensor here and a {type(found[key]).__name__} in the file"
-        elif found[key].shape != tensor.shape:
-            yield f"{name}{key} has shape {list(tensor.shape)} here and {list(found[key].shape)} in the file"
-    yield from (f"{name}{key} is in the file and not here" for key in found if key not in here)
-
-
-def _listed(differences: list[str], shown: int = 3) -> str:
-    rest = len(differences) - shown
-    return "; ".join(differences[:shown]) + (f"; and {rest} more" if rest > 0 else "")
-
-
 def load_strict(
     modules: Mapping[str, nn.Module],
     state: Mapping[str, Mapping[str, Tensor]],
@@ -215,86 +197,14 @@ def load_strict(
         ValueError: a node or tensor is missing, left over or of another shape: the checkpoint of another
             graph. The first differences are named, and no module has been changed.
     """
-    differences = [f"node {name} is not in the file" for name in modules if name not in state]
-    differences += [f"node {name} is in the file and not here" for name in state if name not in modules]
+    found = [f"node {name} is not in the file" for name in modules if name not in state]
+    found += [f"node {name} is in the file and not here" for name in state if name not in modules]
     for name in (name for name in modules if name in state):
-        differences += _differences(f"{name}.", modules[name].state_dict(), state[name])
-    if differences:
+        found += differences(f"{name}.", modules[name].state_dict(), state[name])
+    if found:
         raise ValueError(
-            f"{source} is a checkpoint of another graph: {_listed(differences)}. Run the "
+            f"{source} is a checkpoint of another graph: {listed(found)}. Run the "
             "config.gin that made it, or give this run another --workdir"
         )
     for name, module in modules.items():
         module.load_state_dict(state[name], strict=True)
-
-
-def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes ``module``'s parameters and buffers to a safetensors file, whole or not at all.
-
-    Args:
-        path: destination, ``*.safetensors``; an existing file is replaced.
-        module: what to save; tensors are saved in their own dtype, under the names of its ``state_dict()``.
-        metadata: strings to keep in the file's header, e.g. the gin file that made it.
-
-    Raises:
-        ValueError: the file cannot be written; an earlier one is intact.
-    """
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in module.state_dict().items()}
-    write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(metadata or {})))
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header strings) of a safetensors file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}. Give the path of a safetensors file, or train one first")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
-
-
-def _load_tensors(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    differences = list(_differences("", module.state_dict(), tensors))
-    if differences:
-        raise ValueError(
-            f"{path} does not fit {type(module).__name__}: {_listed(differences)}. Give the weights of this "
-            "network, or configure the network as the file's own gin file does"
-        )
-    module.load_state_dict(tensors, strict=True)
-
-
-def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    """Loads a safetensors file into ``module``: every tensor, with its shape, or nothing.
-
-    Args:
-        path: a safetensors file.
-        module: receives the tensors, converted to its own dtypes and device.
-
-    Returns:
-        The strings in the file's header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file (or a torn one), or a tensor is missing, left over or of another
-            shape.
-    """
-    tensors, metadata = _read_tensors(Path(path))
-    _load_tensors(Path(path), module, tensors)
-    return metadata
-
-
-def load_part(path: Path, module: nn.Module, prefix: str) -> None:
-    """Loads into ``module`` its tensors of a larger network's file, where their names begin with ``prefix``.
-
-    Args:
-        path: a safetensors file.
-        module: a part of the network that the file holds, such as its encoder; every tensor must be there.
-        prefix: what precedes the part's own names in the file.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``load_weights``, but tensors of the rest are not looked at.
-    """
-    tensors, _ = _read_tensors(Path(path))
-    wanted = {key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors}
-    _load_tensors(Path(path), module, wanted)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ratiograph.checkpoints import load_weights
 from ratiograph.types import Condition, Noisy, expand
+from ratiograph.weight_files import load_weights
 
 __all__ = ["EDM", "Denoiser"]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ratiograph.checkpoints import save_weights
 from ratiograph.denoisers import EDM
 from ratiograph.edm_pickles import OfficialNetwork, read_network
 from ratiograph.files import write_atomically
 from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
 from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
+from ratiograph.weight_files import save_weights
 
 __all__ = ["Description", "convert", "convert_file"]
 

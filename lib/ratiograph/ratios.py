@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratiograph.checkpoints import load_part, load_weights
 from ratiograph.denoisers import Denoiser, locate_weights
 from ratiograph.networks.blocks import NoiseEmbedding, group_norm, zero_
 from ratiograph.types import Evaluation, Noisy, expand
+from ratiograph.weight_files import load_part, load_weights
 
 __all__ = [
     "EncoderRatio",

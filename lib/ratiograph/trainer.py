@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ratiograph import checkpoints, graph
+from ratiograph import checkpoints, graph, weight_files
 from ratiograph.experiment import Experiment
 from ratiograph.files import write_atomically
 from ratiograph.logs import RunLogger, make_grid
@@ -181,7 +181,7 @@ class _Run:
         config = self.workdir / "config.gin"
         metadata = {"config": config.read_text()} if config.exists() else {}
         for name, module in self.task.weights().items():
-            checkpoints.save_weights(self.workdir / f"{name}.safetensors", module, metadata)
+            weight_files.save_weights(self.workdir / f"{name}.safetensors", module, metadata)
         if self.experiment.evaluator:
             logger.message("evaluating")
             stored = self.workdir / "before.json"

@@ -36,7 +36,8 @@ class Condition:
     ``labels`` [B] int64: class indices. ``augment`` [B, 9]: how each image was augmented (EDM, Appendix F), None for
     images as they are; networks without augmentation labels ignore it. ``text`` [B, L, E]: the text encoder's states of
     each caption. ``pooled`` [B, P] and ``sizes`` [B, 6]: SDXL's pooled caption and its "time ids", the original size,
-    the crop's corner and the target size as (height, width) pairs in pixels.
+    the crop's corner and the target size as (height, width) pairs in pixels. ``caption`` [B, 1024] uint8: the caption
+    itself (`captions.pack`), for rewards and evaluations with text encoders of their own; it stays on the CPU.
     """
 
     labels: Tensor | None = None
@@ -44,9 +45,12 @@ class Condition:
     text: Tensor | None = None
     pooled: Tensor | None = None
     sizes: Tensor | None = None
+    caption: Tensor | None = None
 
     def to(self, device: torch.device) -> Condition:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On ``device``, all but the caption, which tokenizers read on the CPU."""
+        moved = {k: v if k == "caption" else v.to(device, non_blocking=True) for k, v in self.parts().items()}
+        return Condition(**moved)
 
     def repeat(self, times: int) -> Condition:
         """The condition of a batch that holds this one's samples ``times`` over, one whole copy after another."""

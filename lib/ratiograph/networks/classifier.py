@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ratiograph.checkpoints import load_weights
+from ratiograph.weight_files import load_weights
 
 __all__ = ["DigitClassifier"]
 

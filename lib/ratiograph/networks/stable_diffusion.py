@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ratiograph.checkpoints import load_weights
 from ratiograph.denoisers import Encoding
 from ratiograph.types import Condition
+from ratiograph.weight_files import load_weights
 
 __all__ = ["SD15UNet", "SDXLUNet", "UNetFromFolder"]
 
@@ -101,7 +101,7 @@ class _TextUNet(nn.Module):
 
         Raises:
             FileNotFoundError: there are none; says which file is meant, its size and how to get it.
-            ValueError: as ``checkpoints.load_weights``.
+            ValueError: as `weight_files.load_weights`.
         """
         path = find_weights(Path(weights).expanduser())
         if path is None:
