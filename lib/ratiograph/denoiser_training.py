@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ratiograph.denoisers import EDM, set_precision
+from ratiograph.denoisers import EDM, place
 from ratiograph.denoising_weights import EDMWeight, weighted_denoising_loss
 from ratiograph.experiment import Task
 from ratiograph.noising import NoisingProcess
@@ -49,7 +49,7 @@ class DenoiserTraining(Task):
         self.weight = EDMWeight(sigma_data=denoiser.sigma_data)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
-        set_precision(self.to(device), autocast_dtype)
+        place(self, device, autocast_dtype)
         self.average = self.ema.copy_of(self.denoiser)
         self.optimizers = {"denoiser": self.optimizer.build(self.denoiser.parameters())}
         self.denoiser.train()

@@ -7,7 +7,8 @@ features and the denoised sample come from one pass and whoever needs only featu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,18 +16,37 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.types import Condition, Noisy, expand
-from ratiograph.weight_files import load_weights
+from ratiograph.weight_files import load_weights, read_header
 
 __all__ = ["EDM", "Denoiser"]
 
 
 ASSETS = Path(__file__).parent / "assets"
+OFFICIAL = (".pkl", ".pt", ".pth")
+"""Suffixes of the official EDM files, and of state dicts with their names."""
+DESCRIBED = ("sigma_data", "resolution", "image_channels", "classes", "augment_labels")
+"""Arguments of a denoiser and its network in which the weights' own description must agree."""
 
 
-def locate_weights(name: str) -> Path:
-    """The file of ``name``: a path, or the bare name of one that ships inside the package."""
+def locate_weights(name: str, denoiser: str | None = None) -> Path:
+    """The safetensors file that ``name`` stands for.
+
+    Args:
+        name: its path; a folder that ``tools/convert_edm.py`` wrote; an official EDM file, which is converted once
+            into the cache folder; or the bare name of weights that ship inside the package.
+        denoiser: class name of the denoiser that takes them, which a plain state dict does not tell.
+    """
     shipped = ASSETS / f"{name}.safetensors"
-    return shipped if shipped.is_file() else Path(name)
+    if shipped.is_file():
+        return shipped
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path / "weights.safetensors"
+    if path.suffix in OFFICIAL and path.is_file():
+        from ratiograph.edm_weights import converted  # it builds denoisers
+
+        return converted(path, denoiser)
+    return path
 
 
 @dataclass(frozen=True)
@@ -77,8 +97,8 @@ class EDM(Denoiser):
     Args:
         network: a module with ``encode`` and ``decode`` (``UNet``, ``MLP``).
         sigma_data: standard deviation of the clean data.
-        weights: safetensors file to start from, a path or the name of one in the package (``mnist_teacher``); None
-            starts from random weights.
+        weights: what to start from: a safetensors file, a converted folder, an official EDM file or the name of weights
+            in the package (``mnist_teacher``), see `locate_weights`; None starts from random weights.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -90,8 +110,36 @@ class EDM(Denoiser):
         self.network, self.sigma_data, self.weights = network, sigma_data, weights
 
     def load(self) -> None:
-        if self.weights is not None:
-            load_weights(locate_weights(self.weights), self)
+        """Loads the weights.
+
+        Raises:
+            FileNotFoundError: there are none at ``weights``.
+            ValueError: they are of another network or denoiser; says what to set.
+        """
+        if self.weights is None:
+            return
+        path = locate_weights(self.weights, type(self).__name__)
+        described = read_header(path).get("denoiser")
+        if described is not None:
+            self._check_made_for(path, json.loads(described))
+        load_weights(path, self)
+
+    def _check_made_for(self, path: Path, described: Mapping) -> None:
+        """ValueError unless the file's own description is of this denoiser and network; widths show in the tensors."""
+        wrong = []
+        for kind, module in (("denoiser", self), ("network", self.network)):
+            ours = type(module).__name__
+            if described[kind] != ours:
+                wrong.append(f"its {kind} is a {described[kind]}, here it is a {ours}")
+            for name, theirs in described[f"{kind}_arguments"].items():
+                here = getattr(module, name, theirs)
+                if name in DESCRIBED and here != theirs:
+                    wrong.append(f"its {name} is {theirs}, here it is {here} ({ours}.{name})")
+        if wrong:
+            raise ValueError(
+                f"{path} holds weights of another network: {'; '.join(wrong)}. Configure the network as the file's, or "
+                "give other weights with --teacher"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,6 +167,33 @@ class EDM(Denoiser):
         with self._autocast(encoding.features[0].device):
             out = self.network.decode(encoding)
         return encoding.restore(out)
+
+
+def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Freezes a network for good, holding its convolutions' and linear layers' weights in the type they compute in.
+
+    These are the numbers that autocast would make of them anew at every pass; norms and embeddings stay float32.
+
+    Args:
+        module: the network.
+        dtype: the autocast type; None leaves the weights as they are.
+    """
+    module.requires_grad_(False).eval()
+    for layer in module.modules():
+        if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype)
+
+
+def place(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Moves a network to ``device`` and sets the autocast type of all in it.
+
+    Images are stored channels-last on GPUs, whose convolutions want it so; on a CPU it makes no difference to speed, and
+    the weights stay the pages of the file they came from.
+    """
+    module.to(device)
+    if device.type == "cuda":
+        module.to(memory_format=torch.channels_last)
+    set_precision(module, dtype)
 
 
 def set_precision(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -5,6 +5,7 @@ The official names are ``enc.32x32_block0.conv0.weight`` and the like; ours numb
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ratiograph.data.embedded import cache_folder
 from ratiograph.denoisers import EDM
 from ratiograph.edm_pickles import OfficialNetwork, read_network
 from ratiograph.files import write_atomically
@@ -22,7 +24,7 @@ from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
 from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
 from ratiograph.weight_files import save_weights
 
-__all__ = ["Description", "convert", "convert_file"]
+__all__ = ["Description", "convert", "convert_file", "converted"]
 
 NETWORKS = {c.__name__: c for c in (DDPMPP, NCSNPP, ADM)}
 DENOISERS = {c.__name__: c for c in (EDM, VPPreconditioned, VEPreconditioned)}
@@ -228,6 +230,33 @@ def _spell(shape: torch.Size | None) -> str:
     return "nothing" if shape is None else str(list(shape))
 
 
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _identity(path: Path, size: int, changed: int) -> str:
+    """The digest of a file's bytes, read once a process as long as the file's size and time stay."""
+    return _digest(path)
+
+
+def converted(path: Path, preconditioning: str | None = None) -> Path:
+    """The weights of an official file, converted into the cache folder unless they are there; see ``convert_file``.
+
+    Raises:
+        ValueError: as ``convert_file``.
+    """
+    path = Path(path).resolve()
+    status = path.stat()
+    identity = _identity(path, status.st_size, status.st_mtime_ns)[:16]
+    folder = cache_folder() / "teachers" / f"{path.stem}-{preconditioning or EDM.__name__}-{identity}"
+    weights = folder / "weights.safetensors"
+    if not weights.is_file():
+        convert_file(path, folder, preconditioning)
+    return weights
+
+
 def convert_file(path: Path | str, folder: Path | str, preconditioning: str | None = None) -> Description:
     """Reads an official file and writes ``weights.safetensors``, ``network.json`` and ``network.gin`` to ``folder``.
 
@@ -246,13 +275,13 @@ def convert_file(path: Path | str, folder: Path | str, preconditioning: str | No
         denoiser, description = convert(official, preconditioning)
     except ValueError as error:
         raise ValueError(f"{path} cannot be converted: {error}") from error
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(path)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     document = {**asdict(description), "parameters": parameters, "source": path.name, "source_sha256": digest}
     title = f"The network of {path.name}, {parameters:,} parameters."
     weights = folder / "weights.safetensors"
-    save_weights(weights, denoiser, {"source": path.name, "source_sha256": digest})
+    header = {"source": path.name, "source_sha256": digest, "denoiser": json.dumps(asdict(description))}
+    save_weights(weights, denoiser, header)
     write_atomically(folder / "network.json", (json.dumps(document, indent=1) + "\n").encode())
     write_atomically(folder / "network.gin", description.gin(weights, title).encode())
     return description

@@ -1,6 +1,9 @@
 """Weights that leave or enter a run, as safetensors files: every tensor with its shape, or nothing.
 
 Names are those of a module's ``state_dict()``. Nothing in such a file can run code.
+
+A file is mapped, not read: on the CPU a module's tensors *are* the file's pages until something writes to them, so
+several networks that start from one file share its memory, and a frozen one never has a copy of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from ratiograph.files import write_atomically
 
-__all__ = ["differences", "listed", "load_part", "load_weights", "save_weights"]
+__all__ = ["differences", "listed", "load_part", "load_weights", "read_header", "save_weights"]
 
 
 def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
@@ -49,13 +52,23 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | No
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(metadata or {})))
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file; errors as of ``load_weights``."""
+    return _read(Path(path), tensors=False)[1]
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, header strings) of a safetensors file."""
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}. Give the path of a safetensors file, or train one first")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            keys = file.keys() if tensors else ()
+            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
 
@@ -67,7 +80,17 @@ def _load_tensors(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) 
             f"{path} does not fit {type(module).__name__}: {listed(found)}. Give the weights of this "
             "network, or configure the network as the file's own gin file does"
         )
-    module.load_state_dict(tensors, strict=True)
+    _take(module, tensors)
+
+
+def _take(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes ``tensors`` the module's own where nothing has to be converted or moved, and copies them elsewhere."""
+    here = module.state_dict()
+    tied = len({tensor.data_ptr() for tensor in here.values()}) < len(here)
+    if tied or any(tensor.device.type != "cpu" for tensor in here.values()):
+        module.load_state_dict(tensors, strict=True)
+        return
+    module.load_state_dict({k: v.to(here[k].dtype) for k, v in tensors.items()}, strict=True, assign=True)
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
@@ -75,7 +98,8 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
 
     Args:
         path: a safetensors file.
-        module: receives the tensors, converted to its own dtypes and device.
+        module: receives the tensors, converted to its own dtypes and device. Its parameters may be replaced, so load
+            before handing them to an optimiser.
 
     Returns:
         The strings in the file's header.

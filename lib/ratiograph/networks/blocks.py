@@ -35,7 +35,7 @@ class NoiseEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        dtype = self.layers[0].weight.dtype
+        dtype = torch.promote_types(self.layers[0].weight.dtype, torch.float32)
         steps = torch.arange(self.frequencies, device=c_noise.device, dtype=dtype) / self.frequencies
         # c_noise = log(sigma) / 4 spans about [-1.6, 1.1]; frequencies 1 .. 64 resolve it without aliasing.
         angles = c_noise.to(dtype)[:, None] * torch.pow(64.0, steps)

@@ -178,7 +178,7 @@ class Embedding(nn.Module):
 
     def first(self, c_noise: Tensor, condition: Condition) -> Tensor:
         """Noise level and augmentation [B, W]; images are taken as they are without augmentation labels."""
-        embedding = self.noise(c_noise).to(self.layer1.weight.dtype)
+        embedding = self.noise(c_noise).to(torch.promote_types(self.layer1.weight.dtype, torch.float32))
         if self.augment is None or condition.augment is None:
             return embedding
         return embedding + self.augment(condition.augment.to(embedding.dtype))
