@@ -1,0 +1,132 @@
+"""Times networks and training steps against what they must cost at least.
+
+  python tools/bench.py network                                       DDPM++ for CIFAR-10, forward and backward
+  python tools/bench.py network --network=ADM --batch_size=1          the network of EDM's ImageNet-64 model
+
+`network` runs one network of random weights forward and backward as plain eager float32 code does it, and channels-last
+and in bf16 as a training run does, in turn in one process. It prints the median of each and its ratio to the first, and
+how far its output is from the first's. Ratios carry from machine to machine, seconds do not; let nothing else run.
+
+Every result is one JSON line more, with the date and the hardware, in --out.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("network", "DDPMPP", "Class of the network: DDPMPP, NCSNPP, ADM or UNet, with its default sizes.")
+flags.DEFINE_integer("batch_size", 4, "Images a pass.", lower_bound=1)
+flags.DEFINE_integer("rounds", 7, "Timed runs of each variant; the median counts.", lower_bound=1)
+flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
+flags.DEFINE_string("out", "BENCHMARKS/results.jsonl", "File that gets one JSON line more.")
+
+
+def build_network(name):
+    """The network, with weights at which no layer is idle."""
+    import torch
+
+    from ratiograph.networks import edm, unet
+
+    classes = {c.__name__: c for c in (edm.DDPMPP, edm.NCSNPP, edm.ADM, unet.UNet)}
+    if name not in classes:
+        raise ValueError(f"--network={name}: choose one of {', '.join(classes)}")
+    torch.manual_seed(0)
+    network = classes[name]().train()
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.data.normal_(0, 0.02)
+    return network
+
+
+def bench_network(device):
+    """The record of one network's forward and backward passes."""
+    import copy
+
+    import torch
+
+    from ratiograph import benchmark
+    from ratiograph.types import Condition
+
+    network = build_network(FLAGS.network).to(device)
+    for module in network.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0  # so that outputs can be compared
+    size = FLAGS.batch_size
+    images = torch.randn(size, *network.shape, device=device)
+    c_noise = torch.randn(size, device=device)
+    condition = Condition(torch.arange(size, device=device) % network.classes if network.classes else None)
+    outputs = {}
+
+    def variant(name, net, x, bf16):
+        def work():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                output = net.decode(net.encode(x, c_noise, condition))
+            output.float().square().mean().backward()
+            net.zero_grad(set_to_none=True)
+            outputs[name] = output.detach().float()
+
+        return work
+
+    plain = network, images
+    last = tuple(each.to(memory_format=torch.channels_last) for each in (copy.deepcopy(network), images))
+    settings = {
+        "fp32": (*plain, False),
+        "fp32, channels-last": (*last, False),
+        "bf16": (*plain, True),
+        "bf16, channels-last": (*last, True),
+    }
+    variants = {name: variant(name, *setting) for name, setting in settings.items()}
+    flops = benchmark.count_flops(variants["fp32"])
+    seconds = benchmark.medians(benchmark.in_turn(variants, FLAGS.rounds, device))
+    reference = outputs["fp32"]
+    rows = [
+        {
+            "variant": name,
+            "seconds": seconds[name],
+            "faster": seconds["fp32"] / seconds[name],
+            "tflops": flops / seconds[name] / 1e12,
+            "relative_difference": float((outputs[name] - reference).norm() / reference.norm()),
+        }
+        for name in variants
+    ]
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return {
+        "bench": "network",
+        "network": FLAGS.network,
+        "parameters": parameters,
+        "batch_size": size,
+        "rounds": FLAGS.rounds,
+        "rows": rows,
+        "peak_memory_gb": benchmark.peak_memory(device),
+    }
+
+
+def show(record):
+    """The record as a table."""
+    print(f"{record['network']}, {record['parameters']:,} parameters, batch {record['batch_size']}, forward + backward")
+    print(f"{'':22}{'seconds':>10}{'faster':>10}{'TFLOP/s':>10}{'difference':>12}")
+    for row in record["rows"]:
+        print(
+            f"{row['variant']:22}{row['seconds']:>10.3f}{row['faster']:>9.2f}x{row['tflops']:>10.3f}"
+            f"{row['relative_difference']:>12.1e}"
+        )
+    print(f"peak memory {record['peak_memory_gb']:.2f} GB; {record['hardware']['device']}")
+
+
+def main(argv):
+    try:
+        if argv[1:] != ["network"]:
+            raise ValueError(f"say what to time: bench.py network (not {' '.join(argv[1:]) or 'nothing'})")
+        from ratiograph import benchmark, trainer
+
+        device = trainer.choose_device(FLAGS.device)
+        show(benchmark.append_record(Path(FLAGS.out), bench_network(device), device))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
