@@ -26,35 +26,41 @@ NETWORKS = {
 }
 MARKER = "ran.txt"
 SOURCE = f"open({MARKER!r}, 'w').write('the source was run')\n"
-RENAMED = [
-    (r"^embedding\.noise\.frequencies", "map_noise.freqs"),
-    (r"^embedding\.classes\.table", "map_label.weight"),
-    (r"^embedding\.classes", "map_label"),
-    (r"^embedding\.augment", "map_augment"),
-    (r"^embedding\.layer1", "map_layer0"),
-    (r"^embedding\.layer2", "map_layer1"),
-    (r"attention\.norm", "norm3"),
-    (r"attention\.query_key_value", "qkv"),
-    (r"attention\.project", "proj"),
-    (r"norm(\d)", lambda m: f"norm{int(m[1]) - 1}"),
-    (r"conv(\d)", lambda m: f"conv{int(m[1]) - 1}"),
-    (r"^stem", "enc.8x8_conv"),
-    (r"^encoder\.(\d)\.resample", lambda m: "enc.{0}x{0}_down".format(8 >> int(m[1]))),
-    (r"^decoder\.(\d)\.resample", lambda m: "dec.{0}x{0}_up".format(8 >> int(m[1]))),
-    (r"^(enc|dec)oder\.(\d)\.blocks\.(\d)", lambda m: "{1}.{0}x{0}_block{2}".format(8 >> int(m[2]), m[1], m[3])),
-    (r"^middle\.(\d)", lambda m: f"dec.2x2_in{m[1]}"),
-    (r"^pyramid\.(\d)", lambda m: "enc.{0}x{0}_aux_residual".format(4 >> int(m[1]))),
-]
+
+
+def renamed(size: int) -> list[tuple]:
+    """Our names => official ones, for images of ``size`` x ``size`` and three levels."""
+    return [
+        (r"^embedding\.noise\.frequencies", "map_noise.freqs"),
+        (r"^embedding\.classes\.table", "map_label.weight"),
+        (r"^embedding\.classes", "map_label"),
+        (r"^embedding\.augment", "map_augment"),
+        (r"^embedding\.layer1", "map_layer0"),
+        (r"^embedding\.layer2", "map_layer1"),
+        (r"attention\.norm", "norm3"),
+        (r"attention\.query_key_value", "qkv"),
+        (r"attention\.project", "proj"),
+        (r"norm(\d)", lambda m: f"norm{int(m[1]) - 1}"),
+        (r"conv(\d)", lambda m: f"conv{int(m[1]) - 1}"),
+        (r"^stem", f"enc.{size}x{size}_conv"),
+        (r"^encoder\.(\d)\.resample", lambda m: "enc.{0}x{0}_down".format(size >> int(m[1]))),
+        (r"^decoder\.(\d)\.resample", lambda m: "dec.{0}x{0}_up".format(size >> int(m[1]))),
+        (r"^(enc|dec)oder\.(\d)\.blocks\.(\d)", lambda m: "{1}.{0}x{0}_block{2}".format(size >> int(m[2]), m[1], m[3])),
+        (r"^middle\.(\d)", lambda m: "dec.{0}x{0}_in{1}".format(size // 4, m[1])),
+        (r"^pyramid\.(\d)", lambda m: "enc.{0}x{0}_aux_residual".format(size // 2 >> int(m[1]))),
+    ]
 
 
 def official_state(network: nn.Module) -> dict[str, torch.Tensor]:
     """The network's state dict as the official classes would have it."""
-    ends = ("out_norm", "out_conv") if isinstance(network, ADM) else ("dec.8x8_aux_norm", "dec.8x8_aux_conv")
+    size = network.resolution
+    last = f"dec.{size}x{size}_aux"
+    ends = ("out_norm", "out_conv") if isinstance(network, ADM) else (f"{last}_norm", f"{last}_conv")
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if isinstance(network, NCSNPP) else [1.0, 1.0])
     taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
     result = {}
     for name, tensor in network.state_dict().items():
-        for pattern, replacement in [*RENAMED, ("^out_norm", ends[0]), (r"^out\.", f"{ends[1]}.")]:
+        for pattern, replacement in [*renamed(size), ("^out_norm", ends[0]), (r"^out\.", f"{ends[1]}.")]:
             name = re.sub(pattern, replacement, name)
         result[name] = tensor.T if name == "map_label.weight" else tensor
     moved = {name.rsplit(".", 2)[0] for name in result if re.search(r"_(down|up)\.conv0\.", name)}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ratiograph import checkpoints
-from ratiograph.conditions import BatchConditions, UniformLabels
+from ratiograph.captions import unpack
+from ratiograph.conditions import BatchConditions, FixedLabels, Prompts, UniformLabels
 from ratiograph.denoisers import EDM
 from ratiograph.directions import ScoreDifference
 from ratiograph.distillation import Distillation
@@ -12,6 +13,7 @@ from ratiograph.networks import UNet
 from ratiograph.noising import VarianceExploding
 from ratiograph.objective import Objective, Term
 from ratiograph.optim import EMA, Adam
+from ratiograph.sampling import SampleDraws
 from ratiograph.students import OneStep
 from ratiograph.times import KarrasIndex
 from ratiograph.types import Batch, Condition
@@ -73,6 +75,44 @@ def test_uniform_labels_are_the_student_s_own_draw():
     assert UniformLabels().draw(None, 2, OneStep(denoiser=edm(classes=0)), torch.Generator()).parts() == {}
 
 
+def test_labels_of_a_sample_are_its_own():
+    student, conditions = OneStep(denoiser=edm()), UniformLabels()
+    together = conditions.sampled(SampleDraws(2, range(300)), student).labels
+    alone = [conditions.sampled(SampleDraws(2, [k]), student).labels for k in range(300)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, SampleDraws(2, range(300)).integers(3))
+    assert (torch.bincount(together) - 100).abs().max() < 4 * (300 * 2 / 9) ** 0.5
+    free = OneStep(denoiser=edm(classes=0))
+    assert conditions.sampled(SampleDraws(2, [0]), free).parts() == {}
+
+
+def test_fixed_labels_come_in_turn():
+    student, conditions = OneStep(denoiser=edm()), FixedLabels(labels=[2, 0])
+    conditions.check(student)
+    assert conditions.sampled(SampleDraws(0, [0, 5, 1, 8]), student).labels.tolist() == [2, 0, 0, 2]
+    assert conditions.preview(3, student, torch.Generator()).labels.tolist() == [2, 0, 2]
+    with pytest.raises(ValueError, match="class 3 was asked for, but the student's network has classes 0 to 2"):
+        FixedLabels(labels=[1, 3]).check(student)
+    with pytest.raises(ValueError, match="has no classes"):
+        FixedLabels(labels=[0]).check(OneStep(denoiser=edm(classes=0)))
+
+
+def test_prompts_come_in_turn():
+    class Encoder:
+        def encode(self, captions):
+            return Condition(text=torch.tensor([[[float(len(caption))]] for caption in captions]))
+
+    student = OneStep(denoiser=edm())
+    conditions = Prompts(captions=["a", "bcd"], encoder=Encoder())
+    found = conditions.sampled(SampleDraws(0, [3, 0, 2]), student)
+    assert found.text.flatten().tolist() == [3, 1, 1]
+    assert unpack(found.caption) == ["bcd", "a", "a"]
+    with pytest.raises(ValueError, match="not told captions"):
+        conditions.check(student)
+    student.denoiser.network.text_width = 768
+    conditions.check(student)
+
+
 def test_a_network_of_captions_is_not_given_labels():
     student = OneStep(denoiser=edm())
     student.denoiser.network.text_width = 768
@@ -109,6 +149,24 @@ def test_previews_take_the_first_conditions_in_turn():
     conditions.remember(iter([batch([2, 0, 1, 1]), batch([0, 0, 0, 0])]))
     assert conditions.preview(7, None, torch.Generator()).labels.tolist() == [2, 0, 1, 2, 0, 1, 2]
     assert conditions.preview(2, None, torch.Generator()).labels.tolist() == [2, 0]
+
+
+def test_samples_take_the_first_conditions_by_their_index():
+    conditions = BatchConditions(kept=3)
+    with pytest.raises(ValueError, match=r"call Distillation\.fit"):
+        conditions.sampled(SampleDraws(0, [0]), None)
+    conditions.remember(iter([batch([2, 0, 1, 1])]))
+    assert conditions.sampled(SampleDraws(0, [4, 0, 3_000_002]), None).labels.tolist() == [0, 2, 1]
+
+
+def test_captions_stay_on_the_cpu():
+    conditions = BatchConditions()
+    captions = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    conditions.remembered = Condition(labels=torch.tensor([1, 2]), caption=captions)
+    found = conditions.sampled(SampleDraws(0, [1, 2, 3]), None)
+    assert torch.equal(found.caption, captions[[1, 0, 1]])
+    assert conditions.sampled(SampleDraws(0, range(3), "meta"), None).labels.is_meta
+    assert torch.equal(conditions.sampled(SampleDraws(0, range(3), "meta"), None).caption, captions[[0, 1, 0]])
 
 
 def test_a_resumed_run_shows_the_same_conditions(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ratiograph import checkpoints
+from ratiograph.augmentation import Flips, NonLeaky
 from ratiograph.denoisers import EDM, Denoiser
 from ratiograph.directions import RatioGradient, ScoreDifference
 from ratiograph.distillation import Distillation
@@ -297,3 +298,36 @@ def test_training_without_distillation_has_no_score(weighting):
     assert set(task.optimizers) == {"student", "ratio"}
     assert "loss/student_score" not in metrics
     assert metrics["divergence/distribution"] == pytest.approx(0, abs=1e-6)  # a new ratio says l = 0
+
+
+def test_augmentation_is_of_the_critics_images_alone():
+    """Flipping every image of the critics is training them on mirrored samples; the terms' field stays as it was."""
+    plain, flipped = (
+        prepared(task_of({"matching": matching()}, augmentation=augmentation))
+        for augmentation in (None, Flips(probability=1.0))
+    )
+    x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for task, samples, positives in ((plain, x0.flip(3), real().images.flip(3)), (flipped, x0, real().images)):
+        draw_coins = task is plain  # as many random numbers as the flips take
+        generator = torch.Generator().manual_seed(1)
+        if draw_coins:
+            torch.rand(4, generator=generator)
+        student = task._noised(samples, task.student_score_times, Condition(), generator)
+        losses.append(task._learn_student_score(student)["loss/student_score"])
+        if draw_coins:
+            torch.rand(8, generator=generator)
+        batch = Batch(positives, Condition())
+        losses.append(task._learn_ratio(samples, Condition(), batch, None, generator)["loss/ratio"])
+    assert losses[0] == losses[2]
+    assert losses[1] == losses[3]
+    fields = [
+        task.objective.fields(task.evaluate(x0, Condition(), torch.Generator().manual_seed(2)))["matching"]
+        for task in (plain, flipped)
+    ]
+    assert torch.equal(*fields)
+
+
+def test_augmentation_that_a_critic_cannot_be_told_is_refused():
+    with pytest.raises(ValueError, match="UNet has no augmentation labels and would learn to make augmented images"):
+        task_of({"matching": matching()}, augmentation=NonLeaky())

@@ -172,6 +172,7 @@ SIDA = {
     "task.ema.half_life": 500_000,
     "task.ema.ramp_up": 0.05,
     "task.teacher.network.classes": 0,
+    "task.augmentation.probability": 0.12,
 }
 SCORE_FREE = {
     "task.student.sigma_init": 2.5,
@@ -180,7 +181,12 @@ SCORE_FREE = {
     "task.ratio_updates": 1,
     "task.ratio.encoder_weights": None,
 }
-SCORE_FREE_CIFAR10 = {**SCORE_FREE, "batch_size": 64, "task.ema.half_life": 500_000}
+SCORE_FREE_CIFAR10 = {
+    **SCORE_FREE,
+    "batch_size": 64,
+    "task.ema.half_life": 500_000,
+    "task.augmentation.probability": 0.12,
+}
 DMD2 = {
     "batch_size": 7 * 40,
     "precision": "bf16",
@@ -201,7 +207,13 @@ DMD2_GAN = {
     "task.ratio_times.high": 1.0,
     "task.ratio_loss.weight": 0.01,
 }
-STAGE_1 = {"batch_size": 512, "steps": 200_000_000 // 512, "task.optimizer.lr": 1e-3, "task.ema.half_life": 500_000}
+STAGE_1 = {
+    "batch_size": 512,
+    "steps": 200_000_000 // 512,
+    "task.optimizer.lr": 1e-3,
+    "task.ema.half_life": 500_000,
+    "task.augmentation.probability": 0.12,
+}
 
 VALUES = {
     **{

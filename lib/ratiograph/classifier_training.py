@@ -18,6 +18,7 @@ from ratiograph.experiment import Task
 from ratiograph.files import write_atomically
 from ratiograph.networks.classifier import DigitClassifier, classify_all
 from ratiograph.optim import EMA, Adam
+from ratiograph.randomness import uniform
 from ratiograph.types import Batch
 
 __all__ = ["ClassifierEvaluator", "ClassifierTraining", "RandomAffine"]
@@ -43,7 +44,7 @@ class RandomAffine:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Images [B, C, H, W] -> the same shape; what comes in from outside is black (-1)."""
-        u = torch.rand(4, len(images), generator=generator, device=images.device) * 2 - 1
+        u = torch.stack([uniform((len(images),), generator) for _ in range(4)]) * 2 - 1
         angle = u[0] * math.radians(self.rotation)
         zoom = 1 / (1 + u[1] * self.scaling)  # the grid says where each output pixel is read
         x, y = u[2] * 2 * self.shift / images.shape[3], u[3] * 2 * self.shift / images.shape[2]

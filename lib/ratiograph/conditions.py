@@ -1,21 +1,25 @@
 """What the student's samples are conditioned on: p(c).
 
 Notation: c is a ``Condition`` of B samples. Training draws one for every batch of z; previews and evaluations ask for
-the same ones again and again.
+the same ones again and again; a sample with an index of its own has a condition of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ratiograph.captions import pack
+from ratiograph.sampling import SampleDraws
 from ratiograph.types import Batch, Condition
 
 if TYPE_CHECKING:
     from ratiograph.students import OneStep
+    from ratiograph.text_encoders import CaptionEncoder
 
 __all__ = ["BatchConditions", "Conditions", "UniformLabels"]
 
@@ -40,6 +44,10 @@ class Conditions:
         """Conditions of ``samples`` samples to show or to judge."""
         raise NotImplementedError
 
+    def sampled(self, draws: SampleDraws, student: OneStep) -> Condition:
+        """Conditions of the samples of ``draws``, on its device; each depends on the sample's index and draws alone."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Tensor]:
         """What is remembered, for a checkpoint."""
         return {}
@@ -62,6 +70,65 @@ class UniformLabels(Conditions):
 
     def preview(self, samples, student, generator):
         return student.condition(samples, generator)
+
+    def sampled(self, draws, student):
+        classes = student.denoiser.network.classes
+        return Condition(draws.integers(classes)) if classes else Condition()
+
+
+class FixedLabels(Conditions):
+    """Classes in turn: sample k has the label labels[k mod n]. To sample a finished student, not to train one.
+
+    Args:
+        labels: the n classes, at least one.
+    """
+
+    def __init__(self, *, labels: Sequence[int]):
+        assert labels, "list at least one class"
+        self.labels = labels
+
+    def check(self, student):
+        classes = getattr(student.denoiser.network, "classes", 0)
+        unknown = [label for label in self.labels if not 0 <= label < classes]
+        if unknown:
+            known = f"classes 0 to {classes - 1}" if classes else "no classes"
+            raise ValueError(f"class {unknown[0]} was asked for, but the student's network has {known}")
+
+    def preview(self, samples, student, generator):
+        return self._in_turn(range(samples), generator.device)
+
+    def sampled(self, draws, student):
+        return self._in_turn(draws.indices, draws.device)
+
+    def _in_turn(self, indices: Sequence[int], device: torch.device) -> Condition:
+        return Condition(torch.tensor([self.labels[k % len(self.labels)] for k in indices], device=device))
+
+
+class Prompts(Conditions):
+    """Captions in turn: sample k is told caption k mod n. To sample a finished student, not to train one.
+
+    Args:
+        captions: the n captions, at least one.
+        encoder: of captions, loaded, on the device of the samples.
+    """
+
+    def __init__(self, *, captions: Sequence[str], encoder: CaptionEncoder):
+        assert captions, "list at least one caption"
+        self.captions, self.encoder = captions, encoder
+
+    def check(self, student):
+        if not student.captioned:
+            raise ValueError("captions were given, but the student's network is not told captions")
+
+    def preview(self, samples, student, generator):
+        return self._in_turn(range(samples), generator.device)
+
+    def sampled(self, draws, student):
+        return self._in_turn(draws.indices, draws.device)
+
+    def _in_turn(self, indices: Sequence[int], device: torch.device) -> Condition:
+        captions = [self.captions[k % len(self.captions)] for k in indices]
+        return replace(self.encoder.encode(captions), caption=pack(captions)).to(device)
 
 
 class BatchConditions(Conditions):
@@ -93,14 +160,18 @@ class BatchConditions(Conditions):
         self.remembered = next(batches).condition.map(lambda part: part[: self.kept].clone())
 
     def preview(self, samples, student, generator):
-        if not self.remembered.parts():
-            raise ValueError("BatchConditions has no conditions to preview: call Distillation.fit with the data first")
+        return self._remembered(range(samples), generator.device)
 
-        def take(part: Tensor) -> Tensor:
-            part = part.to(generator.device)
-            return part[torch.arange(samples, device=part.device) % len(part)]
+    def sampled(self, draws, student):
+        return self._remembered(draws.indices, draws.device)
 
-        return self.remembered.map(take)
+    def _remembered(self, indices: Sequence[int], device: torch.device) -> Condition:
+        parts = self.remembered.parts()
+        if not parts:
+            raise ValueError("BatchConditions has no conditions to show: call Distillation.fit with the data first")
+        kept = min(len(part) for part in parts.values())
+        places = torch.tensor([index % kept for index in indices])
+        return self.remembered.map(lambda part: part[places.to(part.device)]).to(device)
 
     def state_dict(self):
         return self.remembered.parts()

@@ -62,6 +62,7 @@ __all__ = [
 
 COMPONENT_MODULES = (
     "ratiograph.noising",
+    "ratiograph.augmentation",
     "ratiograph.times",
     "ratiograph.weightings",
     "ratiograph.normalization",

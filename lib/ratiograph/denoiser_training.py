@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ratiograph.augmentation import Augmentation, NoAugmentation
 from ratiograph.denoisers import EDM, place
 from ratiograph.denoising_weights import EDMWeight, weighted_denoising_loss
 from ratiograph.experiment import Task
 from ratiograph.noising import NoisingProcess
 from ratiograph.optim import EMA, Adam
-from ratiograph.samplers import HeunSampler
+from ratiograph.randomness import normal
+from ratiograph.samplers import ManyStepSampler
 from ratiograph.times import TimeSampler
 from ratiograph.types import Batch, Condition
 
@@ -31,6 +33,7 @@ class DenoiserTraining(Task):
         optimizer: recipe of the optimiser.
         ema: recipe of the average that is the teacher in the end.
         sampler: many-step sampler of the previews.
+        augmentation: of the images; none by default.
     """
 
     def __init__(
@@ -41,11 +44,14 @@ class DenoiserTraining(Task):
         times: TimeSampler,
         optimizer: Adam,
         ema: EMA,
-        sampler: HeunSampler,
+        sampler: ManyStepSampler,
+        augmentation: Augmentation | None = None,
     ):
         super().__init__()
         self.denoiser, self.noising, self.times = denoiser, noising, times
         self.optimizer, self.ema, self.sampler = optimizer, ema, sampler
+        self.augmentation = NoAugmentation() if augmentation is None else augmentation
+        self.augmentation.check(denoiser.network)
         self.weight = EDMWeight(sigma_data=denoiser.sigma_data)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
@@ -61,11 +67,11 @@ class DenoiserTraining(Task):
         return {"teacher": self.average}
 
     def step(self, batch: Batch, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        images, condition = self.augmentation.apply(batch.images, batch.condition, generator)
         t = self.times(self.noising, batch_size, generator)
-        noise = torch.empty_like(batch.images).normal_(generator=generator)
-        noisy = self.noising.add_noise(batch.images, t, noise)
-        denoised = self.denoiser.denoise(noisy, batch.condition)
-        loss = weighted_denoising_loss(denoised, batch.images, noisy, self.weight)
+        noisy = self.noising.add_noise(images, t, normal(images.shape, generator, images.dtype))
+        denoised = self.denoiser.denoise(noisy, condition)
+        loss = weighted_denoising_loss(denoised, images, noisy, self.weight)
         loss.backward()
         updater = self.optimizers["denoiser"]
         norm = updater.step()

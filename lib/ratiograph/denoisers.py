@@ -24,6 +24,7 @@ __all__ = ["EDM", "Denoiser"]
 ASSETS = Path(__file__).parent / "assets"
 OFFICIAL = (".pkl", ".pt", ".pth")
 """Suffixes of the official EDM files, and of state dicts with their names."""
+SOURCE = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/ (edm-cifar10-32x32-cond-vp.pkl and others, 0.2 to 1.2 GB)"
 DESCRIBED = ("sigma_data", "resolution", "image_channels", "classes", "augment_labels")
 """Arguments of a denoiser and its network in which the weights' own description must agree."""
 
@@ -119,6 +120,11 @@ class EDM(Denoiser):
         if self.weights is None:
             return
         path = locate_weights(self.weights, type(self).__name__)
+        if path.suffix in OFFICIAL and not path.is_file():
+            raise FileNotFoundError(
+                f"no weights at {path}. Give --teacher a safetensors file, a converted folder or an official EDM file, "
+                f"from {SOURCE}"
+            )
         described = read_header(path).get("denoiser")
         if described is not None:
             self._check_made_for(path, json.loads(described))
@@ -187,8 +193,8 @@ def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
 def place(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
     """Moves a network to ``device`` and sets the autocast type of all in it.
 
-    Images are stored channels-last on GPUs, whose convolutions want it so; on a CPU it makes no difference to speed, and
-    the weights stay the pages of the file they came from.
+    Images are stored channels-last on GPUs, whose convolutions want it so; on a CPU it makes no difference to speed,
+    and the weights stay the pages of the file they came from.
     """
     module.to(device)
     if device.type == "cuda":

@@ -98,7 +98,7 @@ class RatioDiagnostics(nn.Module):
 
     def _add(self, table: Tensor, position: Tensor, values: Tensor) -> None:
         row = (position * len(table)).long().clamp(0, len(table) - 1)
-        table.mul_(self.decay).index_add_(0, row, values)
+        table.mul_(self.decay).index_add_(0, row, values.to(table.dtype))
 
     def summary(self) -> dict:
         """JSON values: a list for each time bin (increasing noise) and each level of D; None where nothing fell."""

@@ -19,19 +19,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ratiograph.augmentation import Augmentation, NoAugmentation
 from ratiograph.conditions import Conditions, UniformLabels
 from ratiograph.data.latents import picture
-from ratiograph.denoisers import EDM, Denoiser, set_precision
+from ratiograph.denoisers import EDM, Denoiser, freeze, place
 from ratiograph.denoising_weights import DenoisingWeight, EDMWeight, weighted_denoising_loss
 from ratiograph.diagnostics import RatioDiagnostics, bregman_divergence, field_metrics, ratio_metrics
+from ratiograph.distributed import gather
 from ratiograph.experiment import Sampler, Task
 from ratiograph.noising import NoisingProcess
 from ratiograph.objective import Objective
 from ratiograph.optim import EMA, Adam
 from ratiograph.positives import ExactSamples, Positives, RealSamples
+from ratiograph.randomness import normal
 from ratiograph.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.ratios import RatioEstimator
-from ratiograph.samplers import HeunSampler
+from ratiograph.samplers import HeunSampler, ManyStepSampler
+from ratiograph.sampling import SampleDraws
 from ratiograph.students import OneStep
 from ratiograph.times import TimeSampler
 from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes
@@ -68,6 +72,8 @@ class Distillation(Task):
         warm_start: an earlier run whose networks to begin with.
         critic_steps: first steps in which only the critics learn and the student stands still.
         conditions: what the student's samples are conditioned on; uniform labels by default.
+        augmentation: of the critics' images, the student's and the real ones alike; none by default. The terms ask
+            about samples as they are.
 
     Raises:
         ValueError: if a term asks for a node the graph does not have, or a node lacks its times or optimiser.
@@ -97,6 +103,7 @@ class Distillation(Task):
         warm_start: WarmStart | None = None,
         critic_steps: int = 0,
         conditions: Conditions | None = None,
+        augmentation: Augmentation | None = None,
     ):
         super().__init__()
         self.student, self.objective, self.noising, self.times = student, objective, noising, times
@@ -111,6 +118,7 @@ class Distillation(Task):
         self.warm_start, self.critic_steps = warm_start, critic_steps
         self.conditions = UniformLabels() if conditions is None else conditions
         self.student_score_weight = student_score_weight
+        self.augmentation = NoAugmentation() if augmentation is None else augmentation
         self._check()
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -130,6 +138,8 @@ class Distillation(Task):
             )
         if self.ratio is not None:
             self._check_ratio(self.ratio)
+        learning = (self.student_score, self.ratio)
+        self.augmentation.check(*(node.network for node in learning if hasattr(node, "network")))
 
     def _check_ratio(self, ratio: RatioEstimator) -> None:
         self.positives.check(self.teacher)
@@ -159,7 +169,9 @@ class Distillation(Task):
                 node.load()
         for term in self.objective.terms.values():
             term.target.load()
-        set_precision(self.to(device), autocast_dtype)
+        if self.teacher is not None:
+            freeze(self.teacher, autocast_dtype)
+        place(self, device, autocast_dtype)
         self.average = self.ema.copy_of(self.student)
         self.optimizers = {"student": self.student_optimizer.build(self.student.parameters())}
         if self.student_score is not None:
@@ -245,8 +257,7 @@ class Distillation(Task):
     def evaluate(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Evaluation:
         """Noises ``x0`` [B, ...] at times of the objective, for its terms to look at."""
         t = self.times(self.noising, x0.shape[0], generator)
-        noise = torch.empty_like(x0).normal_(generator=generator)
-        noisy = self.noising.add_noise(x0.detach(), t, noise)
+        noisy = self.noising.add_noise(x0.detach(), t, normal(x0.shape, generator, x0.dtype))
         return Evaluation(noisy, x0, condition, self.nodes, self.objective.needs)
 
     def _update_student(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
@@ -275,16 +286,18 @@ class Distillation(Task):
         if self.ratio is not None and self.ratio.learns and update < self.ratio_updates:
             metrics |= self._learn_ratio(x0, condition, batch, student, generator)
             due |= {"ratio", "student_score"} if self.ratio.on_student_score else {"ratio"}
-        for name in due & self.optimizers.keys():
-            self.optimizers[name].step()
+        for name in self.optimizers:  # in the same order on every rank
+            if name in due:
+                self.optimizers[name].step()
         return metrics
 
     def _noised(
         self, x0: Tensor, times: TimeSampler, condition: Condition, generator: torch.Generator, needs=TRAINING
     ) -> Evaluation:
-        """``x0`` noised at ``times``, for a critic to learn from."""
+        """``x0`` augmented and noised at ``times``, for a critic to learn from."""
+        x0, condition = self.augmentation.apply(x0, condition, generator)
         t = times(self.noising, x0.shape[0], generator)
-        noisy = self.noising.add_noise(x0, t, torch.empty_like(x0).normal_(generator=generator))
+        noisy = self.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype))
         return Evaluation(noisy, x0, condition, self.nodes, needs)
 
     def _learn_student_score(self, student: Evaluation) -> dict[str, Tensor]:
@@ -314,17 +327,19 @@ class Distillation(Task):
         loss.backward()
         times = self.ratio_times or self.student_score_times
         quantiles = times.quantile(self.noising, t).tensor_split([len(real)])
-        self.diagnostics.update(real, student, *quantiles)
+        self.diagnostics.update(*map(gather, (real, student, *quantiles)))
         return {"loss/ratio": loss.detach(), **ratio_metrics(real, student), **self._divergences(real)}
 
     def _joint_pass(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(l of real samples, l of student samples, x_t, t) of one batch that holds both at the same times."""
-        both = torch.cat([positives.images.to(x0.dtype), x0])
+        pairs = (positives.images.to(x0.dtype), positives.condition), (x0, condition)
+        halves, conditions = zip(*(self.augmentation.apply(*pair, generator) for pair in pairs), strict=True)
+        both = torch.cat(halves)
         # Each pair at one time: the classes are balanced at every noise level.
         t = self.ratio_times(self.noising, x0.shape[0], generator).repeat(2)
-        noisy = self.noising.add_noise(both, t, torch.empty_like(both).normal_(generator=generator))
-        conditions = positives.condition.join(condition)
-        evaluation = Evaluation(noisy, both, conditions, self.nodes, self._ratio_needs)
+        noise = torch.cat([normal(half.shape, generator, x0.dtype) for half in halves])
+        noisy = self.noising.add_noise(both, t, noise)
+        evaluation = Evaluation(noisy, both, conditions[0].join(conditions[1]), self.nodes, self._ratio_needs)
         real, student = evaluation.log_ratio_output.tensor_split([len(positives)])
         return real, student, evaluation.noisy.x_t, t
 
@@ -354,6 +369,20 @@ class Distillation(Task):
         """x0 [samples, ...] of the averaged student."""
         condition = self.conditions.preview(samples, self.average, generator)
         return self.average(self.average.noise(samples, generator), condition)
+
+    @torch.no_grad()
+    def student_samples(self, draws: SampleDraws, student: OneStep | None = None) -> Tensor:
+        """x0 [n, ...] of the samples of ``draws`` by ``student``, the averaged one by default."""
+        student = self.average if student is None else student
+        condition = self.conditions.sampled(draws, student)
+        return student(student.noise_of(draws), condition)
+
+    def teacher_samples(self, draws: SampleDraws, sampler: ManyStepSampler) -> Tensor:
+        """x0 [n, ...] of the same noise and conditions by the teacher and a many-step ``sampler``."""
+        if self.teacher is None:
+            raise ValueError("this graph has no teacher to sample: it is trained from a ratio alone")
+        condition = self.conditions.sampled(draws, self.average)
+        return sampler.sample(self.teacher, self.average.noise_of(draws), condition, draws)
 
     def teacher_sampler(self, evaluations: int) -> Sampler:
         """Many-step samples of the teacher, at ``evaluations`` passes each."""

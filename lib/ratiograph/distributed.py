@@ -1,20 +1,109 @@
-"""What the ranks of a distributed run see together; on a single process everything here is the identity.
+"""What the ranks of a distributed run do together; on a single process everything here is the identity.
 
 Statistics of a batch are statistics of the GLOBAL batch, so that one process with 8 samples and two with 4 each
 compute the same numbers. Per-sample scalars are few, so they are gathered whole: no reduction order to worry about.
+Gradients are averaged once an update, after all backward passes, in buckets.
 """
 
 from __future__ import annotations
 
+import datetime
+import os
+import re
+from collections.abc import Iterable, Mapping
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["gather", "own_part"]
+__all__ = [
+    "average_gradients",
+    "average_metrics",
+    "gather",
+    "is_main",
+    "local_rank",
+    "own_part",
+    "rank",
+    "ranks",
+    "start",
+    "stop",
+    "wait_for_all",
+]
+
+BUCKET = 32 * 2**20
+"""Elements of a bucket of gradients: the latency of an exchange does not show, and the copy is small."""
 
 
-def _ranks() -> int:
+def ranks() -> int:
+    """Number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 .. ranks() - 1."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's files and speaks for it."""
+    return rank() == 0
+
+
+def _environment() -> tuple[int, int, int]:
+    """(rank, ranks, rank on this machine) as ``torchrun`` or ``srun`` tell them; (0, 1, 0) without either."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        if all(name in os.environ for name in names):
+            number, count, local = (int(os.environ[name]) for name in names)
+            return number, count, local
+    return 0, 1, 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which picks its GPU."""
+    return _environment()[2]
+
+
+def start(device: torch.device, minutes: float = 30.0) -> None:
+    """Joins the other processes of a ``torchrun`` or ``srun`` launch, over nccl for GPUs and gloo for CPUs.
+
+    Args:
+        device: where tensors lie that will be exchanged.
+        minutes: how long a rank waits for the others before the run ends with their names.
+
+    Raises:
+        ValueError: more than one process was started without an address where they can meet.
+    """
+    number, count, _ = _environment()
+    if count == 1 or dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")))
+    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000))
+    if not os.environ["MASTER_ADDR"]:
+        raise ValueError(f"rank {number} of {count} does not know where the others are: start with torchrun or srun")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=number,
+        world_size=count,
+        timeout=datetime.timedelta(minutes=minutes),
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """The first of SLURM's hosts: 'gpu[03-05,9],cpu1' => 'gpu03'; '' where there are none."""
+    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?", nodes)
+    return found[1] + (found[2] or "")
+
+
+def stop() -> None:
+    """Leaves the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Returns when every rank is here."""
+    if ranks() > 1:
+        dist.barrier()
 
 
 def gather(values: Tensor) -> Tensor:
@@ -23,15 +112,55 @@ def gather(values: Tensor) -> Tensor:
     Every rank must hold the same number of samples.
     """
     values = values.detach()
-    if _ranks() == 1:
+    if ranks() == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(_ranks())]
+    parts = [torch.empty_like(values) for _ in range(ranks())]
     dist.all_gather(parts, values.contiguous())
     return torch.cat(parts)
 
 
 def own_part(values: Tensor) -> Tensor:
     """This rank's [B] of what ``gather`` put together, or of something computed from it sample by sample."""
-    if _ranks() == 1:
+    if ranks() == 1:
         return values
-    return values.tensor_split(_ranks())[dist.get_rank()]
+    return values.tensor_split(ranks())[rank()]
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces each gradient by its mean over the ranks, all buckets under way at once.
+
+    Which parameters have a gradient must be the same on every rank, as it is for one graph.
+    """
+    if ranks() == 1:
+        return
+    under_way = []
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([gradient.flatten() for gradient in bucket]).div_(ranks())
+        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in under_way:
+        work.wait()
+        sizes = [gradient.numel() for gradient in bucket]
+        torch._foreach_copy_(bucket, [f.view_as(g) for f, g in zip(flat.split(sizes), bucket, strict=True)])
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one type together, up to ``BUCKET`` elements."""
+    buckets: list[list[Tensor]] = []
+    held = 0
+    for gradient in gradients:
+        if not buckets or held + gradient.numel() > BUCKET or buckets[-1][0].dtype != gradient.dtype:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(gradient)
+        held += gradient.numel()
+    return buckets
+
+
+def average_metrics(metrics: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Means over the ranks of numbers that every rank has under the same names."""
+    if ranks() == 1 or not metrics:
+        return dict(metrics)
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device) / ranks()
+    dist.all_reduce(values)
+    return dict(zip(metrics, values.tolist(), strict=True))

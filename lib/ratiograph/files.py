@@ -28,7 +28,7 @@ def clear_storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror or error}. Free space there, check its permissions, or "
-            "choose another --workdir; earlier files are intact, and the same command continues from them"
+            "choose another folder; earlier files are intact, and the same command continues from them"
         ) from error
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ratiograph.distributed import average_gradients
+
 __all__ = ["EMA", "Adam"]
 
 
@@ -74,7 +76,8 @@ class Updater:
         )
 
     def step(self) -> Tensor:
-        """One update from the gradients now held; returns their norm [] before clipping, and clears them."""
+        """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping."""
+        average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
         self.updates += 1
         for group in self.optimizer.param_groups:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ratiograph.denoisers import Denoiser
-from ratiograph.samplers import HeunSampler
+from ratiograph.samplers import ManyStepSampler
+from ratiograph.sampling import GeneratorDraws
 from ratiograph.types import Batch, Condition
 
 if TYPE_CHECKING:
@@ -62,13 +63,16 @@ class ExactSamples(Positives):
 
 
 class TeacherSamples(Positives):
-    """Many-step samples of the teacher: no data at all, at the sampler's price in teacher passes a step.
+    """Many-step samples of the teacher: no images at all, at the sampler's price in teacher passes a step.
+
+    A captioned student's positives have the captions of the step's batch, as the student's own samples do
+    (`conditions.BatchConditions`); those of any other have uniform labels, or none.
 
     Args:
         sampler: makes them.
     """
 
-    def __init__(self, *, sampler: HeunSampler):
+    def __init__(self, *, sampler: ManyStepSampler):
         self.sampler = sampler
 
     def check(self, teacher):
@@ -77,5 +81,14 @@ class TeacherSamples(Positives):
 
     @torch.no_grad()
     def draw(self, batch, samples, teacher, student, generator):
-        condition = student.condition(samples, generator)
-        return Batch(self.sampler.sample(teacher, student.noise(samples, generator), condition), condition)
+        condition = self._condition(batch, samples, student, generator)
+        noise = student.noise(samples, generator)
+        images = self.sampler.sample(teacher, noise, condition, GeneratorDraws(samples, generator))
+        return Batch(images, condition)
+
+    def _condition(self, batch: Batch | None, samples: int, student: OneStep, generator: torch.Generator) -> Condition:
+        if not student.captioned:
+            return student.condition(samples, generator)
+        assert batch is not None, "BatchConditions asks for data"
+        assert len(batch) == samples, (len(batch), samples)
+        return batch.condition

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ratiograph.experiment import Task
 from ratiograph.noising import NoisingProcess
 from ratiograph.optim import Adam
+from ratiograph.randomness import normal
 from ratiograph.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.ratios import RatioEstimator
 from ratiograph.teachers.mixture import GaussianMixture
@@ -70,7 +71,8 @@ class RatioTraining(Task):
         """``samples`` noisy samples of p followed by as many of q, at the same times."""
         both = torch.cat([mixture.sample(samples, generator) for mixture in (self.teacher, self.student)])
         t = self.times(self.noising, samples, generator).repeat(2)
-        noisy = self.noising.add_noise(both, t, torch.empty_like(both).normal_(generator=generator))
+        noise = torch.cat([normal(half.shape, generator, half.dtype) for half in both.chunk(2)])
+        noisy = self.noising.add_noise(both, t, noise)
         return Evaluation(noisy, both, Condition(), Nodes(teacher=self.teacher, ratio=self.ratio), needs)
 
     def step(self, batch: None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ratiograph.denoisers import EDM
 from ratiograph.noising import ScaledLinearDDPM
+from ratiograph.randomness import integers, normal
+from ratiograph.sampling import SampleDraws
 from ratiograph.types import Condition, Noisy
 
 __all__ = ["OneStep", "OneStepDDPM"]
@@ -33,14 +35,19 @@ class OneStep(nn.Module):
 
     def noise(self, samples: int, generator: torch.Generator) -> Tensor:
         """z [samples, ...] ~ N(0, I) on the generator's device."""
-        return torch.randn((samples, *self.denoiser.shape), generator=generator, device=generator.device)
+        kind = next(self.parameters()).dtype
+        return normal((samples, *self.denoiser.shape), generator, torch.promote_types(kind, torch.float32))
+
+    def noise_of(self, draws: SampleDraws) -> Tensor:
+        """z [n, ...] ~ N(0, I) float32, each sample's own."""
+        return draws.normal(self.denoiser.shape)
 
     def condition(self, samples: int, generator: torch.Generator) -> Condition:
         """Conditions to sample under: uniform labels for a conditional network."""
         classes = self.denoiser.network.classes
         if not classes:
             return Condition()
-        return Condition(torch.randint(classes, (samples,), generator=generator, device=generator.device))
+        return Condition(integers(0, classes, samples, generator))
 
     def forward(self, z: Tensor, condition: Condition) -> Tensor:
         """x0 [B, ...] of noise ``z`` [B, ...]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ratiograph import randomness
 from ratiograph.noising import NoisingProcess
 from ratiograph.types import Evaluation
 
@@ -45,10 +46,6 @@ def _relative_sigma(noising: NoisingProcess, t: Tensor) -> Tensor:
     return sigma / alpha
 
 
-def _uniform(batch_size: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(batch_size, generator=generator, device=generator.device)
-
-
 def _check_fractions(low: float, high: float) -> None:
     if not 0 <= low < high <= 1:
         raise ValueError(f"low={low} and high={high} are fractions of the range and must satisfy 0 <= low < high <= 1")
@@ -68,7 +65,7 @@ class Uniform(TimeSampler):
 
     def __call__(self, noising, batch_size, generator):
         start, end = noising.t_range
-        fraction = self.low + (self.high - self.low) * _uniform(batch_size, generator)
+        fraction = self.low + (self.high - self.low) * randomness.uniform((batch_size,), generator)
         return start + (end - start) * fraction
 
     def quantile(self, noising, t):
@@ -105,7 +102,7 @@ class KarrasIndex(TimeSampler):
         self.sigma_min, self.sigma_max, self.rho, self.low, self.high = sigma_min, sigma_max, rho, low, high
 
     def __call__(self, noising, batch_size, generator):
-        u = self.low + (self.high - self.low) * _uniform(batch_size, generator)
+        u = self.low + (self.high - self.low) * randomness.uniform((batch_size,), generator)
         start, end = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return noising.time_of((start + u * (end - start)) ** self.rho)
 
@@ -129,7 +126,7 @@ class LogNormalSigma(TimeSampler):
         self.mean, self.std = mean, std
 
     def __call__(self, noising, batch_size, generator):
-        normal = torch.randn(batch_size, generator=generator, device=generator.device)
+        normal = randomness.normal((batch_size,), generator)
         return noising.time_of(torch.exp(self.mean + self.std * normal))
 
     def quantile(self, noising, t):
@@ -174,7 +171,7 @@ class DDPMSteps(TimeSampler):
                 f"DDPMSteps.high={self.high} is beyond the process's last step {noising.t_range[1]:g}: use it with "
                 "ScaledLinearDDPM, or choose Uniform, KarrasIndex, LogNormalSigma or LogitNormal"
             )
-        draw = torch.randint(self.low, self.high + 1, (batch_size,), generator=generator, device=generator.device)
+        draw = randomness.integers(self.low, self.high + 1, batch_size, generator)
         return draw.float()
 
     def quantile(self, noising, t):
@@ -195,7 +192,7 @@ class LogitNormal(TimeSampler):
         self.mean, self.std = mean, std
 
     def __call__(self, noising, batch_size, generator):
-        normal = torch.randn(batch_size, generator=generator, device=generator.device)
+        normal = randomness.normal((batch_size,), generator)
         return torch.sigmoid(self.mean + self.std * normal).clamp(*noising.t_range)
 
     def quantile(self, noising, t):

@@ -64,7 +64,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}. Give the path of a safetensors file, or train one first")
+        raise FileNotFoundError(
+            f"no weights at {path}. Give the path of a safetensors file (--teacher for the teacher), or train one first"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             keys = file.keys() if tensors else ()

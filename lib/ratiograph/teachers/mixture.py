@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.denoisers import Denoiser, Encoding
+from ratiograph.randomness import normal, own_rows
 from ratiograph.ratios import RatioEstimator
 from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
 from ratiograph.targets import Target
@@ -167,8 +168,13 @@ class GaussianMixture(Denoiser):
     ) -> Tensor:
         """Clean samples x0 [samples, D]; with ``condition.labels`` [samples], each from its own class."""
         weights = self._log_weights(condition or Condition()).exp().expand(samples, -1)
-        component = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        noise = torch.randn(samples, self.dimension, generator=generator, device=generator.device, dtype=torch.float64)
+
+        def waiting(n: int) -> Tensor:
+            return weights.new_empty(n, weights.shape[1]).exponential_(generator=generator)
+
+        # The component whose exponential waiting time, at the rate of its weight, is over first.
+        component = (weights / own_rows(waiting, samples, generator)).argmax(1)
+        noise = normal((samples, self.dimension), generator, torch.float64)
         scaled = self.variances[component].sqrt() * noise
         return (self.means[component] + torch.einsum("be,bde->bd", scaled, self.basis[component])).to(dtype)
 

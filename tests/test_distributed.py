@@ -1,0 +1,135 @@
+"""Several processes take the step that one would: gradients, statistics, noise, times."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_distillation import adversarial, matching, task_of
+from torch import nn
+
+from ratiograph import distributed
+from ratiograph.directions import RatioGradient
+from ratiograph.normalization import Clamped, MeanNormalized, RatioNormalized
+from ratiograph.objective import Term
+from ratiograph.randomness import BatchGenerator
+from ratiograph.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.ratios import StudentScoreHeadRatio
+from ratiograph.types import Batch, Condition
+from ratiograph.weightings import JensenShannon
+
+CPU = torch.device("cpu")
+BATCH, STEPS = 8, 4
+
+
+def normalized():
+    weighting = RatioNormalized(weighting=JensenShannon(), bins=3, decay=0.5)
+    return Term(direction=RatioGradient(), weighting=MeanNormalized(weighting=Clamped(weighting=weighting, limit=2.0)))
+
+
+GRAPHS = {
+    "teacher's features": lambda: task_of({"matching": matching(), "adversarial": adversarial()}),
+    "normalised": lambda: task_of({"normalised": normalized()}),
+    "R1, student score's head, more critics": lambda: task_of(
+        {"matching": matching(), "adversarial": adversarial()},
+        ratio=StudentScoreHeadRatio(),
+        ratio_loss=R1Penalized(loss=LogisticLoss(), weight=1.0),
+        student_score_updates=2,
+    ),
+}
+
+
+def trained(name: str, part: int, parts: int) -> dict:
+    """All networks, statistics included, after some float64 steps of the process ``part`` of ``parts``."""
+    torch.manual_seed(0)
+    task = GRAPHS[name]().double()
+    task.prepare(CPU, None)
+    generator, data = BatchGenerator(CPU, part, parts), torch.Generator().manual_seed(9)
+    for step in range(STEPS):
+        images = torch.randn(BATCH, 1, 8, 8, generator=data, dtype=torch.float64)
+        own = images.tensor_split(parts)[part]
+        generator.manual_seed(step)
+        metrics = task.step(Batch(own, Condition()), BATCH // parts, generator)
+    return {"networks": task.training_state()["networks"], "norm": metrics["gradient/student"]}
+
+
+def run_rank(rank: int, ranks: int, folder: str):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    torch.save({name: trained(name, rank, ranks) for name in GRAPHS}, f"{folder}/rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def flat(state) -> dict[str, torch.Tensor]:
+    return {f"{node}.{key}": value for node, tensors in state["networks"].items() for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_take_the_steps_of_one_process(ranks, tmp_path):
+    mp.start_processes(run_rank, (ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
+    found = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for name in GRAPHS:
+        expected = trained(name, 0, 1)
+        moved = 0
+        for key, value in flat(expected).items():
+            for other in found:
+                torch.testing.assert_close(flat(other[name])[key], value, rtol=1e-6, atol=1e-9, msg=f"{name}: {key}")
+            assert all(torch.equal(flat(other[name])[key], flat(found[0][name])[key]) for other in found), key
+            moved += value.is_floating_point() and bool(value.any())
+        assert moved > 50
+        torch.testing.assert_close(found[1][name]["norm"], expected["norm"], rtol=1e-9, atol=0)
+
+
+def average_of_rank(rank: int, folder: str):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    distributed.BUCKET = 10  # so that there are several buckets
+    parameters = [nn.Parameter(torch.zeros(n, dtype=kind)) for n, kind in KINDS]
+    for k, parameter in enumerate(parameters[:-1]):
+        parameter.grad = torch.full_like(parameter, (k + 1) * 3.0**rank)
+    distributed.average_gradients(parameters)
+    metrics = distributed.average_metrics({"a": 1.0 + rank, "b": 4.0}, CPU)
+    torch.save({"gradients": [p.grad for p in parameters[:-1]], "metrics": metrics}, f"{folder}/{rank}.pt")
+    assert parameters[-1].grad is None
+    dist.destroy_process_group()
+
+
+KINDS = [(3, torch.float32), (9, torch.float32), (4, torch.float64), (1, torch.float64), (2, torch.float32)]
+
+
+def test_gradients_and_metrics_become_means(tmp_path):
+    mp.start_processes(average_of_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for k, gradient in enumerate(found["gradients"]):
+            assert torch.equal(gradient, torch.full(KINDS[k][:1], 2.0 * (k + 1), dtype=KINDS[k][1]))
+        assert found["metrics"] == {"a": 1.5, "b": 4.0}
+
+
+def test_one_process_is_left_alone():
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    before = copy.deepcopy(layer.weight.grad)
+    distributed.average_gradients(layer.parameters())
+    assert torch.equal(layer.weight.grad, before)
+    assert distributed.average_metrics({"a": 1.0}, CPU) == {"a": 1.0}
+    assert (distributed.rank(), distributed.ranks(), distributed.is_main()) == (0, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-05,9],cpu1", "gpu03"), ("node7", "node7"), ("a-b[1,3]", "a-b1"), ("n1,n2", "n1"), ("", "")],
+)
+def test_first_of_slurms_hosts(nodes, host):
+    assert distributed._first_host(nodes) == host
+
+
+def test_processes_that_cannot_meet_are_told_how_to_start(monkeypatch):
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "SLURM_JOB_NODELIST", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="rank 1 of 2 does not know where the others are: start with torchrun or srun"):
+        distributed.start(CPU)
