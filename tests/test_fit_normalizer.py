@@ -83,7 +83,7 @@ def test_reads_no_sample_of_the_data_twice(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gin_file=gin/mixture2d_tilted.gin"], "no term of this run has a target RewardTilted"),
+        (["--gin_file=gin/mixture2d_tilted.gin"], "no term of this run has a tilted target"),
         ([f"--gin_file={RING}", "--gin_param=ClassReward.log_reward=(1.0, 0.0)"], "log_rewards"),
     ],
 )

@@ -9,17 +9,18 @@ import torch
 from exact import LOCATION, SCALE, TEACHER, student_of
 from torch import Tensor
 
+from ratiograph.checkpoints import load_strict
 from ratiograph.denoisers import EDM
 from ratiograph.directions import RatioGradient, ScoreDifference
 from ratiograph.networks.unet import MLP
 from ratiograph.noising import RectifiedFlow
-from ratiograph.objective import Objective, Term
+from ratiograph.objective import Objective, RewardAscent, Term
 from ratiograph.ratios import EncoderRatio, RatioEstimator
-from ratiograph.rewards import LinearReward
-from ratiograph.targets import RewardTilted, RewardTiltedNoJacobian
+from ratiograph.rewards import BlackBoxReward, ClassReward, LinearReward, Reward
+from ratiograph.targets import RewardTilted, RewardTiltedNoJacobian, RewardWeighted
 from ratiograph.teachers.mixture import ExactRatio
 from ratiograph.times import InverseTeacherError, SigmaSquared, TimeWeight
-from ratiograph.types import Condition, Evaluation, Needs, Nodes
+from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes
 from ratiograph.weightings import BE, KL, LR, LS, SoftenedReverseKL
 
 FREE = Condition()
@@ -264,3 +265,99 @@ def test_any_time_weight_scales_the_field():
         for weight in (None, Constant())
     )
     torch.testing.assert_close(scaled, 7 * plain)
+
+
+# --- rewards in an objective ----------------------------------------------------------------------------------------
+
+
+def rewarded(seed: int) -> Objective:
+    """A tilted term and an ascent, each with a classifier of its own."""
+    torch.manual_seed(seed)
+    first, second = (ClassReward(classifier=torch.nn.Linear(1, 2).double(), log_rewards=[0, b]) for b in (1, 2))
+    tilted = Term(direction=RatioGradient(), weighting=LR(), target=RewardTilted(reward=first).double())
+    tilted.target.log_normalizer.fill_(0.1 + seed)
+    return Objective(terms={"tilted": tilted, "reward": RewardAscent(reward=second, coefficient=0.5)})
+
+
+def test_rewards_stay_out_of_checkpoints_and_of_what_is_loaded():
+    one, other = rewarded(0), rewarded(1)
+    assert list(one.state_dict()) == ["terms.tilted.target.log_normalizer"]
+    kept = other.terms["reward"].reward.classifier.weight.clone()
+    load_strict({"objective": other}, {"objective": one.state_dict()})
+    assert float(other.terms["tilted"].target.log_normalizer) == pytest.approx(0.1)
+    torch.testing.assert_close(other.terms["reward"].reward.classifier.weight, kept, rtol=0, atol=0)
+    holder = torch.nn.ModuleDict({"objective": other})
+    assert list(holder.state_dict()) == ["objective.terms.tilted.target.log_normalizer"]
+    holder.load_state_dict(holder.state_dict())
+    with pytest.raises(RuntimeError, match="log_normalizer"):
+        other.load_state_dict({})
+
+
+def test_metrics_are_the_mean_rewards_of_what_was_asked():
+    objective = rewarded(0)
+    evaluation = evaluation_for(objective.needs)
+    objective.fields(evaluation)
+    means = objective.metrics()
+    asked = {"reward/ClassReward": evaluation.teacher_denoised, "reward/ClassReward 2": evaluation.x0}
+    rewards = [objective.terms["tilted"].target.reward, objective.terms["reward"].reward]
+    assert list(means) == list(asked)
+    for (name, x0), reward in zip(asked.items(), rewards, strict=True):
+        torch.testing.assert_close(means[name], reward.log_reward(x0, FREE).mean().float())
+    assert not objective.metrics()
+
+
+class Broken(Reward):
+    """log R = x, NaN for x > 1."""
+
+    def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+        return torch.where(x0[:, 0] > 1, torch.nan, x0[:, 0])
+
+
+def test_a_reward_that_gives_nan_is_named_by_the_metrics():
+    objective = Objective(terms={"reward": RewardAscent(reward=Broken())})
+    evaluation = evaluation_for(objective.needs)
+    assert (evaluation.x0 > 1).any()
+    objective.fields(evaluation)
+    means = objective.metrics()
+    assert list(means) == ["reward/Broken"]
+    assert means["reward/Broken"].isnan()
+
+
+def test_an_objective_of_ascent_and_matching():
+    everything = {"distribution": Term(direction=ScoreDifference(), weighting=KL())}
+    everything["reward"] = RewardAscent(reward=LinearReward(slope=[0.7]), coefficient=0.5)
+    objective = Objective(terms=everything)
+    assert objective.requires == {"teacher": ["distribution"], "student_score": ["distribution"]}
+    assert objective.needs == Needs()
+    fields = objective.fields(evaluation_for(objective.needs))
+    torch.testing.assert_close(fields["distribution"], everything["distribution"].field(evaluation_for(Needs())))
+    torch.testing.assert_close(fields["reward"], torch.full((50, 1), -0.35, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def weighted(log_normalizer: float = 0.2) -> RewardWeighted:
+    return RewardWeighted(reward=BlackBoxReward(reward=LinearReward(slope=[0.7])), log_normalizer=log_normalizer)
+
+
+def test_positive_weights_are_those_of_the_one_term_that_has_them():
+    positives = Batch(noisy_batch()[1], FREE)
+    plain = {"distribution": Term(direction=ScoreDifference(), weighting=KL())}
+    assert Objective(terms=plain).positive_weights(positives) is None
+    black = Term(direction=RatioGradient(), weighting=LR(), target=weighted())
+    gan = Term(direction=RatioGradient(), weighting=SoftenedReverseKL())
+    ascent = RewardAscent(reward=LinearReward(slope=[0.2]))
+    found = Objective(terms=plain | {"tilt": black, "gan": gan, "reward": ascent}).positive_weights(positives)
+    torch.testing.assert_close(found, (0.7 * positives.images[:, 0] - 0.2).exp(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Term(direction=ScoreDifference(), weighting=LR()),
+        lambda: Term(direction=RatioGradient(), weighting=KL(), target=weighted()),
+        lambda: Term(direction=RatioGradient(), weighting=KL(), target=RewardTilted(reward=LinearReward(slope=[0.7]))),
+    ],
+)
+def test_terms_that_would_take_the_tilted_ratio_for_another_are_refused(other):
+    black = Term(direction=RatioGradient(), weighting=LR(), target=weighted())
+    with pytest.raises(ValueError, match=r"'tilt' has the ratio estimated of the tilted p\*, and 'other'"):
+        Objective(terms={"tilt": black, "other": other()})

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
+from ratiograph.rewards import (
+    BlackBoxReward,
+    ClassReward,
+    LinearReward,
+    QuadraticReward,
+    Reward,
+    ScaledReward,
+    SumReward,
+    check_means,
+    take_means,
+)
 from ratiograph.types import Condition
 
 FREE = Condition()
@@ -123,3 +133,66 @@ def test_constants_survive_a_meta_build_and_stay_out_of_checkpoints():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- black boxes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_black_box_gives_the_same_numbers_and_no_graph():
+    classifier = Logits().double()
+    held = ClassReward(classifier=classifier, log_rewards=[0.0, 1.0, -1.0])
+    x0, box = points().requires_grad_(), BlackBoxReward(reward=held)
+    torch.testing.assert_close(box(x0, FREE), held(x0, FREE).detach(), rtol=0, atol=0)
+    assert held(x0, FREE).requires_grad
+    assert not box(x0, FREE).requires_grad
+    box.load()
+    assert classifier.loads == 1
+
+
+def test_one_black_box_makes_the_whole_one():
+    linear, box = LinearReward(slope=SLOPE), BlackBoxReward(reward=LinearReward(slope=SLOPE))
+    assert linear.differentiable
+    assert ScaledReward(reward=SumReward(rewards=[linear, linear])).differentiable
+    assert not ScaledReward(reward=SumReward(rewards=[linear, box])).differentiable
+
+
+# --- what is not finite ---------------------------------------------------------------------------------------------
+
+
+class Rooted(Reward):
+    """log R = sqrt(x): NaN left of 0."""
+
+    def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+        return x0[:, 0].sqrt()
+
+
+def test_means_are_of_the_leaves_and_since_the_last_time():
+    held = SumReward(rewards=[LinearReward(slope=[1.0, 0.0]), ScaledReward(reward=Rooted(), beta=5.0)], weights=[2, 3])
+    module, x0 = nn.ModuleList([held, LinearReward(slope=[0.0, 1.0])]), points().abs()
+    assert not take_means(module)
+    held(x0[:20], FREE)
+    held(x0[20:], FREE)
+    module[1](x0, FREE)
+    means = take_means(module)
+    assert list(means) == ["LinearReward", "Rooted", "LinearReward 2"]
+    expected = [x0[:, 0].mean(), x0[:, 0].sqrt().mean(), x0[:, 1].mean()]
+    torch.testing.assert_close(torch.stack(list(means.values())), torch.stack(expected).float())
+    assert not take_means(module)
+
+
+def test_the_reward_at_fault_is_named_and_no_other():
+    held = SumReward(rewards=[LinearReward(slope=SLOPE), Rooted()])
+    held(points(), FREE)
+    with pytest.raises(ValueError, match=r"^Rooted gave NaN or infinity as log R of these points"):
+        check_means(take_means(held), "these points")
+    held(points().abs(), FREE)
+    check_means(take_means(held), "these points")
+
+
+def test_a_reward_is_not_at_fault_for_samples_that_are_not_finite():
+    x0 = points().abs()
+    x0[3, 1], x0[5, 0] = torch.nan, torch.inf
+    reward = Rooted()
+    reward(x0, FREE)
+    whole = x0[x0.isfinite().all(1)]
+    torch.testing.assert_close(take_means(reward)["Rooted"], whole[:, 0].sqrt().mean().float())

@@ -12,18 +12,19 @@ from torch import Tensor
 from ratiograph.denoisers import EDM, set_precision
 from ratiograph.directions import RatioGradient, ScoreDifference
 from ratiograph.networks.unet import UNet
-from ratiograph.objective import Objective, Term
-from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward
+from ratiograph.objective import AbsorbedTerm, Objective, Term
+from ratiograph.rewards import BlackBoxReward, ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward
 from ratiograph.targets import (
     MatchTeacher,
     RewardTilted,
     RewardTiltedCumulant,
     RewardTiltedNoJacobian,
     RewardTiltedSecondOrder,
+    RewardWeighted,
     Target,
     log_mean_reward,
 )
-from ratiograph.teachers.mixture import ExactTilted, GaussianMixture, MixtureClassifier, RingMixture, tilt
+from ratiograph.teachers.mixture import ExactRatio, ExactTilted, GaussianMixture, MixtureClassifier, RingMixture, tilt
 from ratiograph.types import Batch, Condition, Evaluation, Nodes, Noisy
 from ratiograph.weightings import KL, LR, LS
 
@@ -413,6 +414,31 @@ def test_second_order_under_bf16_autocast():
         assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
 
 
+class Normed(Reward):
+    """log R = sum sin(LayerNorm(x W)) / 3."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.LayerNorm(6)).double()
+        torch.nn.init.normal_(self.network[1].weight)
+
+    def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+        return self.network(x0).sin().sum(1) / 3
+
+
+def test_second_order_gradient_through_a_layer_norm():
+    plain, x_t, step = Normed(), points(), 1e-5
+    before = plain.log_reward(x_t, FREE)
+    target = RewardTiltedCumulant(reward=plain, log_normalizer=0.0).double()
+    torch.testing.assert_close(plain.log_reward(x_t, FREE), before, rtol=1e-12, atol=1e-12)
+    _, gradient = estimate(target, PLANE, x_t, 0.6, 0.8)
+    for i in range(2):
+        shift = step * torch.eye(2, dtype=torch.float64)[i]
+        up, down = (estimate(target, PLANE, x_t + s * shift, 0.6, 0.8)[0] for s in (1, -1))
+        torch.testing.assert_close(gradient[:, i], (up - down) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
 def test_probes_come_from_the_global_generator():
     target = RewardTiltedSecondOrder(reward=Curved(), log_normalizer=0.0).double()
     first, again, other = (estimate(target, PLANE, points(), 0.6, 0.4, seed)[0] for seed in (0, 0, 1))
@@ -457,3 +483,116 @@ def test_log_mean_reward_and_its_standard_error():
 def test_no_probe_is_refused():
     with pytest.raises(ValueError, match="probes=0"):
         RewardTiltedCumulant(reward=Curved(), probes=0)
+
+
+def test_the_normaliser_is_of_all_ranks(monkeypatch):
+    """Two ranks with 50 samples each estimate what one does from the 100."""
+    from ratiograph import targets
+
+    reward, x0 = LinearReward(slope=[0.7]), points(1)
+    monkeypatch.setattr(targets, "ranks", lambda: 2)
+    monkeypatch.setattr(targets, "gather", lambda own: torch.cat([own, reward.log_reward(x0[50:], FREE)]))
+    target = RewardTilted(reward=reward, normalizer_samples=100).double()
+    target.fit([Batch(x0[:50], FREE), Batch(torch.full_like(x0, torch.nan), FREE)])  # the second is not to be read
+    monkeypatch.undo()
+    alone = RewardTilted(reward=reward, normalizer_samples=100).double()
+    alone.fit([Batch(x0, FREE)])
+    assert float(target.log_normalizer) == pytest.approx(float(alone.log_normalizer), rel=1e-12)
+    assert float(alone.log_normalizer) == pytest.approx(float((0.7 * x0).exp().mean().log()), rel=1e-6)
+
+
+def test_a_reward_that_gives_nan_is_named_before_training():
+    class Broken(Reward):
+        def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+            return x0[:, 0].log()
+
+    target = RewardTilted(reward=ScaledReward(reward=Broken()), normalizer_samples=100)
+    with pytest.raises(ValueError, match=r"^Broken gave NaN or infinity as log R of 100 samples of p"):
+        target.fit([Batch(points(1), FREE)])
+
+
+# --- black boxes --------------------------------------------------------------------------------------------
+
+
+class Steps(Reward):
+    """R = 1, 3 or 1/2: piecewise constant, so that autograd's gradient is 0 everywhere and says nothing."""
+
+    differentiable = False
+
+    def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
+        x = x0.detach()[:, 0]
+        return torch.where(x > 0.5, math.log(3), torch.where(x > -0.8, 0.0, -math.log(2)))
+
+
+@pytest.mark.parametrize("kind", [RewardTilted, RewardTiltedNoJacobian, RewardTiltedSecondOrder, RewardTiltedCumulant])
+def test_a_black_box_is_refused_where_its_gradient_is_needed(kind):
+    for reward in (Steps(), ScaledReward(reward=Steps()), BlackBoxReward(reward=Curved())):
+        with pytest.raises(ValueError, match=rf"{kind.__name__} needs the gradient.*RewardWeighted.*RatioGradient"):
+            kind(reward=reward)
+
+
+GRID = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+WIDTH = float(GRID[1] - GRID[0])
+
+
+def weighted_steps() -> RewardWeighted:
+    """log Z by quadrature."""
+    p = TEACHER.log_density(at(GRID[:, None], 1.0, 0.0), FREE).exp()
+    log_z = float((p * Steps().log_reward(GRID[:, None], FREE).exp()).sum().mul(WIDTH).log())
+    return RewardWeighted(reward=Steps(), log_normalizer=log_z).double()
+
+
+def test_weighted_positives_are_positives_of_the_tilted_teacher():
+    """The gradient of the weighted logistic loss in l vanishes at log p*_t/q_t, whatever the noise, and only there."""
+    target, student = weighted_steps(), student_of(LOCATION, SCALE)
+    p = TEACHER.log_density(at(GRID[:, None], 1.0, 0.0), FREE).exp()
+    weight = target.log_weight(Batch(GRID[:, None], FREE)).exp()
+    tilted = p * Steps().log_reward(GRID[:, None], FREE).exp()
+    tilted = tilted / (tilted.sum() * WIDTH)
+    assert float((p * weight).sum() * WIDTH) == pytest.approx(1)
+    x_t = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    for sigma in (0.1, 0.5, 3.0):
+        kernel = torch.exp(-(x_t[:, None] - GRID).square() / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+        q = student.log_density(at(x_t[:, None], 1.0, sigma), FREE).exp()
+        gradients = {}
+        for name, clean in (("p*", tilted), ("p", p)):
+            l = ((kernel @ clean).log() + math.log(WIDTH) - q.log()).requires_grad_()  # noqa: E741
+            positive = (kernel * p * weight).sum(1) * WIDTH * torch.nn.functional.softplus(-l)
+            negative = q * torch.nn.functional.softplus(l)
+            (gradients[name],) = torch.autograd.grad((positive + negative).sum(), l)
+        assert gradients["p*"].abs().max() < 1e-8  # log Z is kept in float32
+        assert gradients["p"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("weighting", [KL(), LR(), LS()], ids=["KL", "LR", "LS"])
+def test_the_field_on_the_tilted_ratio_is_the_absorbed_tilt_and_rests_at_the_tilted_teacher(weighting):
+    reward, x_t = LinearReward(slope=[0.7]), torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
+    tilted, log_normalizer = tilt(reward, TEACHER)
+    target = RewardWeighted(reward=BlackBoxReward(reward=reward), log_normalizer=float(log_normalizer))
+    weighed = Term(direction=RatioGradient(), weighting=weighting, target=target)
+    absorbed = AbsorbedTerm(direction=RatioGradient(), weighting=weighting, target=ExactTilted(reward=reward))
+
+    def velocity(term: Term, teacher: GaussianMixture, student: GaussianMixture) -> Tensor:
+        nodes = Nodes(teacher=teacher, ratio=ExactRatio(student=student))
+        return term.velocity(Evaluation(at(x_t, 1.0, 0.5), x_t, FREE, nodes, term.needs))
+
+    student = student_of(LOCATION, SCALE)
+    # What the weighted positives teach: the ratio of p*, here the exact one.
+    torch.testing.assert_close(velocity(weighed, tilted, student), velocity(absorbed, TEACHER, student))
+    assert velocity(weighed, tilted, tilted).abs().max() < 1e-12
+    assert velocity(weighed, tilted, TEACHER).abs().max() > 0.1
+
+
+def test_log_weights_are_log_r_star_without_a_graph():
+    reward = LinearReward(slope=[0.7])
+    target = RewardWeighted(reward=reward, log_normalizer=0.3)
+    x0 = points(1).requires_grad_()
+    found = target.log_weight(Batch(x0, FREE))
+    torch.testing.assert_close(found, 0.7 * x0.detach()[:, 0] - 0.3, rtol=1e-6, atol=1e-6)
+    assert not found.requires_grad
+    assert RewardWeighted(reward=reward).needs_samples
+
+
+def test_scores_beside_weighted_positives_are_refused():
+    with pytest.raises(ValueError, match=r"ScoreDifference knows nothing.*RatioGradient"):
+        Term(direction=ScoreDifference(), weighting=KL(), target=RewardWeighted(reward=Steps(), log_normalizer=0.0))

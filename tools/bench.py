@@ -2,10 +2,15 @@
 
   python tools/bench.py network                                       DDPM++ for CIFAR-10, forward and backward
   python tools/bench.py network --network=ADM --batch_size=1          the network of EDM's ImageNet-64 model
+  python tools/bench.py step --gin_file=gin/papers/score_free/cifar10_dijs.gin --precision=fp32     a whole step
 
 `network` runs one network of random weights forward and backward as plain eager float32 code does it, and channels-last
 and in bf16 as a training run does, in turn in one process. It prints the median of each and its ratio to the first, and
 how far its output is from the first's. Ratios carry from machine to machine, seconds do not; let nothing else run.
+
+`step` runs training steps of a gin file, with random weights and images instead of files, in turn with the bare passes
+of networks that such a step cannot do without: the floor. It prints step / floor, and the step in units of one forward
+and backward pass of the student's network in plain eager float32.
 
 Every result is one JSON line more, with the date and the hardware, in --out.
 """
@@ -17,6 +22,9 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("network", "DDPMPP", "Class of the network: DDPMPP, NCSNPP, ADM or UNet, with its default sizes.")
+flags.DEFINE_multi_string("gin_file", [], "For step: a gin file; repeatable, as in launch/main.py.")
+flags.DEFINE_multi_string("gin_param", [], "For step: a line of gin; repeatable.")
+flags.DEFINE_string("precision", "auto", "For step: auto, fp32 or bf16.")
 flags.DEFINE_integer("batch_size", 4, "Images a pass.", lower_bound=1)
 flags.DEFINE_integer("rounds", 7, "Timed runs of each variant; the median counts.", lower_bound=1)
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
@@ -103,7 +111,67 @@ def bench_network(device):
     }
 
 
-def show(record):
+def build_bench(device):
+    """The step of the gin file on random weights, and the plain pass that is its unit."""
+    import torch
+
+    from ratiograph import benchmark_step, config, trainer
+    from ratiograph.distillation import Distillation
+
+    torch.manual_seed(0)
+    task = config.build(config.parse(FLAGS.gin_file, FLAGS.gin_param, {})).task
+    if not isinstance(task, Distillation):
+        raise ValueError(f"{FLAGS.gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
+    benchmark_step.randomised(task).prepare(device, trainer.autocast_dtype(FLAGS.precision, device))
+    return benchmark_step.StepBench(task, FLAGS.batch_size, device)
+
+
+def bench_step(device):
+    """The record of a training step, its floor, and the step in units of a plain pass."""
+    from ratiograph import benchmark
+
+    if not FLAGS.gin_file:
+        raise ValueError("say which step to time: --gin_file=gin/papers/score_free/cifar10_dijs.gin")
+    bench = build_bench(device)
+    floor = bench.floor()
+    variants = {"step": bench.step, "unit": bench.unit, **{name: run for name, (_, run) in floor.items()}}
+    bench.step()
+    flops = benchmark.count_flops(bench.step)
+    peak = benchmark.peak_memory(device)  # of steps alone
+    seconds = benchmark.medians(benchmark.in_turn(variants, FLAGS.rounds, device))
+    passes = [{"pass": name, "times": times, "seconds": seconds[name]} for name, (times, _) in floor.items()]
+    least = sum(row["times"] * row["seconds"] for row in passes)
+    return {
+        "bench": "step",
+        "gin_file": FLAGS.gin_file,
+        "gin_param": FLAGS.gin_param,
+        "precision": FLAGS.precision,
+        "batch_size": FLAGS.batch_size,
+        "rounds": FLAGS.rounds,
+        "seconds": seconds["step"],
+        "images_per_second": FLAGS.batch_size / seconds["step"],
+        "floor": least,
+        "step_over_floor": seconds["step"] / least,
+        "units": seconds["step"] / seconds["unit"],
+        "tflops": flops / seconds["step"] / 1e12,
+        "passes": passes,
+        "peak_memory_gb": peak,
+    }
+
+
+def show_step(record):
+    """The record as a table."""
+    print(f"{' '.join(record['gin_file'])}, batch {record['batch_size']}, {record['precision']}")
+    for row in record["passes"]:
+        print(f"  {row['times']} x {row['pass']:44}{row['seconds']:>9.3f} s")
+    print(f"  floor {record['floor']:>51.3f} s")
+    print(f"  step  {record['seconds']:>51.3f} s   = {record['step_over_floor']:.3f} floors")
+    print(f"  = {record['units']:.2f} forward and backward passes of the student in plain eager float32")
+    print(f"  {record['images_per_second']:.2f} images/s, {record['tflops']:.3f} TFLOP/s; ", end="")
+    print(f"peak memory {record['peak_memory_gb']:.2f} GB; {record['hardware']['device']}")
+
+
+def show_network(record):
     """The record as a table."""
     print(f"{record['network']}, {record['parameters']:,} parameters, batch {record['batch_size']}, forward + backward")
     print(f"{'':22}{'seconds':>10}{'faster':>10}{'TFLOP/s':>10}{'difference':>12}")
@@ -117,12 +185,14 @@ def show(record):
 
 def main(argv):
     try:
-        if argv[1:] != ["network"]:
-            raise ValueError(f"say what to time: bench.py network (not {' '.join(argv[1:]) or 'nothing'})")
+        kinds = {"network": (bench_network, show_network), "step": (bench_step, show_step)}
+        if len(argv) != 2 or argv[1] not in kinds:
+            raise ValueError(f"say what to time, network or step (not {' '.join(argv[1:]) or 'nothing'})")
         from ratiograph import benchmark, trainer
 
         device = trainer.choose_device(FLAGS.device)
-        show(benchmark.append_record(Path(FLAGS.out), bench_network(device), device))
+        bench, show = kinds[argv[1]]
+        show(benchmark.append_record(Path(FLAGS.out), bench(device), device))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -35,12 +35,12 @@ def tilted_targets(cfg, task):
         ValueError: there is none, or gin's names cannot be told apart.
     """
     from ratiograph.config_values import spell
-    from ratiograph.targets import RewardTilted
+    from ratiograph.targets import Tilted
 
     terms = task.objective.terms.values() if hasattr(task, "objective") else ()
-    targets = [term.target for term in terms if isinstance(term.target, RewardTilted)]
+    targets = [term.target for term in terms if isinstance(term.target, Tilted)]
     if not targets:
-        raise ValueError("no term of this run has a target RewardTilted (ExactTilted knows its Z)")
+        raise ValueError("no term of this run has a tilted target (ExactTilted knows its Z)")
     kinds = {type(target).__name__ for target in targets}
     names = [spell(scope, name) for scope, name in cfg.graph.instances if name in kinds]
     if len(names) == 1:

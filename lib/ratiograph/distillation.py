@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from ratiograph.samplers import HeunSampler, ManyStepSampler
 from ratiograph.sampling import SampleDraws
 from ratiograph.students import OneStep
 from ratiograph.times import TimeSampler
-from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes
+from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes, Noisy, NoisySamples
 from ratiograph.warm_start import WarmStart
 
 __all__ = ["Distillation"]
@@ -272,7 +273,7 @@ class Distillation(Task):
         updater = self.optimizers["student"]
         norm = updater.step()
         self.ema.update(self.average, self.student, x0.shape[0], updater.updates * x0.shape[0])
-        return {**field_metrics(fields), "gradient/student": norm}
+        return {**field_metrics(fields), **self.objective.metrics(), "gradient/student": norm}
 
     def _update_critics(
         self, update: int, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
@@ -321,34 +322,46 @@ class Distillation(Task):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         positives = self.positives.draw(batch, x0.shape[0], self.teacher, self.student, generator)
-        evaluate = self._shared_pass if self._shares_pass else self._joint_pass
-        real, student, x_t, t = evaluate(x0, condition, positives, shared, generator)
-        loss = self.ratio_loss(real, student, x_t)
-        loss.backward()
+        real, student, noisy, fake = self._logits(x0, condition, positives, shared, generator)
+        loss = self.ratio_loss(real, student, noisy.x_t, self.objective.positive_weights(positives))
+        # Not to x_t as well, by which R1 differentiates: the second derivative there would be work for nothing.
+        loss.backward(inputs=self.learn_from_ratio)
         times = self.ratio_times or self.student_score_times
-        quantiles = times.quantile(self.noising, t).tensor_split([len(real)])
+        quantiles = (times.quantile(self.noising, of.t) for of in (noisy, fake))
         self.diagnostics.update(*map(gather, (real, student, *quantiles)))
         return {"loss/ratio": loss.detach(), **ratio_metrics(real, student), **self._divergences(real)}
 
-    def _joint_pass(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(l of real samples, l of student samples, x_t, t) of one batch that holds both at the same times."""
-        pairs = (positives.images.to(x0.dtype), positives.condition), (x0, condition)
-        halves, conditions = zip(*(self.augmentation.apply(*pair, generator) for pair in pairs), strict=True)
-        both = torch.cat(halves)
-        # Each pair at one time: the classes are balanced at every noise level.
-        t = self.ratio_times(self.noising, x0.shape[0], generator).repeat(2)
-        noise = torch.cat([normal(half.shape, generator, x0.dtype) for half in halves])
-        noisy = self.noising.add_noise(both, t, noise)
-        evaluation = Evaluation(noisy, both, conditions[0].join(conditions[1]), self.nodes, self._ratio_needs)
-        real, student = evaluation.log_ratio_output.tensor_split([len(positives)])
-        return real, student, evaluation.noisy.x_t, t
+    @cached_property
+    def learn_from_ratio(self) -> list[nn.Parameter]:
+        """What the ratio's loss trains."""
+        nodes = (self.ratio, self.student_score) if self.ratio.on_student_score else (self.ratio,)
+        return [parameter for node in nodes for parameter in node.parameters() if parameter.requires_grad]
 
-    def _shared_pass(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, where the student samples' features are those of the student score's own update."""
-        images = positives.images.to(x0.dtype)
-        real = self._noised(images, self.student_score_times, positives.condition, generator, self._ratio_needs)
-        t = torch.cat([real.noisy.t, shared.noisy.t])
-        return real.log_ratio_output, shared.log_ratio_output, real.noisy.x_t, t
+    def _logits(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Noisy, Noisy]:
+        """(l of real samples, l of the student's, the noisy real ones, the student's noisy ones)."""
+        if self._shares_pass:  # the student samples' features are those of the student score's own update
+            images = positives.images.to(x0.dtype)
+            real = self._noised(images, self.student_score_times, positives.condition, generator, self._ratio_needs)
+            return real.log_ratio_output, shared.log_ratio_output, real.noisy, shared.noisy
+        real, student = self._pair(x0, condition, positives, generator)
+        if self.ratio_loss.needs_gradient:  # by real samples alone, so that those of the student need no such graph
+            real, student = self._evaluation(real, self._ratio_needs), self._evaluation(student, TRAINING)
+            return real.log_ratio_output, student.log_ratio_output, real.noisy, student.noisy
+        both = self._evaluation(real.join(student), TRAINING)
+        return *both.log_ratio_output.tensor_split([len(positives)]), real.noisy, student.noisy
+
+    def _pair(self, x0, condition, positives, generator) -> list[NoisySamples]:
+        """Real and student samples, noised at the same times: the classes are balanced at every noise level."""
+        pairs = (positives.images.to(x0.dtype), positives.condition), (x0, condition)
+        pairs = [self.augmentation.apply(*pair, generator) for pair in pairs]
+        t = self.ratio_times(self.noising, x0.shape[0], generator)
+        return [
+            NoisySamples(self.noising.add_noise(x, t, normal(x.shape, generator, x.dtype)), x, told)
+            for x, told in pairs
+        ]
+
+    def _evaluation(self, samples: NoisySamples, needs: Needs) -> Evaluation:
+        return Evaluation(samples.noisy, samples.x0, samples.condition, self.nodes, needs)
 
     @property
     def _ratio_needs(self) -> Needs:
@@ -357,7 +370,8 @@ class Distillation(Task):
 
     def _divergences(self, real: Tensor) -> dict[str, Tensor]:
         """The estimate of each term's own D_h(q_t||p_t), where h has a closed form."""
-        rows = {name: term.weighting.row for name, term in self.objective.terms.items()}
+        terms = self.objective.terms.items()
+        rows = {name: term.weighting.row for name, term in terms if term.weighting is not None}
         return {f"divergence/{name}": bregman_divergence(row, real) for name, row in rows.items() if row.has_h}
 
     @torch.no_grad()

@@ -19,13 +19,14 @@ class RatioLoss:
     needs_gradient = False
     """Whether ``x_t`` must require a gradient before the estimator runs."""
 
-    def __call__(self, real: Tensor, student: Tensor, x_t: Tensor) -> Tensor:
+    def __call__(self, real: Tensor, student: Tensor, x_t: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss [].
 
         Args:
             real: l at real samples [B], with its graph.
             student: l at student samples [B], with its graph.
             x_t: the noisy samples [N, ...] that ``real`` was computed from, and perhaps others.
+            weight: how much each real sample counts [B], r* of a reward without a gradient; 1 by default.
         """
         raise NotImplementedError
 
@@ -33,8 +34,9 @@ class RatioLoss:
 class LogisticLoss(RatioLoss):
     """E_real[softplus(-l)] + E_student[softplus(l)]: the loss of Di-Bregman Eq. 5, f-distill and [S]."""
 
-    def __call__(self, real, student, x_t):
-        return F.softplus(-real).mean() + F.softplus(student).mean()
+    def __call__(self, real, student, x_t, weight=None):
+        positive = F.softplus(-real)
+        return (positive if weight is None else weight * positive).mean() + F.softplus(student).mean()
 
 
 class R1Penalized(RatioLoss):
@@ -52,10 +54,10 @@ class R1Penalized(RatioLoss):
             raise ValueError(f"R1Penalized.weight={weight} must be >= 0")
         self.loss, self.weight = loss, weight
 
-    def __call__(self, real, student, x_t):
+    def __call__(self, real, student, x_t, weight=None):
         (gradient,) = torch.autograd.grad(real.sum(), x_t, create_graph=True)
         penalty = gradient.float().square().sum() / len(real)
-        return self.loss(real, student, x_t) + self.weight / 2 * penalty
+        return self.loss(real, student, x_t, weight) + self.weight / 2 * penalty
 
 
 class Scaled(RatioLoss):
@@ -73,5 +75,5 @@ class Scaled(RatioLoss):
             raise ValueError(f"Scaled.weight={weight} must be > 0")
         self.loss, self.weight, self.needs_gradient = loss, weight, loss.needs_gradient
 
-    def __call__(self, real, student, x_t):
-        return self.weight * self.loss(real, student, x_t)
+    def __call__(self, real, student, x_t, weight=None):
+        return self.weight * self.loss(real, student, x_t, weight)

@@ -1,22 +1,39 @@
 """Rewards: log R(x0) [B], R > 0, of clean samples x0 [B, ...]; always in log space.
 
-The tilted target is p*(x0) = R(x0) p(x0) / Z with Z = E_p[R].
+The tilted target is p*(x0) = R(x0) p(x0) / Z with Z = E_p[R]. A *leaf* is a reward that holds no other reward.
+
+A log R that is NaN or infinite is a mistake of the reward. Calling a reward notes the mean of log R over samples that
+are themselves finite, on the device and without waiting for it; ``take_means`` hands the means of all leaves out, by
+name. They are logged with a run's other metrics, whose check for finite values therefore ends the run with the name of
+the reward; where waiting costs nothing, ``check_means`` raises at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ratiograph.types import Condition
 
-__all__ = ["ClassReward", "LinearReward", "QuadraticReward", "Reward", "ScaledReward", "SumReward"]
+__all__ = [
+    "BlackBoxReward",
+    "ClassReward",
+    "LinearReward",
+    "QuadraticReward",
+    "Reward",
+    "ScaledReward",
+    "SumReward",
+]
 
 
 class Reward(nn.Module):
-    """Base class. ``log_reward`` must be differentiable with respect to x0."""
+    """Base class: a reward gives ``log_reward``; calling it, ``reward(x0, condition)``, also notes its mean."""
+
+    differentiable = True
+    """Whether autograd gives grad log R with respect to x0; False for a black box."""
+    _noted: Tensor | None = None
 
     def load(self) -> None:
         """Loads pretrained weights, if the reward has any. Never called in a dry run."""
@@ -24,6 +41,51 @@ class Reward(nn.Module):
     def log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
         """log R [B] of ``x0`` [B, ...]."""
         raise NotImplementedError
+
+    def forward(self, x0: Tensor, condition: Condition) -> Tensor:
+        """``log_reward``, its mean over the samples whose x0 is finite noted for ``take_means``."""
+        log_reward = self.log_reward(x0, condition)
+        finite = x0.detach().flatten(1).isfinite().all(1)
+        told = torch.where(finite, log_reward.detach().float(), 0.0)
+        noted = torch.stack([told.sum(), finite.sum()])
+        self._noted = noted if self._noted is None else self._noted + noted
+        return log_reward
+
+    def take_mean(self) -> Tensor | None:
+        """Mean log R [] of the calls since the last time, on the device; None if there were none."""
+        noted, self._noted = self._noted, None
+        return None if noted is None else noted[0] / noted[1].clamp_min(1)
+
+
+def take_means(module: nn.Module) -> dict[str, Tensor]:
+    """{class of a leaf: its mean log R []} of the leaves in ``module`` called since the last time; alike ones numbered.
+
+    A mean is NaN or infinite only if that reward was so for a finite sample.
+    """
+    means: dict[str, Tensor] = {}
+    for reward in module.modules():
+        if not isinstance(reward, Reward):
+            continue
+        mean = reward.take_mean()
+        if mean is not None and not any(isinstance(part, Reward) for part in list(reward.modules())[1:]):
+            kind = type(reward).__name__
+            number = sum(name.split(" ")[0] == kind for name in means) + 1
+            means[kind if number == 1 else f"{kind} {number}"] = mean
+    return means
+
+
+def check_means(means: Mapping[str, Tensor], samples: str) -> None:
+    """Waits for ``means`` of ``take_means``.
+
+    Raises:
+        ValueError: one is NaN or infinite; names the reward, and ``samples``, what it was asked about.
+    """
+    bad = [name for name, mean in means.items() if not bool(mean.isfinite())]
+    if bad:
+        raise ValueError(
+            f"{', '.join(bad)} gave NaN or infinity as log R of {samples}: R must be positive and finite. Look at "
+            "those samples (images in [-1, 1]? latents without a DecodedReward?) and at the reward's weights"
+        )
 
 
 def _constant(values: Sequence) -> Tensor:
@@ -119,11 +181,15 @@ class ScaledReward(Reward):
             raise ValueError(f"ScaledReward.beta={beta} must be positive; to suppress a reward use SumReward.weights")
         self.reward, self.beta = reward, beta
 
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
     def load(self) -> None:
         self.reward.load()
 
     def log_reward(self, x0, condition):
-        return self.reward.log_reward(x0, condition) / self.beta
+        return self.reward(x0, condition) / self.beta
 
 
 class SumReward(Reward):
@@ -144,10 +210,37 @@ class SumReward(Reward):
         if not self.rewards or len(self.weights) != len(self.rewards):
             raise ValueError(f"SumReward has {len(self.weights)} weights for {len(self.rewards)} rewards (at least 1)")
 
+    @property
+    def differentiable(self) -> bool:
+        return all(reward.differentiable for reward in self.rewards)
+
     def load(self) -> None:
         for reward in self.rewards:
             reward.load()
 
     def log_reward(self, x0, condition):
-        parts = [w * reward.log_reward(x0, condition) for w, reward in zip(self.weights, self.rewards, strict=True)]
+        parts = [w * reward(x0, condition) for w, reward in zip(self.weights, self.rewards, strict=True)]
         return torch.stack(parts).sum(0)
+
+
+class BlackBoxReward(Reward):
+    """The reward held as numbers alone: no graph is kept, and who asks for its gradient is refused.
+
+    For rewards that have no gradient (a count, a rule, a judge behind a program), or one that is not to be climbed.
+
+    Args:
+        reward: the reward held.
+    """
+
+    differentiable = False
+
+    def __init__(self, *, reward: Reward):
+        super().__init__()
+        self.reward = reward
+
+    def load(self) -> None:
+        self.reward.load()
+
+    @torch.no_grad()
+    def log_reward(self, x0, condition):
+        return self.reward(x0, condition)

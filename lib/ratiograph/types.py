@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ratiograph.denoisers import Denoiser, Encoding
     from ratiograph.ratios import RatioEstimator
 
-__all__ = ["Batch", "Condition", "Evaluation", "Needs", "Nodes", "Noisy", "expand"]
+__all__ = ["Batch", "Condition", "Evaluation", "Needs", "Nodes", "Noisy", "NoisySamples", "expand"]
 
 
 def expand(scale: Tensor, like: Tensor) -> Tensor:
@@ -94,9 +94,28 @@ class Noisy:
     alpha: Tensor
     sigma: Tensor
 
+    def join(self, other: Noisy) -> Noisy:
+        """These samples followed by ``other``'s."""
+        mine, theirs = ((each.x_t, each.t, each.alpha, each.sigma) for each in (self, other))
+        return Noisy(*(torch.cat(pair) for pair in zip(mine, theirs, strict=True)))
+
     def rescaled(self) -> tuple[Tensor, Tensor]:
         """``(x_t / alpha, sigma / alpha)``: the variance-exploding view in which EDM networks are native."""
         return self.x_t / expand(self.alpha, self.x_t), self.sigma / self.alpha
+
+
+class NoisySamples(NamedTuple):
+    """Noisy samples, the clean ones [B, ...] they were made from, and their condition."""
+
+    noisy: Noisy
+    x0: Tensor
+    condition: Condition
+
+    def join(self, other: NoisySamples) -> NoisySamples:
+        """These, followed by ``other``."""
+        return NoisySamples(
+            self.noisy.join(other.noisy), torch.cat([self.x0, other.x0]), self.condition.join(other.condition)
+        )
 
 
 @dataclass(frozen=True)

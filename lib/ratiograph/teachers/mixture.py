@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from ratiograph.denoisers import Denoiser, Encoding
 from ratiograph.randomness import normal, own_rows
 from ratiograph.ratios import RatioEstimator
-from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
+from ratiograph.rewards import (
+    BlackBoxReward,
+    ClassReward,
+    LinearReward,
+    QuadraticReward,
+    Reward,
+    ScaledReward,
+    SumReward,
+)
 from ratiograph.targets import Target
 from ratiograph.types import Condition, Evaluation, Noisy, expand
 
@@ -340,6 +348,12 @@ def _(reward: SumReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
     forms = [quadratic_form(part, mixture) for part in reward.rewards]
     curvature, slope = (sum(w * form[k] for w, form in zip(reward.weights, forms, strict=True)) for k in (0, 1))
     return curvature, slope
+
+
+@tilt.register
+def _tilt_black_box(reward: BlackBoxReward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
+    """As by the reward held: exact tilting asks for no gradient."""
+    return tilt(reward.reward, mixture)
 
 
 @tilt.register
