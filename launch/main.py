@@ -4,15 +4,20 @@
   python launch/main.py --gin_file=gin/mnist_sba.gin --dry_run           print the graph, build nothing heavy
   python launch/main.py --gin_file=gin/mnist_sba.gin --gin_param='SBA.lam=1.0' --workdir=runs/lam1
   python launch/main.py --gin_file=runs/lam1/config.gin --workdir=runs/again      repeat a run exactly
+  torchrun --nproc_per_node=8 launch/main.py --gin_file=gin/mnist_sba.gin         the same steps, by eight processes
 
 Files are read in order, then --gin_param lines, then the flags for run-level values: --steps, --seed,
 --batch_size and --precision stand for `Experiment.steps = ...` and so on, --data and --teacher for the macros
 `DATA = ...` and `TEACHER = ...`. A later value wins. Strings in --gin_param need quotes of their own:
 --gin_param="DATA='mnist'".
 
-Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong.
+SIGTERM, SIGUSR1 and Ctrl-C end the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
+
+Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong, 75 the run was asked to end and
+the same command goes on, 130 ended at once.
 """
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -28,7 +33,7 @@ flags.DEFINE_integer("batch_size", None, "Samples a step (Experiment.batch_size)
 flags.DEFINE_integer("seed", None, "Seed of everything random (Experiment.seed).", lower_bound=0)
 flags.DEFINE_string("precision", None, "Arithmetic of the networks, e.g. auto (Experiment.precision).")
 flags.DEFINE_string("data", None, "Data set: an embedded one by name, or shards by pattern (macro DATA).")
-flags.DEFINE_string("teacher", None, "Weights file of the teacher, safetensors (macro TEACHER).")
+flags.DEFINE_string("teacher", None, "Teacher: safetensors, converted folder or official EDM .pkl (macro TEACHER).")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...: auto takes a GPU if there is one.")
 flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
 flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
@@ -44,6 +49,16 @@ OVERRIDES = {
 }
 
 
+HARMLESS = [
+    f"Experiment.{name}"
+    for name in (
+        *("steps", "log_every", "preview_every", "checkpoint_every", "evaluate_every", "preview_samples"),
+        *("keep_last", "keep_every", "best_metric", "max_bad_steps", "hang_minutes"),
+    )
+]
+"""Run-level values that a run may go on with changed: no step depends on them."""
+
+
 def parse_flags(config, arguments):
     """The checked configuration that the command line asks for."""
     if arguments:
@@ -55,7 +70,7 @@ def parse_flags(config, arguments):
 
 
 def claim(config, cfg, workdir):
-    """Refuses a folder that holds another run's results; the number of steps alone may differ."""
+    """Refuses a folder that holds another run's results; what no step depends on may differ."""
     saved = workdir / "config.gin"
     results = [*sorted(workdir.glob("checkpoints/*.pt")), *workdir.glob("*.safetensors")]
     if results and not FLAGS.resume:
@@ -63,7 +78,7 @@ def claim(config, cfg, workdir):
             f"--noresume: {workdir} already holds {results[0].relative_to(workdir)}. Give another --workdir, "
             "delete the folder, or drop --noresume to continue its run."
         )
-    differing = config.differences(cfg, saved, ignore=["Experiment.steps"]) if saved.exists() else []
+    differing = config.differences(cfg, saved, ignore=HARMLESS) if saved.exists() else []
     if results and differing:
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise config.ConfigError(
@@ -89,26 +104,49 @@ def run(config, cfg):
     """Builds and trains; rerunning the same command resumes."""
     import torch
 
-    from ratiograph import trainer
+    from ratiograph import distributed, trainer, workdir
 
     torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
-    workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
+    folder = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
     experiment = config.build(cfg)
-    claim(config, cfg, workdir)
-    trainer.train(experiment, workdir=workdir, device=FLAGS.device)
+    distributed.start(trainer.choose_device(FLAGS.device))
+    with contextlib.ExitStack() as stack:
+        stack.callback(distributed.stop)
+        if distributed.is_main():
+            stack.enter_context(workdir.locked(folder))
+            claim(config, cfg, folder)
+        distributed.wait_for_all()
+        trainer.train(experiment, workdir=folder, device=FLAGS.device)
 
 
-def main(argv):
+def execute(arguments):
+    """The run that the command line asks for; its exit code."""
     from ratiograph import config  # after the flags are known to be right, so that --help is instant
 
     try:
-        cfg = parse_flags(config, argv[1:])
+        cfg = parse_flags(config, arguments)
         (dry_run if FLAGS.dry_run else run)(config, cfg)
     except (ValueError, OSError) as error:
         if FLAGS.verbose_errors:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, config.ConfigError) else 1)
+        return 2 if isinstance(error, config.ConfigError) else 1
+    return 0
+
+
+def main(argv):
+    from ratiograph.preemption import EXIT_CODE, Preempted, Preemption
+
+    try:
+        with Preemption():
+            code = execute(argv[1:])
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        code = EXIT_CODE
+    except KeyboardInterrupt:
+        print("ended at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, frac
     assert_same(found, state(100))
 
 
+def test_a_deleted_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    checkpoints.save(tmp_path, 100, state(100))
+    checkpoints.save(tmp_path, 200, state(200)).unlink()
+    with pytest.warns(UserWarning, match=r"step_00000200\.pt is missing.*trying the one before it"):
+        step, found = checkpoints.latest(tmp_path)
+    assert step == 100
+    assert_same(found, state(100))
+    checkpoints.save(tmp_path, 300, state(300))  # the digest that has no file goes with the old ones
+    assert sorted(path.name for path in tmp_path.glob("*.sha256")) == [
+        "step_00000100.pt.sha256",
+        "step_00000300.pt.sha256",
+    ]
+
+
+def test_some_older_ones_may_be_kept(tmp_path):
+    for step in range(10, 80, 10):
+        checkpoints.save(tmp_path, step, state(step), keep=2, also=lambda old: old in (20, 40))
+    assert checkpoints.steps(tmp_path) == [20, 40, 60, 70]
+
+
 def test_a_truncated_checkpoint_without_digest_is_still_recognised(tmp_path):
     checkpoints.save(tmp_path, 100, state(100))
     path = checkpoints.save(tmp_path, 200, state(200))

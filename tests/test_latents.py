@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ratiograph.captions import unpack
 from ratiograph.data.latents import LatentStream, picture, write_latents
 from ratiograph.data.shards import INDEX, count_samples, write_shards
 
@@ -111,7 +112,12 @@ def npy(value, **kwargs):
     [
         (npy(np.array([{"code": print}], dtype=object), allow_pickle=True), "is no npy array of numbers"),
         (b"not an array", "is no npy array of numbers"),
+        (npy(np.zeros((4, 8, 8), np.float16))[:-2], "is no npy array of numbers"),
+        (npy(np.zeros((4, 8, 8), np.float16)).replace(b"(4, 8, 8)", b"(4, 8,9e)"), "is no npy array of numbers"),
+        (npy(np.zeros((4, 8, 8), "f4,f4")), "is no npy array of numbers"),
         (npy(np.full((4, 8, 8), np.nan, np.float16)), "is not 3-d and finite"),
+        (npy(np.full((4, 8, 8), -np.inf, np.float32)), "is not 3-d and finite"),
+        (npy(np.full((4, 8, 8), 1e300)), "is not 3-d and finite"),
         (npy(np.zeros((8, 8), np.float16)), "is not 3-d and finite"),
     ],
 )
@@ -126,6 +132,64 @@ def test_sizes_that_differ_are_named(tmp_path):
     (path,) = write_shards(tmp_path / "mixed", "set", samples, 1)
     with pytest.raises(ValueError, match=r"the latent of sample .* is \(4, \d+, \d+\).*one shape"):
         take(LatentStream(urls=str(path), captions=False), 2, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_as_text_travel_along(tmp_path, workers):
+    texts = [f"number {k}, ünï" for k in range(10)]
+    write_latents(tmp_path / "data", "set", arrays(), 2, captions=texts)
+    urls = f"{tmp_path}/data/set-{{000000..000001}}.tar"
+    for stream in (LatentStream(urls=urls, workers=workers), LatentStream(urls=urls, captions=False, workers=workers)):
+        batches = take(stream, 5, 4)
+        assert [t for b in batches for t in unpack(b.condition.caption)] == [texts[k] for k in numbers(batches)]
+    assert batches[0].condition.parts().keys() == {"caption"}
+
+
+def test_texts_that_some_samples_lack_are_named(tmp_path):
+    latent = npy(np.zeros((4, 8, 8), np.float16))
+    samples = [{"__key__": "a", "latent.npy": latent, "txt": b"a"}, {"__key__": "b", "latent.npy": latent}]
+    (path,) = write_shards(tmp_path / "some", "set", samples, 1)
+    with pytest.raises(ValueError, match=r"sample 'b' of shard .* has no caption \('b\.txt'\)"):
+        take(LatentStream(urls=str(path), captions=False), 2, 1)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        np.asfortranarray(np.arange(256.0).reshape(4, 8, 8)),
+        np.arange(256).reshape(4, 8, 8).astype(">f2"),
+        np.arange(256, dtype=np.uint8).reshape(4, 8, 8),
+        np.arange(256, dtype=np.int64).reshape(4, 8, 8),
+        np.arange(256, dtype=np.float32).reshape(4, 8, 8),
+        np.arange(256, dtype=np.float64).reshape(4, 8, 8),
+    ],
+)
+def test_numbers_of_any_kind_are_read(tmp_path, stored):
+    (path,) = write_shards(tmp_path / "kinds", "set", [{"__key__": "0", "latent.npy": npy(stored)}], 1)
+    (batch,) = take(LatentStream(urls=str(path), captions=False), 1, 1)
+    assert batch.images.dtype == torch.float32
+    assert torch.equal(batch.images[0], torch.arange(256.0).reshape(4, 8, 8))
+
+
+def test_damaged_latents_are_skipped_up_to_a_fraction(tmp_path):
+    values = arrays(30)["latent"].astype(np.float16)
+    samples = [{"__key__": f"{k:02d}", "latent.npy": npy(values[k])} for k in range(30)]
+    samples[4]["latent.npy"] = npy(np.full((4, 8, 8), np.inf, np.float16))
+    samples[9]["latent.npy"] = samples[9]["latent.npy"][:-1]
+    (path,) = write_shards(tmp_path / "some", "set", samples, 1)
+    stream = LatentStream(urls=str(path), captions=False, max_damaged=0.1)
+    assert sorted(set(numbers(take(stream, 10, 3)))) == [k for k in range(30) if k not in (4, 9)]
+    assert stream.skipped == 2
+
+
+def test_ranks_share_one_sequence(shards):
+    whole = numbers(take(LatentStream(urls=shards), 4, 6))
+    halves = []
+    for rank in (0, 1):
+        batches = LatentStream(urls=shards).batches(2, 3, 0, rank, 2)
+        halves.append(list(itertools.islice(batches, 6)))
+        batches.close()
+    assert numbers([half for pair in zip(*halves, strict=True) for half in pair]) == whole
 
 
 def test_arguments_out_of_range_are_refused():

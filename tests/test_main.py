@@ -11,6 +11,7 @@ import pytest
 from absl.testing import flagsaver
 
 from ratiograph import config, trainer
+from ratiograph.preemption import Preempted
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launch" / "main.py"
@@ -107,6 +108,41 @@ def test_another_configuration_does_not_touch_a_run(main, capsys):
         r"error: out/config.gin: .*Adam\.lr is 0\.0002 there and 0\.5 here\. Give another --workdir.*\n", error
     )
     assert (Path("out/config.gin").read_bytes(), kept.read_bytes()) == (before, b"checkpoint")
+
+
+def test_what_no_step_depends_on_may_change(main):
+    main("--workdir=out")
+    finished("out")
+    changes = ("log_every=7", "checkpoint_every=9", "keep_every=18", "max_bad_steps=3", "hang_minutes=1.5")
+    assert main("--workdir=out", *(f"--gin_param=Experiment.{change}" for change in changes))[0] == 0
+    # As a folder of before these values existed.
+    saved = Path("out/config.gin")
+    saved.write_text(re.sub(r"Experiment\.(keep_every|hang_minutes).*\n", "", saved.read_text()))
+    assert main("--workdir=out")[0] == 0
+
+
+def test_a_folder_in_use_is_left_alone(main, capsys):
+    main("--workdir=out")
+    before = Path("out/config.gin").read_bytes()
+    script = "from ratiograph.workdir import locked\nwith locked('out'):\n    print(flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, calls = main("--workdir=out", "--gin_param=Adam.lr=0.5")
+        other.stdin.close()
+    assert (code, len(calls)) == (1, 1)
+    assert capsys.readouterr().err.startswith(f"error: another run is using out: process {other.pid} on ")
+    assert Path("out/config.gin").read_bytes() == before
+    assert main("--workdir=out")[0] == 0
+
+
+@pytest.mark.parametrize(("error", "code"), [(Preempted("stopped by SIGTERM"), 75), (KeyboardInterrupt(), 130)])
+def test_a_run_that_was_ended_says_how_to_go_on(main, monkeypatch, capsys, error, code):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    assert main()[0] == code
+    assert re.match("stopped by SIGTERM$|ended at once; the same command goes on", capsys.readouterr().err)
 
 
 def test_a_run_without_a_checkpoint_may_change(main):

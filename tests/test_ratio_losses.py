@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ratiograph.ratio_losses import LogisticLoss, R1Penalized, Scaled
 
@@ -52,3 +53,13 @@ def test_a_scaled_loss_has_scaled_gradients():
     assert Scaled(loss=R1Penalized(loss=LogisticLoss()), weight=2.0).needs_gradient
     with pytest.raises(ValueError, match="must be > 0"):
         Scaled(loss=LogisticLoss(), weight=0.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_weights_of_real_samples_are_counts_of_them(scale):
+    """A sample of weight 2 is two samples: against the plain loss of the longer batch, of which it is the mean of."""
+    real, student = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0.5, 0.1])
+    loss = Scaled(loss=LogisticLoss(), weight=scale)
+    weighted = loss(real, student, None, torch.tensor([2.0, 1.0, 0.0]))
+    repeated = torch.tensor([0.3, 0.3, -1.0])
+    torch.testing.assert_close(weighted, scale * (F.softplus(-repeated).mean() + F.softplus(student).mean()))

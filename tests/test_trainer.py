@@ -1,11 +1,16 @@
 """The loop: exact resume, seeds, precision, and what ends a run."""
 
 import json
+import re
+import resource
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from ratiograph import checkpoints, config, trainer, weight_files
+from ratiograph.checkpoint_manager import CheckpointManager
 
 TINY = [
     "EDM.weights = None",
@@ -47,6 +52,40 @@ def test_a_resumed_run_is_the_run_that_would_have_been(tmp_path):
     assert "<svg" in report.read_text()
 
 
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink])
+def test_from_before_a_damaged_checkpoint_the_run_comes_to_the_same_end(tmp_path, capsys, damage):
+    def ring(workdir, steps):
+        torch.manual_seed(0)
+        values = ["batch_size = 8", "checkpoint_every = 2", "evaluator = None"]
+        parsed = config.parse(
+            ["gin/mixture2d_scores.gin"],
+            ["MLP.width = 8", *(f"Experiment.{value}" for value in values)],
+            {"Experiment.steps": steps},
+        )
+        trainer.train(config.build(parsed), workdir=workdir, device="cpu")
+        return checkpoints.latest(workdir / "checkpoints")[1]["task"]["networks"]
+
+    whole = ring(tmp_path / "whole", 8)
+    ring(tmp_path / "damaged", 6)
+    damage(tmp_path / "damaged" / "checkpoints" / "step_00000006.pt")
+    with pytest.warns(UserWarning, match=r"step_00000006\.pt is (damaged|missing).*the one before it"):
+        networks = ring(tmp_path / "damaged", 8)
+    assert "resumed from step 4 of 8" in capsys.readouterr().out
+    for name, network in whole.items():
+        for key, value in network.items():
+            assert torch.equal(value, networks[name][key]), f"{name}.{key}"
+
+
 def test_a_finished_run_does_not_train_again(tmp_path):
     run(tmp_path, steps=3)
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -65,13 +104,15 @@ def test_samples_and_weights_are_left(tmp_path):
         assert torch.equal(ours, written)
 
 
-def test_a_nan_ends_the_run_with_the_earlier_checkpoint_intact(tmp_path):
+def test_lasting_nans_end_the_run_with_the_earlier_checkpoint_intact(tmp_path):
     run(tmp_path, steps=3)
     torch.manual_seed(0)
-    experiment = config.build(config.parse(["gin/mnist_sba.gin"], TINY, {"Experiment.steps": 6}))
+    lines = [*TINY, "Experiment.max_bad_steps = 2"]
+    experiment = config.build(config.parse(["gin/mnist_sba.gin"], lines, {"Experiment.steps": 9}))
     original = experiment.task.objective.fields
     experiment.task.objective.fields = lambda e: {k: v * float("nan") for k, v in original(e).items()}
-    with pytest.raises(ValueError, match=r"field/distribution.* became NaN .* the checkpoint of step 3 is intact"):
+    expected = r"3 steps in a row up to step 6 .*the term 'distribution'.* the checkpoint of step 3 is intact"
+    with pytest.raises(ValueError, match=expected):
         trainer.train(experiment, workdir=tmp_path, device="cpu")
     step, state = checkpoints.latest(tmp_path / "checkpoints")
     assert step == 3
@@ -110,8 +151,118 @@ def test_quick_evaluations_are_logged_and_change_nothing(tmp_path):
 
 def test_a_checkpoint_of_another_graph_is_refused(tmp_path):
     run(tmp_path, steps=3)
-    with pytest.raises(ValueError, match=r"another graph: student\.denoiser\.network"):
+    expected = (
+        r"another graph: student\.denoiser\.network is UNet with (\d+) weights of its own here and UNet with (\d+) "
+        r"weights of its own there; teacher\.network is .*; student_score\.network is .*; and 1 more"
+    )
+    with pytest.raises(ValueError, match=expected):
         run(tmp_path, "UNet.channels = 32")
+    expected = (
+        r"another graph: objective\.terms\[distribution\]\.weighting\.weighting\.weighting is KL here and SBA there"
+    )
+    with pytest.raises(ValueError, match=expected):
+        run(tmp_path, "WEIGHTING = @KL()")
+
+
+def test_a_checkpoint_says_where_the_run_stood(tmp_path):
+    run(tmp_path, steps=3)
+    _, state = checkpoints.latest(tmp_path / "checkpoints")
+    assert state["run"]["samples"] == 12
+    assert state["run"]["best"] is None
+    assert state["run"]["graph"]["student.denoiser"] == "EDM"
+
+
+def test_the_stream_goes_on_from_the_checkpoint_s_sample(tmp_path):
+    run(tmp_path, steps=3)
+    torch.manual_seed(0)
+    experiment = config.build(config.parse(["gin/mnist_sba.gin"], TINY, {"Experiment.steps": 4}))
+    starts, batches = [], experiment.data.batches
+    experiment.data.batches = lambda size, seed, start: starts.append((size, seed, start)) or batches(size, seed, start)
+    trainer.train(experiment, workdir=tmp_path, device="cpu")
+    assert starts == [(4, 0, 12)]
+
+
+def test_a_run_interrupted_after_its_last_step_writes_its_own_evaluation(tmp_path):
+    """The evaluation of the shorter run that it goes on from would be taken for it."""
+    run(tmp_path, steps=2)
+    (tmp_path / "evaluation.json").write_text('{"title": "short"}')
+    torch.manual_seed(0)
+    changes = [*TINY, "Experiment.evaluator = @DigitsEvaluator()"]
+    experiment = config.build(config.parse(["gin/mnist_sba.gin"], changes, {"Experiment.steps": 3}))
+    experiment.evaluator.after = lambda *_: {"title": "long"}
+    weights = experiment.task.weights
+    experiment.task.weights = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(experiment, workdir=tmp_path, device="cpu")
+    experiment.task.weights = weights
+    trainer.train(experiment, workdir=tmp_path, device="cpu")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"title": "long"}
+
+
+def test_memory_and_throughput_are_logged_and_told(tmp_path, capsys):
+    run(tmp_path, steps=4)
+    records = lines(tmp_path)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    assert all(0.1 < record["memory/peak_gb"] <= used for record in records)
+    for record in records:
+        assert record["rate/images_per_second"] == pytest.approx(4 * record["rate/steps_per_second"])
+    assert re.search(r"images/s, at most [\d.]+ GB of memory\ndone: ", capsys.readouterr().out)
+
+
+def test_every_nth_and_the_best_checkpoint_are_kept(tmp_path):
+    values = iter([5.0, 3.0, 4.0, float("nan"), 3.0])
+    torch.manual_seed(0)
+    changes = ["Experiment.evaluator = @DigitsEvaluator()", "Experiment.evaluate_every = 2", "Experiment.keep_last = 1"]
+    changes += ["Experiment.keep_every = 6", "Experiment.best_metric = 'evaluation/error'"]
+    parsed = config.parse(["gin/mnist_sba.gin"], [*TINY, *changes], {"Experiment.steps": 10})
+    experiment = config.build(parsed)
+    evaluator = experiment.evaluator
+    evaluator.before = lambda *_: []
+    evaluator.during = lambda *_: {"error": next(values)}
+    evaluator.after = lambda *_: {}
+    trainer.train(experiment, workdir=tmp_path, device="cpu")
+    # Steps 2 and 4 were the best so far, 6 is a multiple of 6, 10 the last.
+    assert checkpoints.steps(tmp_path / "checkpoints") == [4, 6, 10]
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 4, "evaluation/error": 3.0}
+
+
+def test_a_checkpoint_every_100_steps_costs_at_most_two_percent(tmp_path):
+    """In processor time, all threads counted, of the digit run at its own size; and in time that the run waits."""
+    torch.manual_seed(0)
+    experiment = config.build(config.parse(["gin/mnist_sba.gin"], [], {"Experiment.precision": "fp32"}))
+    task, generator = experiment.task, torch.Generator()
+    task.prepare(torch.device("cpu"), None)
+    batch = next(experiment.data.batches(experiment.batch_size, 0))
+    steps, saves, waits = [], [], []
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            started = time.process_time()
+            task.step(batch, experiment.batch_size, generator.manual_seed(step))
+            steps.append(time.process_time() - started)
+            started, clock = time.process_time(), time.perf_counter()
+            manager.save(step, task.training_state(), {})
+            waits.append(time.perf_counter() - clock)
+            manager.wait()
+            saves.append(time.process_time() - started)
+    size = (tmp_path / "step_00000002.pt").stat().st_size / 1e6
+    share, waiting = min(saves) / (100 * min(steps)), min(waits) / (100 * min(steps))
+    print(f"{size:.1f} MB: {100 * share:.2f} % of 100 steps' processor time, waiting for {100 * waiting:.2f} %")
+    assert share < 0.02
+    assert waiting < 0.02
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Experiment.keep_every = 4", "keep_every=4 must be 0 or a multiple of checkpoint_every=3"),
+        ("Experiment.best_metric = 'evaluation/x'", "needs measurements: bind Experiment.evaluator"),
+        ("Experiment.max_bad_steps = 0", "max_bad_steps=0 must be at least 1"),
+        ("Experiment.hang_minutes = 0.0", "hang_minutes=0.0 must be positive"),
+    ],
+)
+def test_run_level_values_that_make_no_sense_are_refused(tmp_path, line, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(tmp_path, line)
 
 
 def test_a_teacher_of_another_shape_is_refused(tmp_path):

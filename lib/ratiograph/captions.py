@@ -26,4 +26,4 @@ def pack(captions: Sequence[str]) -> Tensor:
 
 def unpack(packed: Tensor) -> list[str]:
     """Inverse of ``pack``."""
-    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in packed]
+    return [row.tobytes().rstrip(b"\0").decode() for row in packed.numpy()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from ratiograph.files import clear_storage_errors, write_atomically
 from ratiograph.weight_files import differences, listed
 
-__all__ = ["latest", "load_strict", "save", "steps"]
+__all__ = ["check_plain", "latest", "load_strict", "save", "steps"]
 
 _NAME = re.compile(r"step_(\d+)\.pt")
+_SIDECAR_NAME = re.compile(r"step_(\d+)\.pt\.sha256")
 _SCALARS = (bool, int, float, str, bytes, type(None))
 
 
@@ -57,15 +58,15 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _check_plain(value: Any, where: str) -> None:
+def check_plain(value: Any, where: str) -> None:
     """Raises ValueError for a value that ``weights_only=True`` would refuse to read back."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
+            check_plain(key, f"a key of {where}")
+            check_plain(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
+            check_plain(item, f"{where}[{index}]")
     elif not (isinstance(value, Tensor) or type(value) in _SCALARS):
         raise ValueError(
             f"{where} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds tensors, "
@@ -78,16 +79,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _numbers(folder: Path, pattern: re.Pattern) -> list[int]:
+    folder = Path(folder)
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
+
+
 def steps(folder: Path) -> list[int]:
     """Steps that ``folder`` has a checkpoint of, ascending, damaged ones included; [] without a folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    names = (path.name for path in folder.iterdir())
-    return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+    return _numbers(folder, _NAME)
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+def save(
+    folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, also: Callable[[int], bool] = lambda step: False
+) -> Path:
     """Writes the checkpoint of ``step`` whole or not at all, then removes those older than the ``keep`` last.
 
     Args:
@@ -95,6 +100,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
         step: optimisation steps done, >= 0.
         state: nested containers of tensors (any device) and plain values.
         keep: checkpoints to keep, this one included, >= 1; with 2 a damaged one still has a predecessor.
+        also: whether the older checkpoint of a step is kept too.
 
     Returns:
         The path written.
@@ -106,7 +112,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
     assert keep >= 1, "keep=0 would remove the checkpoint just written"
     assert step >= 0, step
     folder, path = Path(folder), _path(folder, step)
-    _check_plain(state, "state")
+    check_plain(state, "state")
     _remove_temporaries(folder)
 
     def write(file: BinaryIO) -> None:
@@ -120,7 +126,10 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
         write_atomically(_sidecar(path), f"{hashing.sha256.hexdigest()}  {path.name}\n".encode())
 
     write_atomically(path, write)
-    for old in [s for s in steps(folder) if s <= step][:-keep]:
+    passed = [s for s in steps(folder) if s <= step]
+    kept = {s for s in passed[:-keep] if also(s)}.union(passed[-keep:])
+    # Digests count too: one may have been left without its file.
+    for old in {*passed, *(s for s in _numbers(folder, _SIDECAR_NAME) if s <= step)} - kept:
         with clear_storage_errors(_path(folder, old)):
             _path(folder, old).unlink(missing_ok=True)
             _sidecar(_path(folder, old)).unlink(missing_ok=True)
@@ -156,14 +165,21 @@ def latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
         folder: where checkpoints lie; it need not exist.
 
     Returns:
-        ``(step, state)`` with every tensor on the CPU, or None if there are no checkpoints. A damaged
-        checkpoint is named in a warning and the one before it is used.
+        ``(step, state)`` with every tensor on the CPU, or None if there are no checkpoints. A damaged or
+        missing checkpoint is named in a warning and the one before it is used.
 
     Raises:
         ValueError: there are checkpoints and every one is damaged.
     """
-    damaged = []
-    for step in reversed(steps(folder)):
+    damaged, found = [], steps(folder)
+    for step in _numbers(folder, _SIDECAR_NAME):
+        if step > max(found, default=-1):
+            warnings.warn(
+                f"checkpoint {_path(folder, step)} is missing, its digest is there: it was deleted, or the run was "
+                "ended while writing it; trying the one before it",
+                stacklevel=2,
+            )
+    for step in reversed(found):
         path = _path(folder, step)
         try:
             state = _read(path)

@@ -8,7 +8,8 @@ file, line and the nearest valid name, before anything is built.
 Three rules differ from plain gin. A macro is its text: ``%NET`` stands for the value of the line
 ``NET = ...`` in the scope where it is *used*. A file that several files include is read once, at its
 first mention, so that a later include does not undo the lines in between. An ``import`` line registers
-the ``__all__`` of that module.
+the ``__all__`` of that module; in the ``config.gin`` that a run left, which may come from someone else, it must
+be one that this program knows or that the command line names: ``--gin_param='import my.module'``.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ COMPONENT_MODULES = (
     "ratiograph.reward_models",
     "ratiograph.reward_preferences",
     "ratiograph.autoencoder",
+    "ratiograph.data.captioned",
     "ratiograph.objective",
     "ratiograph.denoisers",
     "ratiograph.guidance",
@@ -104,6 +106,9 @@ COMPONENT_MODULES = (
 )
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+SAVED = "config.gin"
+"""What runs leave is called so; such a file runs no code of its own choice."""
 
 _components: dict[str, Component] = {}
 
@@ -175,13 +180,17 @@ class _Delegate(config_parser.ParserDelegate):
 
 @dataclass
 class _Reader:
-    """Collects the statements of files and flags in order. ``done`` files are not included again."""
+    """Collects the statements of files and flags in order. ``done`` files are not included again.
+
+    ``known``: modules that a saved configuration may import.
+    """
 
     statements: list[Statement]
     imports: list[str]
     done: set[Path]
+    known: frozenset[str] = frozenset(COMPONENT_MODULES)
 
-    def file(self, path: Path, stack: tuple[Path, ...] = ()) -> None:
+    def file(self, path: Path, stack: tuple[Path, ...] = (), *, saved: bool) -> None:
         self.done.add(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -194,9 +203,19 @@ class _Reader:
                     chain = " -> ".join(_short(p) for p in (*stack, path, included))
                     raise ConfigError(f"{where}: files include each other in a circle: {chain}. Remove one include.")
                 if included not in self.done:
-                    self.file(included, (*stack, path))
+                    self.file(included, (*stack, path), saved=saved or _is_saved(statement.filename))
             else:
+                if saved:
+                    self.check_import(statement, where)
                 self.add(statement, where)
+
+    def check_import(self, statement: Any, where: str) -> None:
+        """Refuses an import that a saved file, or one that it includes, asks for on its own."""
+        if isinstance(statement, config_parser.ImportStatement) and statement.module not in self.known:
+            raise ConfigError(
+                f"{where}: a saved configuration asks to run code, import {statement.module}. If you know and trust that "
+                f"module, name it: --gin_param='import {statement.module}'."
+            )
 
     def text(self, text: str, where: str) -> None:
         found = list(_parse(text, where))
@@ -323,9 +342,9 @@ def parse(
         ConfigError: the first mistake found: where, what, and the nearest valid name.
     """
     _load_components()
-    reader = _Reader([], [], set())
+    reader = _Reader([], [], set(), _imported(bindings).union(COMPONENT_MODULES))
     for name in gin_files:
-        reader.file(_find(str(name), None, "flag --gin_file"))
+        reader.file(_find(str(name), None, "flag --gin_file"), saved=_is_saved(name))
     for line in bindings:
         reader.text(line, f"flag --gin_param '{line}'")
     for key, value in (overrides or {}).items():
@@ -334,6 +353,17 @@ def parse(
     graph = config_check.check_use(root, reader.statements, _components)
     macros = {s.parameter: s for s in reader.statements if s.parameter in graph.macros and not s.name}
     return Config(root, graph, macros, tuple(dict.fromkeys(reader.imports)))
+
+
+def _is_saved(name: str | Path) -> bool:
+    """By the name it is asked for: a link may lead to a file of another name."""
+    return Path(name).name == SAVED
+
+
+def _imported(bindings: Sequence[str]) -> frozenset[str]:
+    """The modules that the command line imports."""
+    statements = (s for line in bindings for s, _ in _parse(line, f"flag --gin_param '{line}'"))
+    return frozenset(s.module for s in statements if isinstance(s, config_parser.ImportStatement))
 
 
 def _override(reader: _Reader, key: str, value: object) -> None:
@@ -421,5 +451,6 @@ def differences(cfg: Config, path: str | Path, *, ignore: Sequence[str] = ()) ->
 def _lines(text: str, source: str) -> dict[str, str]:
     reader = _Reader([], [], set())
     for statement, where in _parse(text, source):
-        reader.add(statement, where)
+        if not isinstance(statement, config_parser.ImportStatement):  # the other folder's file runs nothing here
+            reader.add(statement, where)
     return {str(s): literal(s.value) for s in reader.statements}

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
+    "any_rank",
     "average_gradients",
     "average_metrics",
+    "from_main",
     "gather",
     "is_main",
     "local_rank",
@@ -32,6 +34,10 @@ __all__ = [
 
 BUCKET = 32 * 2**20
 """Elements of a bucket of gradients: the latency of an exchange does not show, and the copy is small."""
+
+
+_hosts: dist.ProcessGroup | None = None
+"""Of the processes' hosts, where GPUs have a group of their own; the default group elsewhere."""
 
 
 def ranks() -> int:
@@ -80,12 +86,15 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000))
     if not os.environ["MASTER_ADDR"]:
         raise ValueError(f"rank {number} of {count} does not know where the others are: start with torchrun or srun")
+    global _hosts
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=number,
         world_size=count,
         timeout=datetime.timedelta(minutes=minutes),
     )
+    if device.type == "cuda":
+        _hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
 
 
 def _first_host(nodes: str) -> str:
@@ -100,10 +109,28 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` holds on some rank; hosts agree on it without touching their GPUs."""
+    if ranks() == 1:
+        return flag
+    told = torch.tensor(int(flag))
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=_hosts)
+    return bool(told)
+
+
+def from_main(values: dict[str, float]) -> dict[str, float]:
+    """The main rank's ``values`` on every rank."""
+    if ranks() == 1:
+        return values
+    held = [values]
+    dist.broadcast_object_list(held, src=0, group=_hosts)
+    return held[0]
+
+
 def wait_for_all() -> None:
     """Returns when every rank is here."""
     if ranks() > 1:
-        dist.barrier()
+        dist.barrier(group=_hosts)
 
 
 def gather(values: Tensor) -> Tensor:

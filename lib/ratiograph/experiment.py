@@ -111,12 +111,18 @@ class Experiment:
         steps: optimisation steps of the whole run.
         batch_size: samples a step.
         seed: everything random in the run follows from it.
-        precision: "auto" takes bf16 autocast where the processor has it in hardware, fp32 elsewhere.
+        precision: "auto" takes bf16 autocast where the processor has it in hardware, fp32 elsewhere; "fp64" is for
+            comparing runs.
         log_every: steps between logged lines.
         preview_every: steps between sample grids.
         checkpoint_every: steps between checkpoints.
+        keep_last: how many of the last checkpoints are kept.
+        keep_every: checkpoints of these steps are kept for good, a multiple of ``checkpoint_every``; 0 for none.
+        best_metric: a quick measurement, 'evaluation/<name>', whose smallest value has its checkpoint kept.
         evaluate_every: steps between the evaluator's quick measurements, 0 for none but the last.
         preview_samples: samples of a grid.
+        max_bad_steps: steps in a row without a finite gradient that end the run; fewer are left out and counted.
+        hang_minutes: time without a step after which the log says where the run hangs.
 
     Raises:
         ValueError: for a task without the data it needs, or values out of range.
@@ -128,19 +134,37 @@ class Experiment:
     steps: int
     batch_size: int
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     log_every: int = 10
     preview_every: int = 50
     checkpoint_every: int = 100
+    keep_last: int = 2
+    keep_every: int = 0
+    best_metric: str | None = None
     evaluate_every: int = 0
     preview_samples: int = 64
+    max_bad_steps: int = 10
+    hang_minutes: float = 15.0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "preview_every", "checkpoint_every"):
+        at_least_one = ("steps", "batch_size", "log_every", "preview_every", "checkpoint_every", "keep_last")
+        for name in (*at_least_one, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 1")
         if self.evaluate_every < 0:
             raise ValueError(f"Experiment.evaluate_every={self.evaluate_every} must be at least 0, which is never")
+        if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"Experiment.keep_every={self.keep_every} must be 0 or a multiple of checkpoint_every="
+                f"{self.checkpoint_every}: other steps have no checkpoint"
+            )
+        if self.hang_minutes <= 0:
+            raise ValueError(f"Experiment.hang_minutes={self.hang_minutes} must be positive")
+        if self.best_metric is not None and not (self.evaluator and self.evaluate_every):
+            raise ValueError(
+                f"Experiment.best_metric={self.best_metric!r} needs measurements: bind Experiment.evaluator and set "
+                "Experiment.evaluate_every"
+            )
         if self.task.needs_data and self.data is None:
             raise ValueError(
                 f"{type(self.task).__name__} needs real samples: bind Experiment.data = @ShardStream() and give "

@@ -40,7 +40,7 @@ __all__ = ["RunLogger", "duration", "make_grid", "read_metrics", "significant"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _GROUPS_FIRST = ("loss", "field", "ratio")  # the order people look in; other groups follow as they come
-_UNITS = {"field": "rms at the image"}
+_UNITS = {"field": "rms at the image", "memory": "GB"}
 _TREND = 24  # logged values a trend line shows
 
 
@@ -118,6 +118,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         else:
             records.append(record)
     return records
+
+
+class SilentLogger:
+    """Takes what a `RunLogger` takes and says nothing: of all processes of a run one speaks."""
+
+    def __enter__(self) -> SilentLogger:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """There is nothing to close."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def image(self, step: int, tag: str, grid: np.ndarray) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
 
 
 class RunLogger:
@@ -210,7 +232,7 @@ class RunLogger:
         Args:
             step: steps done, greater than every step logged before.
             metrics: numbers or 0-d tensors by ``<group>/<name>``. ``rate/steps_per_second`` is measured
-                between logged steps and added unless it is given.
+                between logged steps and added unless it is given, ``rate/images_per_second`` from it.
 
         Raises:
             ValueError: the disk is full.
@@ -222,6 +244,8 @@ class RunLogger:
             measured = (step - self._mark[0]) / (now - self._mark[1])
             values.setdefault("rate/steps_per_second", measured)
             self._rate = values["rate/steps_per_second"]
+            if self._images_per_step is not None:
+                values["rate/images_per_second"] = self._rate * self._images_per_step
         self.step = self._logged_step = step
         self._mark = (step, now)
         record: dict[str, Any] = {"step": step, "seconds": round(seconds, 3)}

@@ -76,9 +76,14 @@ class Updater:
         )
 
     def step(self) -> Tensor:
-        """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping."""
+        """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping.
+
+        A norm that is not finite changes nothing.
+        """
         average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
+        # The fused update leaves weights and moments as they are where this is 1; nothing waits for the answer.
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.updates += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.updates)

@@ -50,6 +50,7 @@ _UNITS = (  # the first pattern found in a metric's name gives its unit
     (r"fraction$|accuracy", "fraction"),
     (r"seconds$", "s"),
     (r"^gradient/|gradient_norm", "norm"),
+    (r"^memory/", "GB"),
 )
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _PICTURES[".svg"] = "image/svg+xml"

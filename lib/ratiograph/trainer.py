@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import resource
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ratiograph import checkpoints, graph, weight_files
+from ratiograph import checkpoints, distributed, graph, weight_files
+from ratiograph.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
 from ratiograph.experiment import Experiment
+from ratiograph.faults import Means, StepGuard, Watchdog
 from ratiograph.files import write_atomically
-from ratiograph.logs import RunLogger, make_grid
+from ratiograph.logs import RunLogger, SilentLogger, make_grid, significant
+from ratiograph.preemption import Preemption
+from ratiograph.randomness import BatchGenerator
 from ratiograph.report import write_report
 from ratiograph.types import Batch
 
@@ -28,19 +34,21 @@ __all__ = ["autocast_dtype", "choose_device", "step_seed", "train"]
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device of ``--device``; "auto" is a GPU if there is one.
+    """The torch device of ``--device``; "auto" is a GPU if there is one, each process of a machine its own.
 
     Raises:
         ValueError: for a name torch does not know, or a GPU that is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device={device} is no device: give auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device={device}, but torch sees no GPU here: use --device=cpu or --device=auto")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", distributed.local_rank())
     return chosen
 
 
@@ -51,7 +59,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
         capabilities = torch.cpu.get_capabilities()
         return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
-    return {"fp32": None, "bf16": torch.bfloat16}[precision]
+    return {"fp32": None, "fp64": None, "bf16": torch.bfloat16}[precision]
 
 
 def step_seed(seed: int, *position: int) -> int:
@@ -60,22 +68,12 @@ def step_seed(seed: int, *position: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-class _Means:
-    """Means of metrics over the steps since they were last read, kept on the device."""
-
-    def __init__(self):
-        self.totals: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        means = {name: float(total) / self.steps for name, total in self.totals.items()}
-        self.totals, self.steps = {}, 0
-        return means
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held on ``device`` so far, in GB (1e9 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class _Run:
@@ -83,44 +81,97 @@ class _Run:
 
     def __init__(self, experiment: Experiment, workdir: Path, device: torch.device):
         self.experiment, self.task, self.workdir, self.device = experiment, experiment.task, workdir, device
-        self.folder = workdir / "checkpoints"
-        self.generator = torch.Generator(device)
+        self.checkpoints = CheckpointManager(
+            workdir / "checkpoints",
+            keep_last=experiment.keep_last,
+            keep_every=experiment.keep_every,
+            best_metric=experiment.best_metric,
+        )
+        ranks = distributed.ranks()
+        if experiment.batch_size % ranks:
+            raise ValueError(
+                f"Experiment.batch_size={experiment.batch_size} is of all {ranks} processes together and must be a "
+                f"multiple of {ranks}"
+            )
+        self.share = experiment.batch_size // ranks
+        self.generator = BatchGenerator(device, distributed.rank(), ranks)
+        self.whole = torch.Generator(device)
+        self.nodes = graph_nodes(graph.describe(experiment.task))
+        self.config = config_digest(workdir / "config.gin")
+
+    def logger(self, done: int) -> RunLogger | SilentLogger:
+        """Who speaks for the run, from step ``done`` on."""
+        if not distributed.is_main():
+            return SilentLogger()
+        size = self.experiment.batch_size
+        return RunLogger(self.workdir, self.experiment.steps, resume_step=done, images_per_step=size)
 
     def seeded(self, *position: int) -> torch.Generator:
-        """The run's generator, and torch's own (dropout), at one position."""
+        """The generator of the global batch, and this rank's own (dropout), at one position."""
         value = step_seed(self.experiment.seed, *position)
-        torch.manual_seed(value)
+        torch.manual_seed(value if distributed.is_main() else step_seed(value, distributed.rank()))
         return self.generator.manual_seed(value)
 
-    def start(self, logger_message) -> int:
-        """Prepares the task, from the newest checkpoint if there is one; returns the steps done."""
+    def alone(self, *position: int) -> torch.Generator:
+        """A generator at one position that draws the same on every rank, for what each does as a whole."""
+        value = step_seed(self.experiment.seed, *position)
+        torch.manual_seed(value)
+        return self.whole.manual_seed(value)
+
+    def start(self, say: Callable[[str], None]) -> tuple[int, int]:
+        """Prepares the task, from the newest checkpoint if there is one; (steps done, samples read)."""
         experiment, task = self.experiment, self.task
         dtype = autocast_dtype(experiment.precision, self.device)
         self.seeded(0)
+        if experiment.precision == "fp64":
+            task.double()
         task.prepare(self.device, dtype)
-        found = checkpoints.latest(self.folder)
+        found = self.checkpoints.latest()
         if found:
-            done, state = found
-            task.load_training_state(state["task"])
-            logger_message(f"resumed from step {done} of {experiment.steps}")
-            return done
-        logger_message(f"{self.device.type}, networks in {'bf16' if dtype else 'fp32'}, {self.workdir}")
-        batches = self.batches(0) if experiment.data else None
-        for name, value in task.fit(batches, self.seeded(1)).items():
-            logger_message(f"{name} = {value:.5g}")
+            return self.resume(*found, say)
+        kind = "bf16" if dtype else "fp64" if experiment.precision == "fp64" else "fp32"
+        processes = f"{distributed.ranks()} processes, " if distributed.ranks() > 1 else ""
+        say(f"{processes}{self.device.type}, networks in {kind}, {self.workdir}")
+        batches = None
+        if experiment.data:
+            stream = experiment.data.batches(experiment.batch_size, experiment.seed)
+            batches = map(self.placed, stream)
+        for name, value in task.fit(batches, self.alone(1)).items():
+            say(f"{name} = {value:.5g}")
         if experiment.evaluator:
             rows = experiment.evaluator.before(task, self.device, experiment.seed)
-            write_atomically(self.workdir / "before.json", json.dumps(rows).encode())
-        return 0
+            if distributed.is_main():
+                write_atomically(self.workdir / "before.json", json.dumps(rows).encode())
+        return 0, 0
 
-    def batches(self, done: int) -> Iterator[Batch]:
-        """Real batches on the device, from the one of step ``done`` + 1 on."""
-        experiment = self.experiment
-        stream = experiment.data.batches(experiment.batch_size, experiment.seed, done * experiment.batch_size)
-        return (batch.to(self.device) for batch in stream)
+    def resume(self, done: int, state: dict, say: Callable[[str], None]) -> tuple[int, int]:
+        """Loads a checkpoint; (steps done, samples read)."""
+        stood = state.get("run", {})
+        if "graph" in stood:
+            check_graph(self.nodes, stood["graph"], self.checkpoints.folder)
+        self.task.load_training_state(state["task"])
+        say(f"resumed from step {done} of {self.experiment.steps}")
+        if stood.get("config", self.config) != self.config:
+            say("the configuration is not the one that the checkpoint was made with")
+        return done, stood.get("samples", done * self.experiment.batch_size)
 
-    def save(self, step: int) -> None:
-        checkpoints.save(self.folder, step, {"step": step, "task": self.task.training_state()})
+    def batches(self, samples: int) -> Iterator[Batch]:
+        """This rank's real batches on the device, after the first ``samples`` samples of all ranks."""
+        data, seed = self.experiment.data, self.experiment.seed
+        stream = data.batches(self.share, seed, samples, distributed.rank(), distributed.ranks())
+        return map(self.placed, stream)
+
+    def placed(self, batch: Batch) -> Batch:
+        """The batch where and as the networks want it."""
+        batch = batch.to(self.device)
+        return replace(batch, images=batch.images.double()) if self.experiment.precision == "fp64" else batch
+
+    def save(self, step: int, samples: int) -> None:
+        """The main rank's state, which every rank has."""
+        if not distributed.is_main():
+            return
+        stood = {"samples": samples, "config": self.config, "graph": self.nodes}
+        self.checkpoints.save(step, self.task.training_state(), stood)
         summary = self.task.summary()
         if summary:
             text = json.dumps({"step": step, **summary}, indent=1)
@@ -128,7 +179,9 @@ class _Run:
 
     def preview(self, step: int, logger: RunLogger) -> None:
         """A sample grid at the run's one fixed noise."""
-        samples = self.task.preview(self.experiment.preview_samples, self.seeded(2))
+        if not distributed.is_main():
+            return
+        samples = self.task.preview(self.experiment.preview_samples, self.alone(2))
         if samples is not None and samples.ndim == 4:
             logger.image(step, "samples", make_grid(samples))
 
@@ -137,59 +190,91 @@ class _Run:
         evaluator, every = self.experiment.evaluator, self.experiment.evaluate_every
         if not (evaluator and every and step % every == 0):
             return {}
-        found = evaluator.during(self.task, self.device, self.experiment.seed)
+        found = distributed.from_main(evaluator.during(self.task, self.device, self.experiment.seed))
         return {f"evaluation/{name}": value for name, value in found.items()}
 
-    def loop(self, done: int, logger: RunLogger) -> None:
-        """Steps ``done`` + 1 to the last."""
-        experiment, means, waited, marked = self.experiment, _Means(), 0.0, time.perf_counter()
-        batches = self.batches(done) if self.task.needs_data else None
-        for step in range(done + 1, experiment.steps + 1):
-            before = time.perf_counter()
-            batch = next(batches) if batches else None
-            waited += time.perf_counter() - before
-            means.add(self.task.step(batch, experiment.batch_size, self.seeded(3, step)))
-            logger.advance(step)
-            last = step == experiment.steps
-            judged = self.judge(step)
-            if last or judged or step % experiment.log_every == 0 or step % experiment.checkpoint_every == 0:
-                metrics = means.read()
-                self.check_finite(metrics, step)
-                now = time.perf_counter()
-                logger.log(step, metrics | judged | {"data/wait_fraction": waited / (now - marked)})
-                waited, marked = 0.0, now
-            if last or step % experiment.preview_every == 0:
-                self.preview(step, logger)
-            if last or step % experiment.checkpoint_every == 0:
-                self.save(step)
+    def loop(self, done: int, samples: int, logger: RunLogger, preemption: Preemption) -> None:
+        """Steps ``done`` + 1 to the last.
 
-    def check_finite(self, metrics: dict[str, float], step: int) -> None:
-        """Ends the run before a checkpoint holds what a NaN or infinity has touched."""
-        # Exponentials of l overflow where an estimator is very sure, and no weight learns from these two.
-        told = [name for name in metrics if not name.startswith(("ratio/", "divergence/"))]
-        bad = [name for name in told if not math.isfinite(metrics[name])]
-        if bad:
-            saved = checkpoints.steps(self.folder)
+        Raises:
+            Preempted: a signal asked for it, and the step's checkpoint is written.
+            ValueError: too many steps in a row without a finite gradient; a checkpoint that cannot be written.
+        """
+        experiment, means, guard = self.experiment, Means(self.device), StepGuard(self.task, self.device)
+        # Of a shorter run, which this one goes on from: interrupted after its last step, this one is to write its own.
+        if distributed.is_main():
+            (self.workdir / "evaluation.json").unlink(missing_ok=True)
+        batches = self.batches(samples) if self.task.needs_data else None
+        first, waited, started = samples, 0.0, time.perf_counter()
+        marked = started
+        with Watchdog(experiment.hang_minutes) as watchdog, preemption.at_step_ends():
+            for step in range(done + 1, experiment.steps + 1):
+                before = time.perf_counter()
+                batch = next(batches) if batches else None
+                waited += time.perf_counter() - before
+                generator = self.seeded(3, step)
+                with guard:
+                    means.add(self.task.step(batch, self.share, generator))
+                samples += experiment.batch_size
+                logger.advance(step)
+                watchdog.beat(step)
+                self.checkpoints.poll()
+                # Asked once: a signal between here and the end of the step waits for the next one.
+                last = preemption.join(distributed.any_rank(bool(preemption.received))) or step == experiment.steps
+                judged = self.judge(step)
+                saving = self.checkpoints.improves(step, judged) or last or step % experiment.checkpoint_every == 0
+                if saving or judged or step % experiment.log_every == 0:
+                    now = time.perf_counter()
+                    measured = {"data/wait_fraction": waited / (now - marked)}
+                    measured["memory/peak_gb"] = peak_memory(self.device)
+                    self.record(step, means, guard, judged | measured, logger)
+                    waited, marked = 0.0, now
+                if step == experiment.steps or step % experiment.preview_every == 0:
+                    self.preview(step, logger)
+                if saving:
+                    self.save(step, samples)
+                if last:
+                    self.checkpoints.wait()
+                    distributed.wait_for_all()
+                    preemption.end_if_received(step, experiment.steps)
+        guard.remove()
+        rate, memory = (samples - first) / (time.perf_counter() - started), peak_memory(self.device)
+        logger.message(f"{significant(rate, 3)} images/s, at most {significant(memory, 3)} GB of memory")
+
+    def record(self, step: int, means: Means, guard: StepGuard, measured: dict, logger: RunLogger) -> None:
+        """Logs the metrics since the last time, and what was left out; ends the run where that was too much."""
+        metrics, bad = means.read()
+        metrics = distributed.average_metrics(metrics, self.device)
+        faults = guard.read()
+        logger.log(step, metrics | measured | ({"faults/skipped_steps": faults.skipped} if faults.skipped else {}))
+        if not faults.new:
+            return
+        report = guard.report(bad)
+        logger.message(f"step {step}: {faults.new} steps without a finite gradient since the last line; {report}")
+        if faults.longest >= self.experiment.max_bad_steps:
+            saved = checkpoints.steps(self.checkpoints.folder)
             kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was due yet"
             raise ValueError(
-                f"{', '.join(bad)} became NaN or infinite at or shortly before step {step}; {kept}. Lower Adam.lr, "
-                "clamp the weighting (Clamped.limit), or run with --precision=fp32; rerunning the command resumes"
+                f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}; {kept}. Lower "
+                "Adam.lr, clamp the weighting (Clamped.limit), or run with --precision=fp32; rerunning the command "
+                "resumes"
             )
 
     def finish(self, logger: RunLogger) -> None:
-        """Final weights and evaluation."""
+        """Final weights and evaluation, in which every rank takes part and of which one writes."""
         config = self.workdir / "config.gin"
         metadata = {"config": config.read_text()} if config.exists() else {}
-        for name, module in self.task.weights().items():
+        for name, module in self.task.weights().items() if distributed.is_main() else ():
             weight_files.save_weights(self.workdir / f"{name}.safetensors", module, metadata)
         if self.experiment.evaluator:
             logger.message("evaluating")
             stored = self.workdir / "before.json"
             before = json.loads(stored.read_text()) if stored.exists() else []
-            document = self.experiment.evaluator.after(
-                self.task, self.device, self.experiment.seed, before, self.workdir
-            )
-            write_atomically(self.workdir / "evaluation.json", json.dumps(document, indent=1).encode())
+            with tempfile.TemporaryDirectory() as unread:
+                place = self.workdir if distributed.is_main() else Path(unread)
+                document = self.experiment.evaluator.after(self.task, self.device, self.experiment.seed, before, place)
+            if distributed.is_main():
+                write_atomically(self.workdir / "evaluation.json", json.dumps(document, indent=1).encode())
 
 
 def train(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Path:
@@ -205,21 +290,27 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Pat
 
     Raises:
         ValueError: with the remedy, for anything the user can mend; earlier checkpoints are intact.
+        Preempted: a signal asked for the end; the same call goes on.
     """
     run = _Run(experiment, Path(workdir), choose_device(device))
     run.workdir.mkdir(parents=True, exist_ok=True)
-    picture = graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name)
-    write_atomically(run.workdir / "graph.svg", picture.encode())
+    if distributed.is_main():
+        picture = graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name)
+        write_atomically(run.workdir / "graph.svg", picture.encode())
     messages: list[str] = []
-    done = run.start(messages.append)
-    with RunLogger(run.workdir, experiment.steps, resume_step=done, images_per_step=experiment.batch_size) as logger:
-        for message in messages:
-            logger.message(message)
-        if done == 0:
-            run.preview(0, logger)
-        run.loop(done, logger)
-        if done < experiment.steps or not (run.workdir / "evaluation.json").exists():
-            run.finish(logger)
-        report = write_report(run.workdir)
-        logger.message(f"done: {report}")
-    return report
+    with Preemption() as preemption, run.checkpoints:
+        done, samples = run.start(messages.append)
+        with run.logger(done) as logger:
+            for message in messages:
+                logger.message(message)
+            if done == 0:
+                run.preview(0, logger)
+            if done < experiment.steps:
+                run.loop(done, samples, logger, preemption)
+            unjudged = not (run.workdir / "evaluation.json").exists()
+            distributed.wait_for_all()  # all have looked before one writes
+            if done < experiment.steps or unjudged:
+                run.finish(logger)
+            if distributed.is_main():
+                logger.message(f"done: {write_report(run.workdir)}")
+    return run.workdir / "report.html"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import braceexpand
 import numpy as np
 
 from .shards import encode_png, verify_shard, write_shards
+from .urls import RemoteShard, cache_folder, fetch_indexes, is_remote, local
 
-__all__ = ["EMBEDDED", "cache_folder", "resolve"]
+__all__ = ["EMBEDDED", "cache_folder", "resolve", "sources"]
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,6 @@ class EmbeddedSet:
     samples: Callable[[], list[Mapping[str, object]]]
     shards: int
     part: slice
-
-
-def cache_folder() -> Path:
-    """Where generated files are kept: $RATIOGRAPH_CACHE, or ~/.cache/ratiograph."""
-    chosen = os.environ.get("RATIOGRAPH_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "ratiograph"
 
 
 def mnist_samples() -> list[Mapping[str, object]]:
@@ -92,24 +86,32 @@ def _intact(paths: list[Path]) -> bool:
         return False
 
 
-def resolve(urls: str) -> list[Path]:
-    """Shard paths named by ``urls``.
+def sources(urls: str) -> list[Path | RemoteShard]:
+    """The shards named by ``urls``, local ones as paths, remote ones not yet fetched.
 
     Args:
-        urls: the name of an embedded data set ('mnist'; 'mnist-train' and 'mnist-heldout' are its first nine
-            and its last shard), or paths of tar files with braces: 'data/faces-{000000..000127}.tar';
-            several of them separated by '::'.
+        urls: the name of an embedded data set ('mnist'; 'mnist-train' and 'mnist-heldout' are its first nine and its
+            last shard), or tar files with braces, 'data/faces-{000000..000127}.tar'; several of them separated by '::'.
+            Instead of a path, a part may be 'https://...', 's3://...', or 'pipe:COMMAND', whose output is a shard.
 
     Raises:
-        ValueError: a shard does not exist; an embedded set's package is missing; the cache cannot be written.
+        ValueError: a shard does not exist; an embedded set's package is missing; the cache cannot be written; a server
+            cannot be reached.
     """
     if urls in EMBEDDED:
-        return _embedded_shards(urls)
-    paths = [Path(path).expanduser() for part in urls.split("::") for path in braceexpand.braceexpand(part)]
-    missing = [path for path in paths if not path.is_file()]
+        return list(_embedded_shards(urls))
+    names = [name for part in urls.split("::") for name in braceexpand.braceexpand(part)]
+    shards = [RemoteShard(name) if is_remote(name) else Path(name).expanduser() for name in names]
+    missing = [shard for shard in shards if isinstance(shard, Path) and not shard.is_file()]
     if missing:
-        raise ValueError(_missing_message(urls, missing, len(paths)))
-    return paths
+        raise ValueError(_missing_message(urls, missing, len(shards)))
+    fetch_indexes(shards)
+    return shards
+
+
+def resolve(urls: str) -> list[Path]:
+    """The files of the shards that `sources` names, remote ones fetched."""
+    return [local(shard) for shard in sources(urls)]
 
 
 def _missing_message(urls: str, missing: list[Path], total: int) -> str:
@@ -117,7 +119,6 @@ def _missing_message(urls: str, missing: list[Path], total: int) -> str:
     suggestion = f" Did you mean the embedded data set '{near[0]}'?" if near else ""
     count = f"{len(missing)} of {total} shards do not exist, the first is" if total > 1 else "No such shard:"
     return (
-        f"{count} {missing[0]} (from the data '{urls}').{suggestion} Give paths of tar files with braces, "
-        f"such as "
+        f"{count} {missing[0]} (from the data '{urls}').{suggestion} Give paths of tar files with braces, such as "
         f"'data/faces-{{000000..000127}}.tar', or an embedded data set: {', '.join(EMBEDDED)}."
     )

@@ -1,12 +1,15 @@
 """Shards of captioned latents: an autoencoder's latents with the text encoder's states of their captions.
 
-Members of a sample, all ``.npy``: ``<key>.latent.npy`` float16 [C, H, W], the autoencoder's latent times its scaling
+Members of a sample: ``<key>.latent.npy`` float16 [C, H, W], the autoencoder's latent times its scaling
 factor; ``<key>.text.npy`` float16 [L, E]; and for SDXL ``<key>.pooled.npy`` float16 [P] and ``<key>.sizes.npy`` [6].
+A sample may also hold its caption as text, ``<key>.txt``, for rewards and evaluations that read it.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ratiograph.captions import pack
 from ratiograph.types import Batch, Condition
 
-from .shards import damaged_sample, read_samples, write_shards
+from .shards import DamagedSample, damaged_sample, write_shards
 from .stream import SampleStream
+from .tars import shown
 
 __all__ = ["LatentStream"]
 
@@ -29,39 +34,65 @@ RANKS = {"latent": 3, "text": 2, "pooled": 1, "sizes": 1}
 
 @dataclass(frozen=True)
 class RawLatent:
-    """One sample as it lies in a shard; ``arrays`` are npy files by their part's name."""
+    """One sample as it lies in a shard; ``arrays`` are npy files by their part's name, ``caption`` is UTF-8."""
 
     shard: str
     key: str
     arrays: Mapping[str, bytes]
+    caption: bytes | None = None
 
     @property
     def place(self) -> str:
-        return f"sample '{self.key}' of shard {self.shard}"
+        return f"sample '{shown(self.key)}' of shard {self.shard}"
 
     def array(self, part: str) -> np.ndarray:
-        """The decoded part.
+        """The decoded part, in the kind of numbers that it is stored in.
 
         Raises:
-            ValueError: it is missing, damaged, of a wrong rank, or holds NaN or infinity; names shard and sample.
+            DamagedSample: it is missing, damaged, of a wrong rank, or holds NaN or infinity; names shard and sample.
         """
         if part not in self.arrays:
-            raise ValueError(
-                f"{self.place} has no {part} ('{self.key}.{part}.npy'): encode the captions into the shards, or read "
-                "them as what they hold (LatentStream.captions, LatentStream.pooled)"
+            raise DamagedSample(
+                f"{self.place} has no {part} ('{shown(self.key)}.{part}.npy'): encode the captions into the shards, or "
+                "read them as what they hold (LatentStream.captions, LatentStream.pooled)"
             )
         try:
-            found = np.load(io.BytesIO(self.arrays[part]), allow_pickle=False).astype(np.float32)
-        except (ValueError, EOFError, OSError) as error:
+            found = _array(self.arrays[part])
+        except Exception as error:  # on hostile bytes the reader raises anything: TypeError, SyntaxError, MemoryError
             raise damaged_sample(self.place, f"its {part} is no npy array of numbers ({error})") from error
-        if found.ndim != RANKS[part] or not np.isfinite(found).all():
+        if found.ndim != RANKS[part] or not _finite(found):
             raise damaged_sample(self.place, f"its {part} of shape {found.shape} is not {RANKS[part]}-d and finite")
         return found
 
+    def text(self) -> str | None:
+        """The caption, or None where there is none."""
+        try:
+            return None if self.caption is None else self.caption.decode()
+        except UnicodeDecodeError as error:
+            raise damaged_sample(self.place, f"its caption is no UTF-8 text ({error.reason})") from error
 
-def _raw(path: Path, sample: Mapping[str, object]) -> RawLatent:
-    arrays = {part: sample[f"{part}.npy"] for part in RANKS if f"{part}.npy" in sample}
-    return RawLatent(str(path), str(sample["__key__"]), arrays)
+
+def _array(data: bytes) -> np.ndarray:
+    """An npy file's numbers; nothing in it is executed."""
+    start = 10 + int.from_bytes(data[8:10], "little")  # magic and version, the header's length, the header
+    if data[:8] != b"\x93NUMPY\x01\x00":
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    shape, fortran, dtype = _header(data[8:start])
+    if fortran or dtype.str not in ("<f2", "<f4", "<i4", "<i8"):
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
+    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+
+
+@functools.lru_cache(maxsize=64)  # thousands of samples have the same one
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return np.lib.format.read_array_header_1_0(io.BytesIO(data))
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype != np.float16:
+        return bool(np.isfinite(array).all())
+    return bool(((array.view(np.uint16) & 0x7C00) != 0x7C00).all())  # an exponent of ones is infinity or NaN
 
 
 class LatentStream(SampleStream):
@@ -70,7 +101,7 @@ class LatentStream(SampleStream):
     Nothing is read before ``batches`` is called. Arguments not listed are those of `ShardStream`.
 
     Args:
-        urls: paths of tar files with braces ('data/coyo-{000000..000127}.tar', several joined by '::').
+        urls: paths of tar files with braces ('data/coyo-{000000..000127}.tar', several joined by '::'), or remote ones.
         captions: whether samples carry the text encoder's states (member ``<key>.text.npy``).
         pooled: whether they also carry SDXL's pooled caption and sizes.
         shuffle_buffer: undecoded samples held to draw from, 0.15 MB each for SD 1.5 and 0.45 MB for SDXL.
@@ -89,10 +120,11 @@ class LatentStream(SampleStream):
         workers: int = 0,
         prefetch: int = 4,
         memory_megabytes: int = 64,
+        max_damaged: float = 0.0,
     ) -> None:
         if pooled and not captions:
             raise ValueError("LatentStream.pooled is part of the caption: set LatentStream.captions = True too")
-        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes)
+        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
         self.captions, self.pooled = captions, pooled
 
     @property
@@ -100,29 +132,52 @@ class LatentStream(SampleStream):
         """The members that become the condition."""
         return (SIZED_CAPTION if self.pooled else CAPTION) if self.captions else ()
 
-    def read(self, path: Path):
-        return read_samples(path, _raw)
+    def raw(self, path: Path, members: Mapping[str, object]) -> RawLatent:
+        arrays = {part: members[f"{part}.npy"] for part in RANKS if f"{part}.npy" in members}
+        return RawLatent(str(path), str(members["__key__"]), arrays, members.get("txt"))
 
-    def collate(self, raw: Sequence[RawLatent]) -> Batch:
-        return Batch(_stack(raw, "latent"), Condition(**{part: _stack(raw, part) for part in self.parts}))
+    def prepared(self, raw: RawLatent) -> tuple[dict[str, np.ndarray], str | None]:
+        return {part: raw.array(part) for part in ("latent", *self.parts)}, raw.text()
+
+    def collated(self, raw, prepared, positions, seed) -> Batch:
+        """Latents and their condition in float32; ``caption`` if the samples hold texts (member ``<key>.txt``)."""
+        arrays, texts = zip(*prepared, strict=True)
+        stacked = {part: _stack(raw, [sample[part] for sample in arrays], part) for part in arrays[0]}
+        return Batch(stacked.pop("latent"), Condition(**stacked, caption=_captions(raw, texts)))
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""
         return f"{self.urls}: latents{', captions' if self.captions else ''}{', sizes' if self.pooled else ''}"
 
 
-def _stack(raw: Sequence[RawLatent], part: str) -> Tensor:
-    arrays = [sample.array(part) for sample in raw]
+def _stack(raw: Sequence[RawLatent], arrays: Sequence[np.ndarray], part: str) -> Tensor:
     for sample, array in zip(raw, arrays, strict=True):
         if array.shape != arrays[0].shape:
             raise ValueError(
                 f"the {part} of {sample.place} is {array.shape}, that of {raw[0].place} {arrays[0].shape}: one data "
                 "set needs one shape; write its shards anew"
             )
-    return torch.from_numpy(np.stack(arrays))
+    return torch.from_numpy(np.stack(arrays)).float()
 
 
-def write_latents(folder: Path, name: str, parts: Mapping[str, np.ndarray | Tensor], shards: int = 1) -> list[Path]:
+def _captions(raw: Sequence[RawLatent], texts: Sequence[str | None]) -> Tensor | None:
+    if all(text is None for text in texts):
+        return None
+    for sample, text in zip(raw, texts, strict=True):
+        if text is None:
+            raise ValueError(
+                f"{sample.place} has no caption ('{shown(sample.key)}.txt') and others have: write their shards anew"
+            )
+    return pack(texts)
+
+
+def write_latents(
+    folder: Path,
+    name: str,
+    parts: Mapping[str, np.ndarray | Tensor],
+    shards: int = 1,
+    captions: Sequence[str] | None = None,
+) -> list[Path]:
     """Writes captioned latents to ``shards`` files ``<folder>/<name>-000000.tar`` ... and their index.
 
     Args:
@@ -131,6 +186,7 @@ def write_latents(folder: Path, name: str, parts: Mapping[str, np.ndarray | Tens
         parts: arrays of N samples each by name: ``latent`` [N, C, H, W], ``text`` [N, L, E], ``pooled`` [N, P] and
             ``sizes`` [N, 6], of which the first is required; float16 on disk, sizes int32.
         shards: number of files, at most N.
+        captions: N captions as text, or None.
 
     Returns:
         The shard paths in order.
@@ -142,6 +198,8 @@ def write_latents(folder: Path, name: str, parts: Mapping[str, np.ndarray | Tens
         {"__key__": f"{k:09d}", **{f"{part}.npy": _npy(values[k]) for part, values in arrays.items()}}
         for k in range(len(arrays["latent"]))
     ]
+    for sample, caption in zip(samples, captions or [], strict=captions is not None):
+        sample["txt"] = caption.encode()
     return write_shards(Path(folder), name, samples, shards)
 
 

@@ -2,42 +2,42 @@
 
 A shard is a tar archive whose members share a key: ``000123.png`` is the image and ``000123.cls`` the class
 index in ASCII digits. ``index.json`` beside the shards records, for every shard, its number of samples, its
-size in bytes and its SHA-256. The index is optional for shards made elsewhere; a shard without one is
-scanned when it is opened, because Python's tar reader takes a damaged header for the end of the archive and
-says nothing.
-
-Pixels are uint8 v in 0..255 on disk and v / 127.5 - 1 in [-1, 1] outside this package's ``data`` folder.
+size in bytes and its SHA-256. The index is optional for shards made elsewhere; samples are then counted from the
+archive's headers where their number is needed.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import os
 import shutil
-import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import webdataset as wds
-from PIL import Image, UnidentifiedImageError
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from .images import IMAGE_SUFFIXES, PILLOW_MODES, BadImage, encode_png, pixels_of
+from .tars import Damage, read_groups, shard_damage, shown
 
 __all__ = [
     "INDEX",
+    "DamagedSample",
     "RawSample",
+    "count_items",
     "count_samples",
     "damaged_sample",
     "decode",
     "encode_png",
+    "index_entry",
+    "raw_image",
     "read_samples",
     "read_shard",
     "verify_shard",
@@ -45,9 +45,10 @@ __all__ = [
 ]
 
 INDEX = "index.json"
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-MAIN_SUFFIXES = (*IMAGE_SUFFIXES, "latent.npy")  # every sample has one of these, which is what counts as a sample
-PILLOW_MODES = {1: "L", 3: "RGB"}
+
+
+class DamagedSample(ValueError):
+    """A sample or a shard that cannot be used; the message names it and the remedy."""
 
 
 @dataclass
@@ -62,17 +63,10 @@ class RawSample:
 
     @property
     def place(self) -> str:
-        return f"sample '{self.key}' of shard {self.shard}"
+        return f"sample '{shown(self.key)}' of shard {self.shard}"
 
 
 # ------------------------------------------------------------------------------------------------ writing
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG file of ``pixels`` uint8, [H, W] (grey) or [H, W, 3]."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write_shards(folder: Path, name: str, samples: Sequence[Mapping[str, object]], shards: int) -> list[Path]:
@@ -149,77 +143,101 @@ def _sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ checking
 
 
-def _index_entry(path: Path) -> dict | None:
-    """What the index beside a shard says of it, or None where there is no index or no such entry."""
+def index_entry(path: Path) -> Mapping[str, object] | None:
+    """What the index beside a shard says of it: ``samples``, ``bytes``, ``sha256``.
+
+    Returns:
+        The entry, or None where there is no index or no such entry.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     index = path.parent / INDEX
-    if not index.is_file():
+    try:
+        state = index.stat()
+    except OSError:
         return None
     try:
-        return json.loads(index.read_text())["shards"].get(path.name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entry = _index(index, state.st_size, state.st_mtime_ns).get(path.name)
+        assert entry is None or all(isinstance(entry[part], int) for part in ("samples", "bytes")), path.name
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
-            f"The shard index {index} is damaged ({error}). Delete it (the shards can be read without one) "
-            f"or write "
+            f"The shard index {index} is damaged ({error}). Delete it (the shards can be read without one) or write "
             "the shards anew."
         ) from error
+    return entry
+
+
+@functools.lru_cache(maxsize=16)  # asked for every shard of a folder; size and time tell whether it is still the same
+def _index(path: Path, size: int, modified: int) -> dict:
+    return json.loads(path.read_text())["shards"]
 
 
 def verify_shard(path: Path, *, contents: bool) -> bool:
     """Whether the shard exists and has the size, and with ``contents`` the SHA-256, that its index says."""
-    entry = _index_entry(path)
+    entry = index_entry(path)
     if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
     return not contents or _sha256(path) == entry["sha256"]
 
 
-def _scan(path: Path) -> int:
-    """Number of samples, from the archive's headers. A tar ends in zero blocks; anything else is damage."""
-    state = path.stat()
-    return _scan_file(path, state.st_size, state.st_mtime_ns)
+def _promised(path: Path) -> int | None:
+    """Number of samples that the index tells of a shard; None without an index.
+
+    Raises:
+        DamagedSample: the shard has another size than the index says.
+    """
+    entry = index_entry(path)
+    if entry is None:
+        return None
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise _damaged(path, f"it has {size} bytes, its index says {entry['bytes']}")
+    return entry["samples"]
 
 
-@functools.cache  # a shard is opened every epoch; size and time tell whether it is still the same
-def _scan_file(path: Path, size: int, modified: int) -> int:
-    keys = set()
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                key, suffix = base_plus_ext(member.name)
-                if member.isreg() and key is not None and suffix.lower() in MAIN_SUFFIXES:
-                    keys.add(key)
-            archive.fileobj.seek(archive.offset)
-            end = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise _damaged(path, str(error)) from error
-    if len(end) < tarfile.BLOCKSIZE or any(end):
-        raise _damaged(path, f"the archive breaks off after {len(keys)} samples")
-    return len(keys)
+def _damaged(path: str | Path, what: str) -> DamagedSample:
+    return DamagedSample(shard_damage(path, what))
 
 
-def _damaged(path: str | Path, what: str) -> ValueError:
-    return ValueError(
-        f"Shard {path} is damaged: {what}. Copy or write this shard anew, or leave it out of the data's URLs."
-    )
-
-
-def damaged_sample(place: str, what: str) -> ValueError:
+def damaged_sample(place: str, what: str) -> DamagedSample:
     """The error that says what is wrong with the sample at ``place``, and the remedy."""
-    return ValueError(f"{place} is damaged: {what}. Write this shard anew, or leave it out of the data's URLs.")
+    return DamagedSample(f"{place} is damaged: {what}. Write this shard anew, or leave it out of the data's URLs.")
 
 
 def count_samples(path: Path) -> int:
-    """Number of samples of one shard: from the index when the shard's size agrees with it, else from its
-    headers.
+    """Number of samples of one shard: from the index when the shard's size agrees with it, else from its headers.
+
+    What img2dataset leaves beside a shard, ``<name>_stats.json``, spares the headers too.
 
     Raises:
-        ValueError: the shard is damaged.
+        DamagedSample: the shard is damaged.
     """
-    entry = _index_entry(path)
-    if entry is None:
-        return _scan(path)
-    if path.stat().st_size != entry["bytes"]:
-        raise _damaged(path, f"it has {path.stat().st_size} bytes, its index says {entry['bytes']}")
-    return entry["samples"]
+    promised = _promised(path)
+    if promised is not None:
+        return promised
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.with_name(f"{path.stem}_stats.json").read_text())["successes"])
+    state = path.stat()
+    return _scan(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache  # asked whenever a stream resumes; size and time tell whether it is still the same
+def _scan(path: Path, size: int, modified: int) -> int:
+    found = 0
+    for group in read_groups(path, contents=False):
+        if isinstance(group, Damage):
+            raise DamagedSample(group.why)
+        found += 1
+    return found
+
+
+def count_items(path: Path, raw: Callable[[Path, Mapping[str, object]], object]) -> int:
+    """How many items `read_samples` gives for a shard if ``tolerant``; members need not be read to know."""
+    entry = index_entry(path)
+    if entry is not None and path.stat().st_size == entry["bytes"]:
+        return entry["samples"]
+    return sum(1 for _ in _tolerated(path, (_made(path, group, raw) for group in read_groups(path, contents=False))))
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -228,49 +246,92 @@ def count_samples(path: Path) -> int:
 Raw = TypeVar("Raw")
 
 
-def read_shard(path: Path) -> Iterator[RawSample]:
-    """The images of one shard in their order in the file, undecoded.
-
-    Raises:
-        ValueError: the shard is damaged or empty, or a sample has no image; names shard and sample.
-    """
-    return read_samples(path, _raw)
+def read_shard(path: Path, *, tolerant: bool = False) -> Iterator[RawSample | Damage]:
+    """The images of one shard in their order in the file, undecoded; as ``read_samples``."""
+    return read_samples(path, raw_image, tolerant=tolerant)
 
 
-def read_samples(path: Path, raw: Callable[[Path, Mapping[str, object]], Raw]) -> Iterator[Raw]:
+def read_samples(
+    path: Path, raw: Callable[[Path, Mapping[str, object]], Raw], *, tolerant: bool = False
+) -> Iterator[Raw | Damage]:
     """The samples of one shard in their order in the file, each made by ``raw`` from its members by suffix.
 
+    Args:
+        path: the shard.
+        raw: makes a sample of ``(path, {"__key__": key, suffix: bytes, ...})``, or raises DamagedSample.
+        tolerant: whether what is damaged comes as a `Damage`, after the shard's sound samples, instead of an error. If
+            the shard has the size that the index says, as many items come as it says, so that damage does not move the
+            samples of other shards; of a shard of another size, one `Damage` stands for all that is lacking.
+
     Raises:
-        ValueError: the shard is damaged or empty, or ``raw`` refuses a sample.
+        DamagedSample: (unless ``tolerant``) the shard is damaged or empty, or ``raw`` refuses a sample; names shard
+            and sample.
     """
-    expected = count_samples(path)
-    found = 0
-    for sample in _grouped(path):
-        yield raw(path, sample)
-        found += 1
-    if found != expected or not found:
-        raise _damaged(path, f"{found} samples can be read of {expected}")
+    items = (_made(path, group, raw) for group in read_groups(path))
+    yield from _tolerated(path, items) if tolerant else _whole(path, items)
 
 
-def _grouped(path: Path) -> Iterator[dict]:
-    """The archive's members, joined into samples by their key."""
-    found = 0
+def _made(path: Path, group: Mapping[str, object] | Damage, raw: Callable) -> object:
     try:
-        with open(path, "rb") as file:
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
-                yield sample
-                found += 1
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
-        raise _damaged(path, f"{error.args[0] if error.args else error}, after {found} samples") from error
+        return group if isinstance(group, Damage) else raw(path, group)
+    except DamagedSample as error:
+        return Damage(str(error))
 
 
-def _raw(path: Path, sample: Mapping[str, object]) -> RawSample:
+def _whole(path: Path, items: Iterator) -> Iterator:
+    """``items``, of which none may be damaged or lacking."""
+    promised, found = _promised(path), 0
+    for item in items:
+        if isinstance(item, Damage):
+            raise DamagedSample(item.why)
+        yield item
+        found += 1
+    if not found or promised not in (None, found):
+        raise _damaged(path, _lacking(found, promised))
+
+
+def _lacking(found: int, promised: int | None) -> str:
+    return "it holds no samples" if promised is None else f"{found} samples can be read of {promised}"
+
+
+def _tolerated(path: Path, items: Iterator) -> Iterator:
+    """The sound ones of ``items``, then damage for those that are lacking.
+
+    One sample's damage can show in two items, a header that makes no sense and a sample that lacks a member: where the
+    index is about this very file, it tells how many samples there were.
+    """
+    entry = index_entry(path)
+    promised = entry["samples"] if entry else None
+    found, damaged = 0, []
+    for item in items:
+        if isinstance(item, Damage):
+            damaged.append(item)
+        elif promised is None or found < promised:
+            yield item
+            found += 1
+    lacking = (promised or 0) - found
+    why = shard_damage(path, _lacking(found, promised))
+    if entry and path.stat().st_size == entry["bytes"]:
+        yield from [*damaged, *itertools.repeat(Damage(why), max(0, lacking - len(damaged)))][:lacking]
+    elif entry:
+        yield Damage("; ".join([why, *(damage.why for damage in damaged[:1])]), max(1, lacking))
+    else:
+        yield from damaged or ([] if found else [Damage(why)])
+
+
+def raw_image(path: Path, sample: Mapping[str, object]) -> RawSample:
+    """The sample of a shard's members by suffix; DamagedSample where none is an image."""
     for suffix in IMAGE_SUFFIXES:
         if suffix in sample:
             return RawSample(str(path), sample["__key__"], sample[suffix], sample.get("cls"))
-    raise ValueError(
-        f"Sample '{sample['__key__']}' of shard {path} has no image: its files end in "
-        f"{sorted(k for k in sample if not k.startswith('__'))}, an image must end in one of "
+    raise no_image(path, sample)
+
+
+def no_image(path: Path, sample: Mapping[str, object]) -> DamagedSample:
+    """The error for a sample whose members hold no image."""
+    return DamagedSample(
+        f"Sample '{shown(sample['__key__'])}' of shard {path} has no image: its files end in "
+        f"{sorted(shown(k) for k in sample if not k.startswith('__'))}, an image must end in one of "
         f"{list(IMAGE_SUFFIXES)}."
     )
 
@@ -288,14 +349,13 @@ def decode(sample: RawSample, *, channels: int, resolution: int | None, labels: 
         ``(pixels, label)``: uint8 [channels, H, W] and the class index (-1 without ``labels``).
 
     Raises:
-        ValueError: damaged image, other size or channels, missing or unreadable label; names shard and
-            sample.
+        DamagedSample: damaged image, other size or channels, missing or unreadable label; names shard and sample.
     """
     if sample.pixels is None:
         sample.pixels = _decode_image(sample, channels)
     height, width = sample.pixels.shape[1:]
     if resolution is not None and (height, width) != (resolution, resolution):
-        raise ValueError(
+        raise DamagedSample(
             f"{sample.place} is {height}x{width} (height x width), resolution={resolution} was asked for. "
             f"Set ShardStream.resolution, or write the shards anew at {resolution}x{resolution}."
         )
@@ -304,31 +364,29 @@ def decode(sample: RawSample, *, channels: int, resolution: int | None, labels: 
 
 def _decode_image(sample: RawSample, channels: int) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            mode, pixels = image.mode, np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "not an image file" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(
-            f"{sample.place} cannot be decoded ({reason}). Write this shard anew, or leave it out of the data's URLs."
+        mode, pixels = pixels_of(sample.image)
+    except BadImage as error:
+        raise DamagedSample(
+            f"{sample.place} {error}. Write this shard anew, or leave it out of the data's URLs."
         ) from error
     if mode != PILLOW_MODES[channels]:
-        raise ValueError(
+        raise DamagedSample(
             f"{sample.place} has colour mode {mode}, channels={channels} needs {PILLOW_MODES[channels]}. "
             "Set ShardStream.channels (1 for grey, 3 for RGB), or convert the images."
         )
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))  # HWC => CHW
+    return pixels
 
 
 def decode_label(sample: RawSample) -> int:
-    """The sample's class index; ValueError that names the sample where there is none, or no number."""
+    """The sample's class index; DamagedSample where there is none, or no number."""
     if sample.label is None:
-        raise ValueError(
-            f"{sample.place} has no class label ('{sample.key}.cls'). Add the labels to the shards, or set "
+        raise DamagedSample(
+            f"{sample.place} has no class label ('{shown(sample.key)}.cls'). Add the labels to the shards, or set "
             "ShardStream.labels = False to train without classes."
         )
     try:
         return int(sample.label)
     except ValueError as error:
-        raise ValueError(
+        raise DamagedSample(
             f"The class label of {sample.place} is {sample.label[:40]!r}, a whole number in digits was expected."
         ) from error

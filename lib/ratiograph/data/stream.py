@@ -1,183 +1,63 @@
 """Endless streams of batches from shards.
 
 Sample order is a function of (seed, epoch) and of the list of shards only: shards are permuted, read one
-after another, and their undecoded samples pass a shuffle buffer. Neither the number of workers nor a restart
-changes it.
+after another, and their undecoded samples pass a shuffle buffer. Neither the number of ranks and of workers nor a
+restart changes it (`order`, `loader`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import queue
-import random
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from ratiograph.types import Batch, Condition
 
-from .embedded import resolve
-from .shards import PILLOW_MODES, RawSample, count_samples, decode, decode_label, read_shard
+from .embedded import resolve, sources
+from .images import PILLOW_MODES, to_tensor
+from .loader import Account, Batches, deliver
+from .order import Order, mix
+from .shards import (
+    DamagedSample,
+    RawSample,
+    count_items,
+    count_samples,
+    decode,
+    decode_label,
+    raw_image,
+    read_samples,
+    read_shard,
+)
+from .urls import samples_in
 
 __all__ = ["ShardStream", "load_all"]
 
 
-def _collate(raw: list[RawSample], *, channels: int, resolution: int | None, labels: bool) -> Batch:
-    """Decodes samples into one batch, uint8 [C, H, W] each => float32 [B, C, H, W] in [-1, 1]."""
-    pairs = [decode(sample, channels=channels, resolution=resolution, labels=labels) for sample in raw]
-    pixels, classes = zip(*pairs, strict=True)
-    for sample, image in zip(raw, pixels, strict=True):
-        if image.shape != pixels[0].shape:
-            raise ValueError(
-                f"{sample.place} is {image.shape[1]}x{image.shape[2]} (height x width), {raw[0].place} is "
-                f"{pixels[0].shape[1]}x{pixels[0].shape[2]}: one data set needs one size. Set "
-                "ShardStream.resolution to be told which samples differ, and write their shards anew."
-            )
-    images = torch.from_numpy(np.stack(pixels)).float().div_(127.5).sub_(1)
-    return Batch(images, Condition(torch.tensor(classes) if labels else None))
-
-
-@dataclass
-class _ShardReader:
-    """Reads shards again and again; those that fit in ``memory`` bytes are read from disk once."""
-
-    read: Callable[[Path], Iterator]
-    memory: int
-    held: dict[Path, list] = field(default_factory=dict)
-
-    def samples(self, path: Path) -> Iterator:
-        if path not in self.held and path.stat().st_size <= self.memory:
-            self.memory -= path.stat().st_size
-            self.held[path] = list(self.read(path))
-        return iter(self.held[path]) if path in self.held else self.read(path)
-
-
-@dataclass
-class _Order:
-    """The endless, undecoded sequence of samples from sample number ``start`` on."""
-
-    paths: list[Path]
-    seed: int
-    start: int
-    shuffle_buffer: int
-    memory: int
-    read: Callable[[Path], Iterator] = read_shard
-    classes: frozenset[int] | None = None
-
-    def __iter__(self) -> Iterator:
-        reader = _ShardReader(self.read, self.memory)
-        epoch, skip = 0, self.start
-        if skip or self.classes:  # whole epochs are skipped unread
-            epoch, skip = divmod(skip, self._samples_an_epoch(reader))
-        return itertools.islice(self._epochs(reader, epoch), skip, None)
-
-    def _samples_an_epoch(self, reader: _ShardReader) -> int:
-        if self.classes is None:
-            return sum(count_samples(path) for path in self.paths)
-        count = sum(self._wanted(sample) for path in self.paths for sample in reader.samples(path))
-        if not count:
-            raise ValueError(f"no sample of the data has a class in ShardStream.classes={sorted(self.classes)}")
-        return count
-
-    def _wanted(self, sample: RawSample) -> bool:
-        return self.classes is None or decode_label(sample) in self.classes
-
-    def _epochs(self, reader: _ShardReader, first: int) -> Iterator:
-        # webdataset's own deterministic shuffle counts epochs in an attribute, of which every worker process
-        # has its own copy that starts over; here the epoch's number is handed in.
-        for epoch in itertools.count(first):
-            rng = random.Random(_mix(self.seed, epoch))
-            paths = rng.sample(self.paths, len(self.paths))
-            samples = filter(self._wanted, itertools.chain.from_iterable(reader.samples(path) for path in paths))
-            yield from wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """A seed for one epoch; unlike with a sum, epoch 1 of seed 0 differs from epoch 0 of seed 1."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big")
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way from a worker to the consumer, who raises it without the worker's traceback."""
-
-    message: str
-
-
-@dataclass
-class _Batches(IterableDataset):
-    """Decoded batches of an order. Of several worker processes, number i makes batches i, i + workers, ..."""
-
-    order: _Order
-    batch_size: int
-    collate: Callable[[list], Batch]
-
-    def __iter__(self) -> Iterator[Batch | _Failure]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = iter(self.order)
-        try:
-            for count in itertools.count():
-                raw = list(itertools.islice(samples, self.batch_size))
-                if count % workers == number:
-                    yield self.collate(raw)
-        except ValueError as error:
-            yield _Failure(str(error))
-
-
-def _prefetch(source: Iterable[Batch | _Failure], ahead: int) -> Iterator[Batch | _Failure]:
-    """Runs ``source`` in a background thread, at most ``ahead`` items before the consumer."""
-    ready: queue.Queue = queue.Queue(ahead)
-    stopped = threading.Event()
-
-    def put(item: Batch | _Failure) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def run() -> None:
-        try:
-            for item in source:
-                put(item)
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # anything unforeseen must not leave the consumer waiting for ever
-            put(_Failure(f"Reading the data failed: {type(error).__name__}: {error}"))
-
-    thread = threading.Thread(target=run, name="ShardStream", daemon=True)
-    thread.start()
-    try:
-        while True:
-            yield ready.get()
-    finally:
-        stopped.set()
-        thread.join(timeout=5)
-
-
-def _raise_failures(items: Iterable[Batch | _Failure]) -> Iterator[Batch]:
-    for item in items:
-        if isinstance(item, _Failure):
-            raise ValueError(item.message)
-        yield item
-
-
 class SampleStream:
-    """Base class: endless, resumable batches from shards. Subclasses give ``read``, ``collate`` and ``describe``."""
+    """Base class: endless, resumable batches from shards.
 
-    classes: frozenset[int] | None = None
-    """Only samples of these classes; None takes all."""
+    Subclasses give ``raw``, ``prepared``, ``collated`` and ``describe``; ``rejects`` where they leave samples out.
 
-    def __init__(self, urls: str, shuffle_buffer: int, workers: int, prefetch: int, memory_megabytes: int) -> None:
+    Args:
+        urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged: as in `ShardStream`.
+    """
+
+    filtered = False
+    """Whether ``rejects`` may leave out samples."""
+
+    def __init__(
+        self,
+        urls: str,
+        shuffle_buffer: int,
+        workers: int,
+        prefetch: int,
+        memory_megabytes: int,
+        max_damaged: float,
+    ) -> None:
         for name, value, least in [
             ("shuffle_buffer", shuffle_buffer, 0),
             ("workers", workers, 0),
@@ -186,47 +66,109 @@ class SampleStream:
         ]:
             if value < least:
                 raise ValueError(f"{type(self).__name__}.{name} is {value}: it must be at least {least}.")
+        if not 0 <= max_damaged < 1:
+            raise ValueError(f"{type(self).__name__}.max_damaged is {max_damaged}: give a fraction in [0, 1).")
         self.urls = urls
         self.shuffle_buffer = shuffle_buffer
         self.workers = workers
         self.prefetch = prefetch
         self.memory_megabytes = memory_megabytes
+        self.max_damaged = max_damaged
+        self._account = Account(max_damaged)
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether damaged samples are skipped."""
+        return self.max_damaged > 0
+
+    @property
+    def skipped(self) -> int:
+        """Damaged samples that the last call of ``batches`` has skipped so far, of this rank's part."""
+        return self._account.damaged
+
+    def accounting(self) -> dict[str, int]:
+        """What became of the samples since the last call of ``batches``, as far as its batches were taken.
+
+        ``used`` and ``damaged`` count this rank's part; every other name is a reason for which samples were left out,
+        of all ranks' parts and of those that a shuffle buffer has read ahead.
+        """
+        account = self._account
+        return {"used": account.used, "damaged": account.damaged, **dict(sorted(account.rejected.items()))}
+
+    def raw(self, path: Path, members: Mapping[str, object]) -> object:
+        """The undecoded sample of a shard's members by suffix; DamagedSample where one is missing."""
+        raise NotImplementedError
 
     def read(self, path: Path) -> Iterator:
-        """The undecoded samples of one shard."""
+        """The undecoded samples of one shard, with a `Damage` in the place of what is damaged if ``tolerant``."""
+        return read_samples(path, self.raw, tolerant=self.tolerant)
+
+    def rejects(self, raw: object) -> str | None:
+        """Why the stream leaves a sample out, in a word or two, or None where it does not."""
+        return None
+
+    def nothing(self) -> str:
+        """The error's message where ``rejects`` leaves no sample."""
+        return f"no sample of {self.urls} is left"
+
+    def prepared(self, raw: object) -> object:
+        """The decoded sample; DamagedSample where that cannot be."""
         raise NotImplementedError
 
-    def collate(self, raw: list) -> Batch:
-        """Decodes samples into one batch."""
-        raise NotImplementedError
-
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Endless batches; one may straddle two epochs, and all have the same size.
+    def collated(self, raw: Sequence, prepared: Sequence, positions: Sequence[int], seed: int) -> Batch:
+        """The batch of decoded samples.
 
         Args:
-            batch_size: samples a batch.
+            raw: the undecoded samples, for messages.
+            prepared: the decoded ones.
+            positions: their places in the endless order, for what is drawn sample by sample.
+            seed: the order's.
+        """
+        raise NotImplementedError
+
+    def count(self, path: Path) -> int:
+        """Number of samples that ``read`` gives; from the index where there is one."""
+        return count_items(path, self.raw) if self.tolerant else count_samples(path)
+
+    def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Endless batches; one may straddle two epochs, and all have the same size.
+
+        The global batch, of ``ranks * batch_size`` samples, is the next so many samples of one sequence, which neither
+        the number of ranks nor that of workers changes; this rank gets rows ``rank * batch_size`` and following of it.
+
+        Args:
+            batch_size: samples a batch, on this rank.
             seed: with the epoch's number it fixes the order.
-            start: number of samples already consumed; they are passed over without being decoded.
+            start: number of samples that all ranks together have consumed; they are passed over without being
+                decoded, and without being read where the index or the shards' headers tell how many there are.
+            rank: number of this process among ``ranks``.
+            ranks: processes that share the data.
 
         Returns:
             Batches of float32 ``images`` with their ``condition``. Closing the iterator ends its workers.
 
         Raises:
-            ValueError: at once, a missing shard or embedded package; while iterating, a damaged shard or
-                sample, one of another size or kind, or without what it should carry. The message names shard
-                and sample.
+            ValueError: at once, a missing shard or embedded package, a server that cannot be reached; while
+                iterating, a damaged shard or sample, one of another size or kind, or without what it should carry; with
+                ``max_damaged``, too many of them; a worker process that died. The message names shard and sample.
         """
         assert batch_size >= 1, batch_size
         assert start >= 0, start
-        memory = self.memory_megabytes * 2**20
-        order = _Order(resolve(self.urls), seed, start, self.shuffle_buffer, memory, self.read, self.classes)
-        source = _Batches(order, batch_size, self.collate)
-        if self.workers == 0:
-            return _raise_failures(_prefetch(source, self.prefetch))
-        # Batches leave the loader in the workers' turn, so their order does not depend on who is faster.
-        return _raise_failures(
-            wds.WebLoader(source, batch_size=None, num_workers=self.workers, prefetch_factor=self.prefetch)
+        assert 0 <= rank < ranks, (rank, ranks)
+        order = Order(
+            sources(self.urls),
+            seed,
+            start,
+            self.shuffle_buffer,
+            self.memory_megabytes * 2**20,
+            self.read,
+            partial(samples_in, count=self.count),
+            self.rejects if self.filtered else None,
+            self.nothing(),
         )
+        source = Batches(order, self, batch_size, rank, ranks, self.tolerant)
+        self._account = Account(self.max_damaged)
+        return deliver(source, self.workers, self.prefetch, self._account)
 
 
 class ShardStream(SampleStream):
@@ -235,13 +177,14 @@ class ShardStream(SampleStream):
     Nothing is read before ``batches`` is called.
 
     Args:
-        urls: paths of tar files with braces ('data/faces-{000000..000127}.tar', several joined by '::'), or
-            the name of an embedded data set: 'mnist' (5,000 digits), 'mnist-train' and 'mnist-heldout' (its
-            first 4,500 and last 500).
+        urls: paths of tar files with braces ('data/faces-{000000..000127}.tar', several joined by '::'), also
+            'https://...', 's3://...' and 'pipe:COMMAND', which are fetched into a cache; or the name of an embedded
+            data set: 'mnist' (5,000 digits), 'mnist-train' and 'mnist-heldout' (its first 4,500 and last 500).
         resolution: height and width in pixels that every image must have; None takes the images' own.
         channels: 1 (grey) or 3 (RGB); the image files must hold exactly these.
         labels: whether samples carry class labels (member ``<key>.cls``).
         classes: only samples of these classes; None takes all.
+        flip: whether each sample is mirrored left to right or not, by a fair coin of its own for every time it comes.
         shuffle_buffer: number of undecoded samples held to draw from; 0 keeps the order within the shuffled
             shards.
         workers: processes that decode ahead of the training loop; 0 decodes in a thread of this process,
@@ -249,6 +192,8 @@ class ShardStream(SampleStream):
         prefetch: batches (for each worker) made before they are asked for.
         memory_megabytes: shards are kept in memory, undecoded, up to this much; the others are read every
             epoch.
+        max_damaged: 0 makes every damaged sample an error. Up to this fraction, in [0, 1), of the samples met, and of
+            the first 1,000, they are skipped, counted and named in the log; the next sound sample takes their place.
 
     Raises:
         ValueError: an argument outside its domain.
@@ -262,10 +207,12 @@ class ShardStream(SampleStream):
         channels: int = 1,
         labels: bool = True,
         classes: Sequence[int] | None = None,
+        flip: bool = False,
         shuffle_buffer: int = 5000,
         workers: int = 0,
         prefetch: int = 4,
         memory_megabytes: int = 64,
+        max_damaged: float = 0.0,
     ) -> None:
         if channels not in PILLOW_MODES:
             raise ValueError(f"ShardStream.channels is {channels}: choose 1 (grey) or 3 (RGB).")
@@ -273,24 +220,62 @@ class ShardStream(SampleStream):
             raise ValueError("ShardStream.classes is empty: name at least one class, or None for all.")
         if resolution is not None and resolution < 1:
             raise ValueError(f"ShardStream.resolution is {resolution}: give pixels, or None for the images' own.")
-        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes)
+        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
         self.resolution = resolution
         self.channels = channels
         self.labels = labels
         self.classes = None if classes is None else frozenset(classes)
+        self.flip = flip
 
-    def read(self, path: Path) -> Iterator[RawSample]:
-        return read_shard(path)
+    @property
+    def filtered(self) -> bool:
+        return self.classes is not None
 
-    def collate(self, raw: list[RawSample]) -> Batch:
+    def raw(self, path: Path, members: Mapping[str, object]) -> RawSample:
+        return raw_image(path, members)
+
+    def rejects(self, raw: RawSample) -> str | None:
+        try:
+            return None if decode_label(raw) in self.classes else "other class"
+        except DamagedSample:
+            if self.tolerant:
+                return None  # it is met again, and counted, where it is decoded
+            raise
+
+    def nothing(self) -> str:
+        return f"no sample of the data has a class in ShardStream.classes={sorted(self.classes or ())}"
+
+    def prepared(self, raw: RawSample) -> tuple[np.ndarray, int]:
+        return decode(raw, channels=self.channels, resolution=self.resolution, labels=self.labels)
+
+    def collated(self, raw, prepared, positions, seed) -> Batch:
         """Images float32 [B, channels, H, W] in [-1, 1]; labels int64 [B], or None without ``labels``."""
-        return _collate(raw, channels=self.channels, resolution=self.resolution, labels=self.labels)
+        batch = _collated(raw, prepared, labels=self.labels)
+        return Batch(flipped(batch.images, positions, seed), batch.condition) if self.flip else batch
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""
         size = f"{self.resolution}x{self.resolution}" if self.resolution else "images of their own size"
         colour = "grey" if self.channels == 1 else "RGB"
-        return f"{self.urls}: {size}, {colour}{', classes' if self.labels else ''}"
+        return f"{self.urls}: {size}, {colour}{', classes' if self.labels else ''}{', flips' if self.flip else ''}"
+
+
+def _collated(raw: Sequence[RawSample], prepared: Sequence[tuple[np.ndarray, int]], *, labels: bool) -> Batch:
+    pixels, classes = zip(*prepared, strict=True)
+    for sample, image in zip(raw, pixels, strict=True):
+        if image.shape != pixels[0].shape:
+            raise ValueError(
+                f"{sample.place} is {image.shape[1]}x{image.shape[2]} (height x width), {raw[0].place} is "
+                f"{pixels[0].shape[1]}x{pixels[0].shape[2]}: one data set needs one size. Set "
+                "ShardStream.resolution to be told which samples differ, and write their shards anew."
+            )
+    return Batch(to_tensor(pixels), Condition(torch.tensor(classes) if labels else None))
+
+
+def flipped(images: Tensor, positions: Sequence[int], seed: int) -> Tensor:
+    """Mirrors the images [B, C, H, W] at whose position a coin of (seed, position) says so."""
+    coins = torch.tensor([mix(seed, "flip", position) & 1 for position in positions], dtype=torch.bool)
+    return torch.where(coins[:, None, None, None], images.flip(-1), images)
 
 
 def load_all(urls: str, *, resolution: int | None = None, channels: int = 1) -> tuple[Tensor, Tensor]:
@@ -303,5 +288,6 @@ def load_all(urls: str, *, resolution: int | None = None, channels: int = 1) -> 
         ValueError: as ``ShardStream.batches``.
     """
     raw = [sample for path in resolve(urls) for sample in read_shard(path)]
-    batch = _collate(raw, channels=channels, resolution=resolution, labels=True)
+    prepared = [decode(sample, channels=channels, resolution=resolution, labels=True) for sample in raw]
+    batch = _collated(raw, prepared, labels=True)
     return batch.images, batch.condition.labels

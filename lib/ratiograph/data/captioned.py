@@ -1,0 +1,231 @@
+"""Images with captions from webdataset shards, as img2dataset writes them for LAION, COYO or COCO.
+
+Members of a sample: ``<key>.jpg`` (or png, webp), ``<key>.txt`` the caption in UTF-8, ``<key>.json`` what else is known
+of the image. Without a ``.txt`` the caption is the ``caption`` of the ``.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ratiograph.captions import pack
+from ratiograph.types import Batch, Condition
+
+from .filters import Filters
+from .images import IMAGE_SUFFIXES, BadImage, fitted, to_tensor
+from .shards import DamagedSample, damaged_sample, no_image
+from .stream import SampleStream
+from .tars import shown
+
+__all__ = ["CaptionStream", "CaptionedStream"]
+
+
+@dataclass
+class RawCaptioned:
+    """One sample as it lies in a shard."""
+
+    shard: str
+    key: str
+    image: bytes | None
+    txt: bytes | None
+    json: bytes | None
+
+    @property
+    def place(self) -> str:
+        return f"sample '{shown(self.key)}' of shard {self.shard}"
+
+    @cached_property
+    def fields(self) -> Mapping[str, object]:
+        """What the ``.json`` says, by names in lower case; nothing without one."""
+        try:
+            found = json.loads(self.json or b"{}")
+        except (ValueError, RecursionError) as error:
+            raise damaged_sample(self.place, f"its .json cannot be read ({error})") from error
+        if not isinstance(found, dict):
+            raise damaged_sample(self.place, "its .json is no object with named fields")
+        return {name.lower(): value for name, value in found.items()}
+
+    @cached_property
+    def caption(self) -> str:
+        """The caption without white space around it; DamagedSample where there is none."""
+        if self.txt is None and not isinstance(self.fields.get("caption", 0), str | None):
+            raise DamagedSample(
+                f"{self.place} has no caption ('{shown(self.key)}.txt', or 'caption' in its .json): write the captions "
+                "into the shards, or read the images alone with ShardStream"
+            )
+        try:
+            text = (self.fields["caption"] or "") if self.txt is None else self.txt.decode()
+        except UnicodeDecodeError as error:
+            raise damaged_sample(self.place, f"its caption is no UTF-8 text ({error.reason})") from error
+        return text.encode(errors="replace").decode().strip()  # json can hold halves of characters
+
+
+class CaptionStream(SampleStream):
+    """Batches of captions alone, for a generator that needs no real images; shards may hold images too.
+
+    ``Batch.images`` is empty [B, 0]. Arguments are those of `CaptionedStream`.
+
+    Raises:
+        ValueError: an argument outside its domain.
+    """
+
+    def __init__(
+        self,
+        *,
+        urls: str,
+        minimum_aesthetic: float | None = None,
+        minimum_side: int | None = None,
+        maximum_watermark: float | None = None,
+        maximum_nsfw: str | float | None = None,
+        caption_length: Sequence[int] | None = None,
+        shuffle_buffer: int = 5000,
+        workers: int = 0,
+        prefetch: int = 4,
+        memory_megabytes: int = 64,
+        max_damaged: float = 0.0,
+    ) -> None:
+        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
+        self.minimum_aesthetic, self.minimum_side = minimum_aesthetic, minimum_side
+        self.maximum_watermark, self.maximum_nsfw = maximum_watermark, maximum_nsfw
+        self.caption_length = caption_length
+        self.filters = Filters(
+            stream=type(self).__name__,
+            minimum_aesthetic=minimum_aesthetic,
+            minimum_side=minimum_side,
+            maximum_watermark=maximum_watermark,
+            maximum_nsfw=maximum_nsfw,
+            caption_length=caption_length,
+        )
+
+    @property
+    def filtered(self) -> bool:
+        return bool(self.filters)
+
+    def raw(self, path: Path, members: Mapping[str, bytes]) -> RawCaptioned:
+        return RawCaptioned(str(path), members["__key__"], None, members.get("txt"), members.get("json"))
+
+    def rejects(self, raw: RawCaptioned) -> str | None:
+        try:
+            return self._judged(raw)
+        except DamagedSample:
+            if self.tolerant:
+                return None  # it is met again, and counted, where it is decoded
+            raise
+
+    def _judged(self, raw: RawCaptioned) -> str | None:
+        return self.filters.rejects(raw.place, raw.caption, lambda: raw.fields)
+
+    def nothing(self) -> str:
+        return f"the filters of {type(self).__name__} leave no sample of {self.urls}: loosen them"
+
+    def prepared(self, raw: RawCaptioned) -> str:
+        self._judged(raw)
+        return raw.caption
+
+    def collated(self, raw, prepared, positions, seed) -> Batch:
+        """``condition.caption`` uint8 [B, 1024], `captions.pack`."""
+        return Batch(torch.zeros(len(prepared), 0), Condition(caption=pack(prepared)))
+
+    def describe(self) -> str:
+        """One line for people, from the arguments alone."""
+        return f"{self.urls}: captions{', filtered' if self.filters else ''}"
+
+
+class CaptionedStream(CaptionStream):
+    """Batches of images with their captions, shuffled anew every epoch, without end.
+
+    Images are resized until their shorter side is ``resolution``, antialiased, and cropped to the square in the middle.
+    Nothing is read before ``batches`` is called. Arguments not listed are those of `ShardStream`.
+
+    Args:
+        urls: paths of tar files with braces ('data/laion-{00000..01023}.tar', several joined by '::'), also
+            'https://...', 's3://...' and 'pipe:COMMAND'.
+        resolution: height and width of the batches' images in pixels.
+        sizes: whether to say what SDXL wants to know, ``condition.sizes`` int64 [B, 6]: the original's height and
+            width (``original_height`` and ``original_width`` in the .json, or the image file's own), the top and left
+            of the crop in the resized image, and the target's height and width.
+        minimum_aesthetic: least score of LAION's aesthetic predictor, about 0 to 10; None, here and below, is any.
+        minimum_side: least pixels of the original's shorter side, by the .json.
+        maximum_watermark: greatest probability of a watermark, in [0, 1].
+        maximum_nsfw: greatest of 'UNLIKELY', 'UNSURE' and 'NSFW', or greatest probability of being unsafe, in [0, 1].
+        caption_length: (least, most) characters of the caption. Captions may be empty; past 1,024 bytes they are cut.
+        shuffle_buffer: undecoded samples held to draw from, of 0.05 to 0.1 MB each for JPEGs of 512 pixels, by each
+            worker.
+
+    Raises:
+        ValueError: an argument outside its domain.
+    """
+
+    def __init__(
+        self,
+        *,
+        urls: str,
+        resolution: int = 512,
+        sizes: bool = False,
+        minimum_aesthetic: float | None = None,
+        minimum_side: int | None = None,
+        maximum_watermark: float | None = None,
+        maximum_nsfw: str | float | None = None,
+        caption_length: Sequence[int] | None = None,
+        shuffle_buffer: int = 1000,
+        workers: int = 0,
+        prefetch: int = 4,
+        memory_megabytes: int = 64,
+        max_damaged: float = 0.0,
+    ) -> None:
+        if resolution < 1:
+            raise ValueError(f"CaptionedStream.resolution is {resolution}: give pixels.")
+        super().__init__(
+            urls=urls,
+            minimum_aesthetic=minimum_aesthetic,
+            minimum_side=minimum_side,
+            maximum_watermark=maximum_watermark,
+            maximum_nsfw=maximum_nsfw,
+            caption_length=caption_length,
+            shuffle_buffer=shuffle_buffer,
+            workers=workers,
+            prefetch=prefetch,
+            memory_megabytes=memory_megabytes,
+            max_damaged=max_damaged,
+        )
+        self.resolution, self.sizes = resolution, sizes
+
+    def raw(self, path: Path, members: Mapping[str, bytes]) -> RawCaptioned:
+        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        if image is None:
+            raise no_image(path, members)
+        return replace(super().raw(path, members), image=image)
+
+    def prepared(self, raw: RawCaptioned):
+        """(pixels uint8 [3, resolution, resolution], the six numbers of SDXL, the caption)."""
+        caption = super().prepared(raw)
+        try:
+            pixels, (height, width, top, left) = fitted(raw.image, self.resolution)
+        except BadImage as error:
+            raise DamagedSample(
+                f"{raw.place} {error}. Write this shard anew, or leave it out of the data's URLs."
+            ) from error
+        original = self._original(raw, height, width) if self.sizes else (height, width)
+        return pixels, (*original, top, left, self.resolution, self.resolution), caption
+
+    def _original(self, raw: RawCaptioned, height: int, width: int) -> tuple[int, int]:
+        said = raw.fields.get("original_height"), raw.fields.get("original_width")
+        return said if all(isinstance(side, int) and 0 < side < 2**31 for side in said) else (height, width)
+
+    def collated(self, raw, prepared, positions, seed) -> Batch:
+        """Images float32 [B, 3, resolution, resolution] in [-1, 1]; the condition holds caption and sizes."""
+        pixels, sizes, captions = zip(*prepared, strict=True)
+        known: Tensor | None = torch.tensor(sizes) if self.sizes else None
+        return Batch(to_tensor(pixels), Condition(sizes=known, caption=pack(captions)))
+
+    def describe(self) -> str:
+        """One line for people, from the arguments alone."""
+        more = f"{', sizes' if self.sizes else ''}{', filtered' if self.filters else ''}"
+        return f"{self.urls}: {self.resolution}x{self.resolution}, RGB, captions{more}"
