@@ -17,10 +17,8 @@ from __future__ import annotations
 import importlib
 import importlib.util  # gin 0.5 reports a missing file through it without importing it
 import inspect
-import io
 import re
-import tokenize
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ import gin.config
 from gin import config_parser
 
 from ratiograph import config_check
+from ratiograph.config_reader import Reader, find, imported, is_saved, parse_text, short
 from ratiograph.config_values import (
     Component,
     ConfigError,
@@ -45,7 +44,6 @@ from ratiograph.config_values import (
     expand,
     literal,
     spell,
-    suggest,
     writable,
 )
 
@@ -105,11 +103,6 @@ COMPONENT_MODULES = (
     "ratiograph.experiment",
 )
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-
-SAVED = "config.gin"
-"""What runs leave is called so; such a file runs no code of its own choice."""
-
 _components: dict[str, Component] = {}
 
 
@@ -164,153 +157,6 @@ def _load_components() -> None:
         _register_module(module)
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-class _Delegate(config_parser.ParserDelegate):
-    """Records references and macros instead of resolving them: mistakes in them are reported our way."""
-
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
-        scope, _, name = scoped_configurable_name.rpartition("/")
-        return Reference(scope, name, evaluate)
-
-    def macro(self, macro_name: str) -> Macro:
-        return Macro(macro_name)
-
-
-@dataclass
-class _Reader:
-    """Collects the statements of files and flags in order. ``done`` files are not included again.
-
-    ``known``: modules that a saved configuration may import.
-    """
-
-    statements: list[Statement]
-    imports: list[str]
-    done: set[Path]
-    known: frozenset[str] = frozenset(COMPONENT_MODULES)
-
-    def file(self, path: Path, stack: tuple[Path, ...] = (), *, saved: bool) -> None:
-        self.done.add(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{_short(path)}: cannot be read as text: {error}") from error
-        for statement, where in _parse(text, _short(path)):
-            if isinstance(statement, config_parser.IncludeStatement):
-                included = _find(statement.filename, path, where)
-                if included in (*stack, path):
-                    chain = " -> ".join(_short(p) for p in (*stack, path, included))
-                    raise ConfigError(f"{where}: files include each other in a circle: {chain}. Remove one include.")
-                if included not in self.done:
-                    self.file(included, (*stack, path), saved=saved or _is_saved(statement.filename))
-            else:
-                if saved:
-                    self.check_import(statement, where)
-                self.add(statement, where)
-
-    def check_import(self, statement: Any, where: str) -> None:
-        """Refuses an import that a saved file, or one that it includes, asks for on its own."""
-        if isinstance(statement, config_parser.ImportStatement) and statement.module not in self.known:
-            raise ConfigError(
-                f"{where}: a saved configuration asks to run code, import {statement.module}. If you know and trust that "
-                f"module, name it: --gin_param='import {statement.module}'."
-            )
-
-    def text(self, text: str, where: str) -> None:
-        found = list(_parse(text, where))
-        if not found:
-            raise ConfigError(f"{where}: holds no binding. Write Component.parameter=value or MACRO=value.")
-        for statement, _ in found:
-            if isinstance(statement, config_parser.IncludeStatement):
-                raise ConfigError(f"{where}: a flag cannot include a file; use --gin_file={statement.filename}.")
-            self.add(statement, where)
-
-    def add(self, statement: Any, where: str) -> None:
-        if isinstance(statement, config_parser.ImportStatement):
-            try:
-                _register_module(statement.module)
-            except ModuleNotFoundError as error:
-                raise ConfigError(f"{where}: cannot import {statement.module}: {error}.") from error
-            self.imports.append(statement.module)
-        elif isinstance(statement, config_parser.BindingStatement):
-            if not statement.arg_name and statement.scope:
-                macro = spell(statement.scope, statement.selector)
-                raise ConfigError(f"{where}: '{macro}' names no parameter; write `{macro}.<parameter> = ...`.")
-            name, parameter = statement.selector, statement.arg_name
-            name, parameter = (name, parameter) if parameter else ("", name)
-            self.statements.append(Statement(statement.scope, name, parameter, statement.value, where))
-
-
-def _parse(text: str, source: str) -> Iterator[tuple[Any, str]]:
-    """Statements of gin text with where each stands; ``source`` is a file's name or the whole flag."""
-
-    def at(line: int) -> str:
-        return source if source.startswith("flag ") else f"{source}:{line}"
-
-    parser = None
-    try:
-        parser = config_parser.ConfigParser(io.StringIO(text + "\n"), _Delegate())
-        for statement in parser:
-            yield statement, at(statement.location.line_num)
-    except tokenize.TokenError as error:
-        message, (line, _) = error.args
-        message = "a bracket or a string is not closed" if message.startswith("EOF") else message
-        raise ConfigError(f"{at(line)}: {message}.") from error
-    except TypeError as error:
-        line = parser.current_token.start[0]
-        raise ConfigError(f"{at(line)}: {error}: a dict's keys are numbers or strings.") from error
-    except SyntaxError as error:
-        raise ConfigError(f"{at(error.lineno or 1)}: {_explain(error, text)}") from error
-
-
-PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None", "inf": "1e999", "-inf": "-1e999"}
-
-
-def _explain(error: SyntaxError, text: str) -> str:
-    """What is wrong with a line and how to write it, from gin's own words."""
-    line = (error.text or text).strip()
-    word = re.search(r"Failed to parse token '(-?[A-Za-z_][\w./-]*)'", error.msg)
-    if line.startswith("include"):
-        return f"cannot read `{line}`. Write include 'folder/file.gin', with the quotes."
-    if word and word[1].lower() in PYTHON:
-        return f"cannot read the value in `{line}`. Write {PYTHON[word[1].lower()]}."
-    if word:
-        name = word[1]
-        kinds = f"Write '{name}' for a string, @{name}() for a component, %{name} for a macro."
-        return f"cannot read the value in `{line}`. {kinds}"
-    if error.msg.startswith("Expected newline"):
-        return f"cannot read `{line}`: the value is followed by more. A value is a literal, not an expression."
-    message = error.msg.strip().splitlines()[0].rstrip(".").replace("Malformatted", "malformed")
-    message = f"cannot read `{line}`: {message[0].lower()}{message[1:]}."
-    return f"{message} A line reads `Component.parameter = value`."
-
-
-def _find(name: str, including: Path | None, where: str) -> Path:
-    """Where a file is: beside the including one, under its ``gin`` folder, from here, from the checkout."""
-    if including is None:
-        folders = [Path.cwd(), CHECKOUT]
-    else:
-        roots = [p for p in including.parents if p.name == "gin"]
-        folders = [including.parent, *roots, Path.cwd(), CHECKOUT / "gin", CHECKOUT]
-    tried = dict.fromkeys((folder / Path(name).expanduser()).resolve() for folder in folders)
-    for path in tried:
-        if path.is_file():
-            return path
-    beside = [p.name for path in tried for p in path.parent.glob("*.gin")]
-    near = suggest(Path(name).name, beside)
-    looked = ", ".join(dict.fromkeys(_short(path) for path in tried))
-    raise ConfigError(f"{where}: there is no file '{name}'.{near} Looked for {looked}.")
-
-
-def _short(path: Path) -> str:
-    """The path as a person would type it: relative to here or to the checkout where it lies below."""
-    for base in (Path.cwd(), CHECKOUT):
-        if path.is_relative_to(base):
-            return str(path.relative_to(base))
-    return str(path)
-
-
 # --- the public functions -----------------------------------------------------------------------------------
 
 
@@ -342,9 +188,9 @@ def parse(
         ConfigError: the first mistake found: where, what, and the nearest valid name.
     """
     _load_components()
-    reader = _Reader([], [], set(), _imported(bindings).union(COMPONENT_MODULES))
+    reader = Reader(_register_module, imported(bindings).union(COMPONENT_MODULES))
     for name in gin_files:
-        reader.file(_find(str(name), None, "flag --gin_file"), saved=_is_saved(name))
+        reader.file(find(str(name), None, "flag --gin_file"), saved=is_saved(name))
     for line in bindings:
         reader.text(line, f"flag --gin_param '{line}'")
     for key, value in (overrides or {}).items():
@@ -355,18 +201,7 @@ def parse(
     return Config(root, graph, macros, tuple(dict.fromkeys(reader.imports)))
 
 
-def _is_saved(name: str | Path) -> bool:
-    """By the name it is asked for: a link may lead to a file of another name."""
-    return Path(name).name == SAVED
-
-
-def _imported(bindings: Sequence[str]) -> frozenset[str]:
-    """The modules that the command line imports."""
-    statements = (s for line in bindings for s, _ in _parse(line, f"flag --gin_param '{line}'"))
-    return frozenset(s.module for s in statements if isinstance(s, config_parser.ImportStatement))
-
-
-def _override(reader: _Reader, key: str, value: object) -> None:
+def _override(reader: Reader, key: str, value: object) -> None:
     name, _, parameter = key.rpartition(".")
     where = f"flag --{parameter.lower()}"
     if not name and not any(not s.name and s.parameter == key for s in reader.statements):
@@ -443,14 +278,14 @@ def differences(cfg: Config, path: str | Path, *, ignore: Sequence[str] = ()) ->
         ignore: bindings that may differ, e.g. ``["Experiment.steps"]``.
     """
     here = _lines(_text(cfg), "here")
-    there = _lines(Path(path).read_text(encoding="utf-8"), _short(Path(path).resolve()))
+    there = _lines(Path(path).read_text(encoding="utf-8"), short(Path(path).resolve()))
     keys = [key for key in {**there, **here} if key not in ignore and there.get(key) != here.get(key)]
     return [f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in keys]
 
 
 def _lines(text: str, source: str) -> dict[str, str]:
-    reader = _Reader([], [], set())
-    for statement, where in _parse(text, source):
+    reader = Reader(_register_module, frozenset())
+    for statement, where in parse_text(text, source):
         if not isinstance(statement, config_parser.ImportStatement):  # the other folder's file runs nothing here
             reader.add(statement, where)
     return {str(s): literal(s.value) for s in reader.statements}
