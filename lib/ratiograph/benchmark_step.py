@@ -6,7 +6,8 @@ no noising, no weights, no loss, no optimiser, no metrics.
 
 - student: F and backward to its weights; for each further update of a critic, one F without a graph;
 - teacher: F without a graph; its encoder with a graph to x_t where a ratio on its features is differentiated;
-- student score: F without a graph; for each of its updates, F and backward to its weights;
+- student score: F without a graph; for each of its updates, F and backward to its weights, and through its encoder once
+  more where a ratio shares that pass;
 - ratio: F with a graph to x_t where it is differentiated; for each of its updates, F and backward on 2 B samples, or on
   the B real ones where it shares the student score's pass.
 """
@@ -131,12 +132,21 @@ class StepBench:
 
     def _read(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         """The feature maps that the ratio reads."""
-        return [features[k] for k in getattr(self.task.ratio, "feature_maps", (-1,))]
+        return [features[k] for k in getattr(self.task.ratio, "feature_maps", (-1,))]  # SiDA's mean: the last
 
     def _score_update(self) -> None:
         network = self.task.student_score.train()
-        network.denoise(self._noisy(self.field, False), self.condition).backward(self.field)
+        encoding = network.encode(self._noisy(self.field, False), self.condition)
+        network.decode(encoding).backward(self.field, retain_graph=self._shared)
+        if self._shared:
+            sum(feature.float().sum() for feature in self._read(encoding.features)).backward()
         self._clear(network)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether the ratio reads the student score's own update, and so goes back through its encoder once more."""
+        ratio = self.task.ratio
+        return ratio is not None and ratio.on_student_score and self.task.ratio_times is None
 
     def _evaluation(self, samples: Tensor, needs: Needs) -> Evaluation:
         condition = self.condition if len(samples) == self.batch_size else self.condition.join(self.condition)
@@ -156,8 +166,7 @@ class StepBench:
             student = self._evaluation(self.field, Needs(training=True)).log_ratio_output
             loss = task.ratio_loss(real.log_ratio_output, student, real.noisy.x_t)
         else:
-            shared = task.ratio.on_student_score and task.ratio_times is None
-            samples = self.field if shared else torch.cat([self.field, self.field])
+            samples = self.field if self._shared else torch.cat([self.field, self.field])
             loss = self._evaluation(samples, Needs(training=True)).log_ratio_output.sum()
         loss.backward(inputs=task.learn_from_ratio)
         for parameter in task.learn_from_ratio:
