@@ -52,8 +52,8 @@ OVERRIDES = {
 HARMLESS = [
     f"Experiment.{name}"
     for name in (
-        *("steps", "log_every", "preview_every", "checkpoint_every", "evaluate_every", "preview_samples"),
-        *("keep_last", "keep_every", "best_metric", "max_bad_steps", "hang_minutes"),
+        *("steps", "accumulation", "log_every", "preview_every", "checkpoint_every", "evaluate_every"),
+        *("preview_samples", "keep_last", "keep_every", "best_metric", "max_bad_steps", "hang_minutes"),
     )
 ]
 """Run-level values that a run may go on with changed: no step depends on them."""
@@ -93,11 +93,13 @@ def dry_run(config, cfg):
     """Builds the graph without memory for its weights and prints it."""
     import torch
 
-    from ratiograph import graph
+    from ratiograph import graph, memory_plan
 
     with torch.device("meta"):
         experiment = config.build(cfg)
     print(graph.render_tree(graph.describe(experiment)))
+    plan = memory_plan.render(memory_plan.memory_plan(experiment.task, experiment.precision), experiment.batch_size)
+    print(f"\n{plan}" if plan else "", end="\n" if plan else "")
 
 
 def run(config, cfg):

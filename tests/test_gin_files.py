@@ -31,7 +31,8 @@ def test_builds_on_the_meta_device(file):
     assert sum(parameter.numel() for parameter in experiment.task.parameters()) > 1000
 
 
-@pytest.mark.parametrize("file", FILES)
+# Stable Diffusion's runs take steps on small pipelines in test_sd15_run.py.
+@pytest.mark.parametrize("file", [file for file in FILES if not Path(file).name.startswith("sd15_")])
 def test_takes_steps(file):
     torch.manual_seed(0)
     experiment = config.build(parse(file))

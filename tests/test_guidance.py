@@ -86,15 +86,25 @@ def test_mixture_takes_negative_labels_for_no_class_in_a_mixed_batch():
     torch.testing.assert_close(found[10:], MIXTURE.denoise(noisy, Condition())[10:])
 
 
-def test_one_pass_of_twice_the_batch():
+def test_each_half_runs_once_and_the_unconditional_one_only_for_the_estimate():
     counting = Counting(MIXTURE)
     evaluation = Evaluation(
         noisy_points(), noisy_points().x_t, Condition(LABELS), Nodes(Guided(denoiser=counting, guidance_scale=2.0))
     )
+    assert evaluation.teacher_encoding.features[0].shape == (40, 3)
+    assert (counting.encoded, counting.decoded) == ([40], [])
     for _ in range(2):
         assert evaluation.teacher_denoised.shape == (40, 2)
         assert evaluation.teacher_encoding.features[0].shape == (40, 3)
+    assert counting.encoded == counting.decoded == [40, 40]
+
+
+def test_a_whole_pass_is_one_of_twice_the_batch():
+    counting = Counting(MIXTURE)
+    guided = Guided(denoiser=counting, guidance_scale=2.0)
+    found = guided.denoise(noisy_points(), Condition(LABELS))
     assert counting.encoded == counting.decoded == [80]
+    torch.testing.assert_close(found, guided.decode(guided.encode(noisy_points(), Condition(LABELS))))
 
 
 @pytest.mark.parametrize("kind", ["MLP", "UNet"])

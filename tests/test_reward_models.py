@@ -109,7 +109,7 @@ def test_what_lies_outside_is_clamped():
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
-def test_each_caption_is_embedded_once_until_it_is_the_oldest():
+def test_each_batch_of_captions_is_embedded_once_until_it_is_the_oldest():
     asked: list[list[str]] = []
 
     def lengths(texts: list[str]) -> Tensor:
@@ -119,9 +119,11 @@ def test_each_caption_is_embedded_once_until_it_is_the_oldest():
     store = Remembered(lengths, capacity=2)
     assert store(["a", "bb", "a"]).tolist() == [[1.0], [2.0], [1.0]]
     assert store(["a", "ccc"]).tolist() == [[1.0], [3.0]]
-    assert store(["a"]).tolist() == [[1.0]]
-    assert store(["bb", "x", "yy", "a"]).tolist() == [[2.0], [1.0], [2.0], [1.0]]
-    assert asked == [["a", "bb"], ["ccc"], ["bb", "x", "yy"]]
+    assert store(["a", "bb", "a"]).tolist() == [[1.0], [2.0], [1.0]]
+    assert store(["x"]).tolist() == [[1.0]]
+    assert store(["a", "bb", "a"]).tolist() == [[1.0], [2.0], [1.0]]
+    assert store(["a", "ccc"]).tolist() == [[1.0], [3.0]]
+    assert asked == [["a", "bb"], ["a", "ccc"], ["x"], ["a", "ccc"]]
 
 
 # --- each reward ----------------------------------------------------------------------------------------------------

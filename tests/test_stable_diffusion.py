@@ -1,9 +1,11 @@
 """Stable Diffusion as a denoiser: against diffusers' own forward, the process's definitions, and at tiny size."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import tiny_pipelines
+from diffusers import DDIMScheduler
 
 from ratiograph import config, trainer
 from ratiograph.data.latents import write_latents
@@ -29,7 +35,8 @@ from ratiograph.teachers.stable_diffusion import (
 from ratiograph.types import Condition, Noisy
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin" / "papers").rglob("sd*.gin"))
+PAPERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin" / "papers").rglob("sd*.gin"))
+FILES = [*PAPERS, "gin/sd15_di_bregman.gin"]  # gin/sd15_reward_tilt.gin, which decodes images too, in test_sd15_run.py
 SD15 = {"resolution": 8, "block_out_channels": (16, 32), "cross_attention_dim": 12, "norm_groups": 4}
 SDXL = {**SD15, "transformer_layers": (1, 2), "attention_heads": (1, 2), "pooled_width": 10, "size_embedding": 4}
 DDPM = ScaledLinearDDPM()
@@ -221,6 +228,67 @@ def test_the_estimate_does_not_depend_on_the_schedule():
     torch.testing.assert_close(expected, by_hand / noisy.alpha[:, None, None, None], rtol=1e-4, atol=1e-4)
 
 
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+
+
+def own_step(prediction, output, x, index):
+    """x0 by diffusers' scheduler."""
+    scheduler = DDIMScheduler(**SCHEDULE, prediction_type=prediction.name)
+    scheduler.set_timesteps(1000)
+    return scheduler.step(output, index, x).pred_original_sample
+
+
+@pytest.mark.parametrize("prediction", [EpsilonPrediction, VelocityPrediction, SamplePrediction])
+@pytest.mark.parametrize(("network", "sized"), [(SD15UNet, False), (SDXLUNet, True)])
+def test_equals_diffusers_unet_and_scheduler(network, sized, prediction):
+    """To the bit at a step of the process, though under EDM's scaling of the same sample in another order."""
+    denoiser, condition = StableDiffusion(network=small(network), prediction=prediction()), captions(sized=sized)
+    for index in (0, 1, 20, 399, 640, 999):
+        noisy = DDPM.add_noise(latents(), torch.full((2,), float(index)), latents(seed=3))
+        with torch.no_grad():
+            output = own_forward(denoiser.network, noisy.x_t, torch.tensor(index), condition)
+            expected = own_step(denoiser.prediction, output, noisy.x_t, index)
+            assert torch.equal(denoiser.denoise(noisy, condition), expected)
+            scale = 1 / noisy.alpha
+            exploding = Noisy(
+                noisy.x_t * scale[:, None, None, None], noisy.sigma * scale, scale**0, noisy.sigma * scale
+            )
+            found = denoiser.denoise(exploding, condition)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(scale.max()))
+
+
+@pytest.mark.parametrize("index", [1, 250, 640, 999])
+def test_guidance_equals_diffusers_pipeline(tmp_path, index):
+    denoiser, condition = StableDiffusion(network=small()), captions()
+    unconditional = EmptyPrompt(file=empty_prompt(tmp_path / "empty.safetensors"))
+    guided = Guided(denoiser=denoiser, guidance_scale=7.5, unconditional=unconditional)
+    guided.load()
+    noisy = DDPM.add_noise(latents(), torch.full((2,), float(index)), latents(seed=3))
+    with torch.no_grad():
+        empty = Condition(text=torch.full((2, 3, 12), 0.25))
+        told, free = (own_forward(denoiser.network, noisy.x_t, torch.tensor(index), c) for c in (condition, empty))
+        expected = own_step(denoiser.prediction, free + 7.5 * (told - free), noisy.x_t, index)
+        for found in (guided.denoise(noisy, condition), guided.decode(guided.encode(noisy, condition))):
+            assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("network", "sized"), [(SD15UNet, False), (SDXLUNet, True)])
+def test_features_are_those_of_diffusers_forward(network, sized):
+    """Caught by hooks in diffusers' own forward: each level's last map before it is halved, and the middle's."""
+    unet, condition, caught = small(network), captions(sized=sized), []
+    for block in (*(block.resnets[-1] for block in unet.unet.down_blocks), unet.unet.mid_block):
+        block.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    for block in unet.unet.down_blocks:
+        for attention in getattr(block, "attentions", []):
+            attention.register_forward_hook(lambda m, i, output: caught.append(output[0]))
+    with torch.no_grad():
+        own_forward(unet, latents(), torch.tensor(250), condition)
+        seen, caught[:] = list(caught), []
+        features = unet.encode(latents(), torch.tensor([250.0, 250.0]), condition).features
+    assert all(any(torch.equal(feature, output) for output in seen) for feature in features)
+    assert len(features) == 3
+
+
 @pytest.mark.parametrize("timestep", [999, 399])
 def test_the_student_takes_noise_as_the_process_s_own_sample(timestep):
     student = OneStepDDPM(denoiser=StableDiffusion(network=small()), timestep=timestep)
@@ -253,6 +321,67 @@ def test_weights_come_from_a_file_or_a_folder(tmp_path):
             torch.testing.assert_close(tensor, source.unet.state_dict()[name].half().float(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="does not fit"):
         StableDiffusion(network=small(block_out_channels=(16, 16)), weights=str(weights)).load()
+
+
+@pytest.mark.parametrize(("network", "layers"), [(SD15UNet, 1), (SD15UNet, 2), (SDXLUNet, 1)])
+def test_one_file_of_the_whole_model_in_its_authors_naming(tmp_path, network, layers):
+    source = small(network, seed=7, layers_per_block=layers)
+    autoencoder = tiny_pipelines.autoencoder()
+    file = tmp_path / "model.safetensors"
+    save_file(tiny_pipelines.whole_model(source.unet.state_dict(), autoencoder.state_dict(), layers, 2), file)
+    denoiser = StableDiffusion(network=small(network, seed=8, layers_per_block=layers), weights=str(file))
+    denoiser.load()
+    found = denoiser.network.unet.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in source.unet.state_dict().items())
+
+
+def test_weights_in_half_precision_alone(tmp_path):
+    source = tiny_pipelines.unet(seed=7).half()
+    source.save_pretrained(tmp_path / "unet", variant="fp16")
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    denoiser = StableDiffusion(network=small(seed=8), weights=str(tmp_path))
+    denoiser.load()
+    found = denoiser.network.unet.state_dict()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in source.state_dict().items())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the hub, and no network."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_model_of_the_hub_that_was_downloaded_before(hub):
+    folder = hub / "models--owner--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    source = tiny_pipelines.unet(seed=7)
+    source.save_pretrained(folder / "snapshots" / ("a" * 40) / "unet")
+    denoiser = StableDiffusion(network=UNetFromFolder(folder="hf://owner/name"), weights="hf://owner/name")
+    denoiser.load()
+    found = denoiser.network.unet.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in source.state_dict().items())
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_says_so_in_one_line(hub, monkeypatch):
+    denoiser = StableDiffusion(network=small(), weights="hf://owner/name")
+    with pytest.raises(ValueError, match=r"cannot fetch hf://owner/name .*hf download owner/name --include") as caught:
+        denoiser.load()
+    assert "\n" not in str(caught.value)
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(name, *, allow_patterns, local_files_only):
+        assert all(pattern.endswith((".safetensors", ".json", ".txt")) for pattern in allow_patterns)
+        raise GatedRepoError("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(ValueError, match=r"is gated: accept its licence at https.*hf auth login") as caught:
+        denoiser.load()
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_weights_say_what_to_get(tmp_path):
@@ -417,13 +546,12 @@ def test_takes_steps_in_bf16(file, tmp_path):
     batch = next(batches)
     batches.close()
     noisy = DDPM.add_noise(latents(4), torch.tensor([5.0, 50.0, 200.0, 400.0]), latents(4, seed=3))
-    found = []
-    for dtype in (torch.bfloat16, None):
-        task.teacher.denoiser.autocast_dtype = dtype
-        found.append(task.teacher.denoiser.denoise(noisy, batch.condition).detach())
+    held = task.teacher.denoiser
+    single = copy.deepcopy(held).float()
+    single.autocast_dtype = None
+    found = [denoiser.denoise(noisy, batch.condition).detach() for denoiser in (held, single)]
     assert found[0].dtype == torch.float32
     assert 0 < (found[0] - found[1]).square().mean().sqrt() < 0.02 * found[1].std()
-    task.teacher.denoiser.autocast_dtype = torch.bfloat16
     assert all(value.isfinite() for value in task.step(batch, 4, generator).values())
 
 

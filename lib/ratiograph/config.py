@@ -72,6 +72,8 @@ COMPONENT_MODULES = (
     "ratiograph.reward_models",
     "ratiograph.reward_preferences",
     "ratiograph.autoencoder",
+    "ratiograph.text_encoders",
+    "ratiograph.lora",
     "ratiograph.data.captioned",
     "ratiograph.objective",
     "ratiograph.denoisers",

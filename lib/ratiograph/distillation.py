@@ -8,26 +8,28 @@ One step, for z ~ N(0, I):
     x0.backward(field / batch size)                    exact gradient of the objective, no pseudo-loss
     student score: denoising loss on x0 at its own times;  ratio: loss of real against x0 at its own times
 
-By the line of the backward no graph but the student's exists, so the peak memory is one network's activations.
+By the line of the backward no graph but the student's exists, so the peak memory is one network's activations. A step
+may also be taken micro-batch by micro-batch (``Experiment.accumulation``): random numbers are drawn for all samples at
+once, weights are of all of them together, so it is the same step.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ratiograph.augmentation import Augmentation, NoAugmentation
 from ratiograph.conditions import Conditions, UniformLabels
+from ratiograph.critics import Critics
 from ratiograph.data.latents import picture
 from ratiograph.denoisers import EDM, Denoiser, freeze, place
-from ratiograph.denoising_weights import DenoisingWeight, EDMWeight, weighted_denoising_loss
-from ratiograph.diagnostics import RatioDiagnostics, bregman_divergence, field_metrics, ratio_metrics
-from ratiograph.distributed import gather
+from ratiograph.denoising_weights import DenoisingWeight
+from ratiograph.diagnostics import RatioDiagnostics, field_metrics
 from ratiograph.experiment import Sampler, Task
+from ratiograph.lora import share_bases
 from ratiograph.noising import NoisingProcess
 from ratiograph.objective import Objective
 from ratiograph.optim import EMA, Adam
@@ -37,14 +39,13 @@ from ratiograph.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.ratios import RatioEstimator
 from ratiograph.samplers import HeunSampler, ManyStepSampler
 from ratiograph.sampling import SampleDraws
+from ratiograph.student_passes import Kept, Replayed
 from ratiograph.students import OneStep
 from ratiograph.times import TimeSampler
-from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes, Noisy, NoisySamples
+from ratiograph.types import Batch, Condition, Evaluation, Nodes, NoisySamples
 from ratiograph.warm_start import WarmStart
 
 __all__ = ["Distillation"]
-
-TRAINING = Needs(training=True)
 
 
 class Distillation(Task):
@@ -75,10 +76,14 @@ class Distillation(Task):
         conditions: what the student's samples are conditioned on; uniform labels by default.
         augmentation: of the critics' images, the student's and the real ones alike; none by default. The terms ask
             about samples as they are.
+        recompute: whether the student's samples are made without a graph first and once more for their gradient, so
+            that the activations of two networks never meet; accumulation over micro-batches does it anyway.
 
     Raises:
         ValueError: if a term asks for a node the graph does not have, or a node lacks its times or optimiser.
     """
+
+    accumulates = True
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class Distillation(Task):
         critic_steps: int = 0,
         conditions: Conditions | None = None,
         augmentation: Augmentation | None = None,
+        recompute: bool = False,
     ):
         super().__init__()
         self.student, self.objective, self.noising, self.times = student, objective, noising, times
@@ -119,10 +125,11 @@ class Distillation(Task):
         self.warm_start, self.critic_steps = warm_start, critic_steps
         self.conditions = UniformLabels() if conditions is None else conditions
         self.student_score_weight = student_score_weight
-        self.augmentation = NoAugmentation() if augmentation is None else augmentation
+        self.augmentation, self.recompute = NoAugmentation() if augmentation is None else augmentation, recompute
         self._check()
         if teacher is not None:
             teacher.requires_grad_(False).eval()
+        share_bases(teacher, student, student_score)
         objective.connect(noising, times)
         if ratio is not None:
             ratio.connect(teacher, student_score)
@@ -163,6 +170,28 @@ class Distillation(Task):
     @property
     def nodes(self) -> Nodes:
         return Nodes(self.teacher, self.student_score, self.ratio)
+
+    @property
+    def critics(self) -> Critics:
+        """What trains the student score and the ratio."""
+        return Critics(
+            nodes=self.nodes,
+            student=self.student,
+            noising=self.noising,
+            augmentation=self.augmentation,
+            student_score_times=self.student_score_times,
+            student_score_weight=self.student_score_weight,
+            ratio_times=self.ratio_times,
+            ratio_loss=self.ratio_loss,
+            positives=self.positives,
+            objective=self.objective,
+            diagnostics=self.diagnostics if self.ratio is not None else None,
+        )
+
+    @property
+    def learn_from_ratio(self) -> list[nn.Parameter]:
+        """What the ratio's loss trains."""
+        return self.critics.learn_from_ratio
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         for node in (self.student.denoiser, self.teacher, self.student_score, self.ratio):
@@ -238,9 +267,7 @@ class Distillation(Task):
         condition = self.conditions.draw(batch, batch_size, self.student, generator)
         z = self.student.noise(batch_size, generator)
         if self.steps_done >= self.critic_steps:
-            x0 = self.student(z, condition)
-            metrics = self._update_student(x0, condition, generator)
-            x0 = x0.detach()
+            x0, metrics = self._update_student(z, condition, generator)
         else:
             metrics, x0 = {}, self._samples(z, condition)
         for update in range(max(self.student_score_updates, self.ratio_updates)):
@@ -257,122 +284,52 @@ class Distillation(Task):
 
     def evaluate(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Evaluation:
         """Noises ``x0`` [B, ...] at times of the objective, for its terms to look at."""
-        t = self.times(self.noising, x0.shape[0], generator)
-        noisy = self.noising.add_noise(x0.detach(), t, normal(x0.shape, generator, x0.dtype))
-        return Evaluation(noisy, x0, condition, self.nodes, self.objective.needs)
+        return Evaluation(*self._noised(x0, condition, generator), self.nodes, self.objective.needs)
 
-    def _update_student(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
+    def _noised(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> NoisySamples:
+        x0, t = x0.detach(), self.times(self.noising, x0.shape[0], generator)
+        noisy = self.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype))
+        return NoisySamples(noisy, x0, condition)
+
+    def _update_student(
+        self, z: Tensor, condition: Condition, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's samples x0 [B, ...] of ``z``, detached, and what to log of its update."""
+        again = self.recompute or self.accumulation > 1
+        passes = Replayed(self.student, z, condition, self.accumulation) if again else Kept(self.student, z, condition)
+        fields = self._fields(passes.x0, condition, generator)
+        passes.backward(torch.stack(list(fields.values())).sum(0) / len(z))
+        updater = self.optimizers["student"]
+        norm = updater.step()
+        self.ema.update(self.average, self.student, len(z), updater.updates * len(z))
+        return passes.x0, {**field_metrics(fields), **self.objective.metrics(), "gradient/student": norm}
+
+    def _fields(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
+        """Each term's field [B, ...] at ``x0``, the networks asked about one micro-batch after another."""
         critics = [node for node in (self.student_score, self.ratio) if node is not None]
         for node in critics:  # without their dropout where they are only asked
             node.eval()
-        fields = self.objective.fields(self.evaluate(x0, condition, generator))
+        pieces = self._noised(x0, condition, generator).split(self.accumulation)
+        fields = self.objective.joint_fields(Evaluation(*each, self.nodes, self.objective.needs) for each in pieces)
         for node in critics:
             node.train()
-        total = torch.stack(list(fields.values())).sum(0)
-        x0.backward(total / x0.shape[0])
-        updater = self.optimizers["student"]
-        norm = updater.step()
-        self.ema.update(self.average, self.student, x0.shape[0], updater.updates * x0.shape[0])
-        return {**field_metrics(fields), **self.objective.metrics(), "gradient/student": norm}
+        return fields
 
     def _update_critics(
         self, update: int, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """One update of the critics that are due at this number of the step's updates."""
-        metrics, due, student = {}, set(), None
+        learning = set()
         if self.student_score is not None and update < self.student_score_updates:
-            student = self._noised(x0, self.student_score_times, condition, generator)
-            metrics |= self._learn_student_score(student)
-            due.add("student_score")
+            learning.add("student_score")
         if self.ratio is not None and self.ratio.learns and update < self.ratio_updates:
-            metrics |= self._learn_ratio(x0, condition, batch, student, generator)
-            due |= {"ratio", "student_score"} if self.ratio.on_student_score else {"ratio"}
+            learning.add("ratio")
+        metrics = self.critics.learn(learning, x0, condition, batch, generator, self.accumulation)
+        shared = "ratio" in learning and self.ratio.on_student_score
         for name in self.optimizers:  # in the same order on every rank
-            if name in due:
+            if name in learning or (shared and name == "student_score"):
                 self.optimizers[name].step()
         return metrics
-
-    def _noised(
-        self, x0: Tensor, times: TimeSampler, condition: Condition, generator: torch.Generator, needs=TRAINING
-    ) -> Evaluation:
-        """``x0`` augmented and noised at ``times``, for a critic to learn from."""
-        x0, condition = self.augmentation.apply(x0, condition, generator)
-        t = times(self.noising, x0.shape[0], generator)
-        noisy = self.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype))
-        return Evaluation(noisy, x0, condition, self.nodes, needs)
-
-    def _learn_student_score(self, student: Evaluation) -> dict[str, Tensor]:
-        denoised = student.student_score_output
-        weight = self.student_score_weight or EDMWeight(sigma_data=self.student_score.sigma_data)
-        loss = weighted_denoising_loss(denoised, student.x0, student.noisy, weight)
-        # A ratio that shares this pass goes back through its encoder once more.
-        loss.backward(retain_graph=self._shares_pass)
-        return {"loss/student_score": loss.detach()}
-
-    @property
-    def _shares_pass(self) -> bool:
-        return self.ratio is not None and self.ratio.on_student_score and self.ratio_times is None
-
-    def _learn_ratio(
-        self,
-        x0: Tensor,
-        condition: Condition,
-        batch: Batch | None,
-        shared: Evaluation | None,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        positives = self.positives.draw(batch, x0.shape[0], self.teacher, self.student, generator)
-        real, student, noisy, fake = self._logits(x0, condition, positives, shared, generator)
-        loss = self.ratio_loss(real, student, noisy.x_t, self.objective.positive_weights(positives))
-        # Not to x_t as well, by which R1 differentiates: the second derivative there would be work for nothing.
-        loss.backward(inputs=self.learn_from_ratio)
-        times = self.ratio_times or self.student_score_times
-        quantiles = (times.quantile(self.noising, of.t) for of in (noisy, fake))
-        self.diagnostics.update(*map(gather, (real, student, *quantiles)))
-        return {"loss/ratio": loss.detach(), **ratio_metrics(real, student), **self._divergences(real)}
-
-    @cached_property
-    def learn_from_ratio(self) -> list[nn.Parameter]:
-        """What the ratio's loss trains."""
-        nodes = (self.ratio, self.student_score) if self.ratio.on_student_score else (self.ratio,)
-        return [parameter for node in nodes for parameter in node.parameters() if parameter.requires_grad]
-
-    def _logits(self, x0, condition, positives, shared, generator) -> tuple[Tensor, Tensor, Noisy, Noisy]:
-        """(l of real samples, l of the student's, the noisy real ones, the student's noisy ones)."""
-        if self._shares_pass:  # the student samples' features are those of the student score's own update
-            images = positives.images.to(x0.dtype)
-            real = self._noised(images, self.student_score_times, positives.condition, generator, self._ratio_needs)
-            return real.log_ratio_output, shared.log_ratio_output, real.noisy, shared.noisy
-        real, student = self._pair(x0, condition, positives, generator)
-        if self.ratio_loss.needs_gradient:  # by real samples alone, so that those of the student need no such graph
-            real, student = self._evaluation(real, self._ratio_needs), self._evaluation(student, TRAINING)
-            return real.log_ratio_output, student.log_ratio_output, real.noisy, student.noisy
-        both = self._evaluation(real.join(student), TRAINING)
-        return *both.log_ratio_output.tensor_split([len(positives)]), real.noisy, student.noisy
-
-    def _pair(self, x0, condition, positives, generator) -> list[NoisySamples]:
-        """Real and student samples, noised at the same times: the classes are balanced at every noise level."""
-        pairs = (positives.images.to(x0.dtype), positives.condition), (x0, condition)
-        pairs = [self.augmentation.apply(*pair, generator) for pair in pairs]
-        t = self.ratio_times(self.noising, x0.shape[0], generator)
-        return [
-            NoisySamples(self.noising.add_noise(x, t, normal(x.shape, generator, x.dtype)), x, told)
-            for x, told in pairs
-        ]
-
-    def _evaluation(self, samples: NoisySamples, needs: Needs) -> Evaluation:
-        return Evaluation(samples.noisy, samples.x0, samples.condition, self.nodes, needs)
-
-    @property
-    def _ratio_needs(self) -> Needs:
-        again = self.ratio_loss.needs_gradient
-        return TRAINING | Needs(ratio_gradient=again, curvature=again)
-
-    def _divergences(self, real: Tensor) -> dict[str, Tensor]:
-        """The estimate of each term's own D_h(q_t||p_t), where h has a closed form."""
-        terms = self.objective.terms.items()
-        rows = {name: term.weighting.row for name, term in terms if term.weighting is not None}
-        return {f"divergence/{name}": bregman_divergence(row, real) for name, row in rows.items() if row.has_h}
 
     @torch.no_grad()
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:

@@ -86,8 +86,8 @@ class EmptyPrompt(_NoText):
             tensors = load_file(Path(self.file).expanduser())
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"no file at EmptyPrompt.file={self.file!r}: save the text encoder's states of the prompt '' there, a "
-                "safetensors file with 'text' [L, E] (77 x 768 for SD 1.5, 0.2 MB)"
+                f"no file at EmptyPrompt.file={self.file!r}: save the text encoder's states of the prompt '' there, "
+                "with tools/cache_latents.py --empty_prompt=FILE ('text' [L, E], safetensors, 77 x 768 for SD 1.5)"
             ) from error
         except (SafetensorError, OSError) as error:
             raise ValueError(f"EmptyPrompt.file={self.file!r} is not a safetensors file: {error}") from error
@@ -129,26 +129,25 @@ class _Wrapper(Denoiser):
 
 @dataclass(frozen=True)
 class _GuidedEncoding(Encoding):
-    """The conditional half's features, and ``both`` halves' encoding [2B, ...], the conditional half first."""
+    """The ``conditional`` half's own encoding, and what the other half will be encoded from if it is decoded."""
 
-    both: Encoding | None = None
+    conditional: Encoding | None = None
+    noisy: Noisy | None = None
+    condition: Condition | None = None
 
     def detach(self) -> _GuidedEncoding:
-        return _conditional_half(self.both.detach())
-
-
-def _conditional_half(both: Encoding) -> _GuidedEncoding:
-    size = both.features[0].shape[0] // 2
-    embedding = None if both.embedding is None else both.embedding[:size]
-    return _GuidedEncoding(tuple(f[:size] for f in both.features), embedding, both=both)
+        conditional = self.conditional.detach()
+        return replace(self, features=conditional.features, embedding=conditional.embedding, conditional=conditional)
 
 
 class Guided(_Wrapper):
-    """mu = mu(x_t) + s (mu(x_t, c) - mu(x_t)) in one pass of 2B samples: classifier-free guidance (Ho & Salimans 2022).
+    """mu = mu(x_t) + s (mu(x_t, c) - mu(x_t)): classifier-free guidance (Ho & Salimans 2022).
 
     Scores combine alike, s_guided = s(x_t) + s (s(x_t, c) - s(x_t)), the score of p_t(x_t) p_t(c | x_t)^s up to a
     constant; for s other than 0 and 1 these are not the noisy marginals of one distribution of x0, hence
-    ``can_sample`` is False. The features are those of the conditional half. Guidance doubles the price of a pass.
+    ``can_sample`` is False. The features are those of the conditional half. Guidance doubles the price of a pass:
+    ``denoise`` takes both halves as one batch of 2B samples, ``encode`` runs the conditional half alone, for whoever
+    needs only features, and ``decode`` the other.
 
     Args:
         denoiser: a conditional denoiser that was trained without its condition too.
@@ -166,11 +165,20 @@ class Guided(_Wrapper):
         self.unconditional.load()
 
     def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
-        twice = Noisy(*(torch.cat([v, v]) for v in (noisy.x_t, noisy.t, noisy.alpha, noisy.sigma)))
-        return _conditional_half(self.denoiser.encode(twice, condition.join(self.unconditional(condition))))
+        conditional = self.denoiser.encode(noisy, condition)
+        return _GuidedEncoding(
+            conditional.features, conditional.embedding, conditional=conditional, noisy=noisy, condition=condition
+        )
 
     def decode(self, encoding: Encoding) -> Tensor:
-        conditional, unconditional = self.denoiser.decode(encoding.both).chunk(2)
+        unconditional = self.denoiser.denoise(encoding.noisy, self.unconditional(encoding.condition))
+        return torch.lerp(unconditional, self.denoiser.decode(encoding.conditional), self.guidance_scale)
+
+    def denoise(self, noisy: Noisy, condition: Condition) -> Tensor:
+        """mu(x_t) [B, ...], both halves in one pass of 2B samples."""
+        twice = Noisy(*(torch.cat([v, v]) for v in (noisy.x_t, noisy.t, noisy.alpha, noisy.sigma)))
+        both = self.denoiser.denoise(twice, condition.join(self.unconditional(condition)))
+        conditional, unconditional = both.chunk(2)
         return torch.lerp(unconditional, conditional, self.guidance_scale)
 
 

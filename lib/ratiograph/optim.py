@@ -122,8 +122,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, average: nn.Module, module: nn.Module, batch_size: int, images: int) -> None:
-        """average <- beta average + (1 - beta) module, for every parameter; buffers are copied."""
+        """average <- beta average + (1 - beta) module, for every parameter that learns; buffers are copied."""
         weight = 1 - self.beta(batch_size, images)
-        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
+        pairs = zip(average.parameters(), module.parameters(), strict=True)
+        olds, news = zip(*((old, new) for old, new in pairs if new.requires_grad), strict=True)
+        torch._foreach_lerp_(olds, news, weight)
         for old, new in zip(average.buffers(), module.buffers(), strict=True):
             old.copy_(new)

@@ -71,29 +71,32 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 class Remembered:
-    """A least-recently-used store of one tensor for each caption, so that no caption is embedded twice.
+    """A least-recently-used store of what batches of captions give, so that none is embedded twice in a step.
+
+    Batches, not captions: an embedding may differ in its last bit with those beside it, and a resumed run, whose store
+    is empty, is to see the same.
 
     Args:
         compute: the tensors [N, ...] of N captions.
-        capacity: captions kept.
+        capacity: batches kept.
     """
 
-    def __init__(self, compute: Callable[[list[str]], Tensor], capacity: int = 4096):
+    def __init__(self, compute: Callable[[list[str]], Tensor], capacity: int = 8):
         self.compute, self.capacity = compute, capacity
-        self.rows: OrderedDict[str, Tensor] = OrderedDict()
+        self.batches: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """The tensors [B, ...] of ``texts``."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self.rows]
-        if missing:  # rows of their own, or each would keep its whole batch alive
-            self.rows.update(zip(missing, map(Tensor.clone, self.compute(missing)), strict=True))
-        for text in texts:
-            self.rows.move_to_end(text)
-        rows = torch.stack([self.rows[text] for text in texts])
-        while len(self.rows) > self.capacity:
-            self.rows.popitem(last=False)
-        return rows
+        batch = tuple(texts)
+        if batch not in self.batches:
+            distinct = list(dict.fromkeys(batch))
+            rows = self.compute(distinct)
+            self.batches[batch] = rows[[distinct.index(text) for text in batch]]
+            while len(self.batches) > self.capacity:
+                self.batches.popitem(last=False)
+        self.batches.move_to_end(batch)
+        return self.batches[batch]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

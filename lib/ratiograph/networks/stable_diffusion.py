@@ -7,7 +7,6 @@ diffusers is imported when such a network is built and not before.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ratiograph.denoisers import Encoding
+from ratiograph.pipeline_files import HUB, config_of, fit, folder_of, missing_package, read_part, weights_of
 from ratiograph.types import Condition
-from ratiograph.weight_files import load_weights
 
 __all__ = ["SD15UNet", "SDXLUNet", "UNetFromFolder"]
 
+PART = "unet"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NEEDED = ("sample_size", "in_channels", "block_out_channels", "cross_attention_dim")
 FOREIGN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim", "center_input_sample")
@@ -34,10 +34,7 @@ def build_unet(config: Mapping[str, object], asked_by: str) -> nn.Module:
     try:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     except ImportError as error:
-        raise ValueError(
-            f"{asked_by} needs the package diffusers: pip install 'ratiograph[text2image]' "
-            "(in a checkout: pip install -e '.[text2image]')"
-        ) from error
+        raise missing_package("diffusers", asked_by) from error
     known = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
         return UNet2DConditionModel(**known).train()
@@ -77,6 +74,8 @@ class _TextUNet(nn.Module):
 
     classes = 0
     """No class labels: the condition is a caption."""
+    sized = False
+    """Whether the condition holds SDXL's ``pooled`` and ``sizes`` too."""
 
     def __init__(self, config: Mapping[str, object], gradient_checkpointing: bool, double_backward: bool):
         super().__init__()
@@ -97,20 +96,28 @@ class _TextUNet(nn.Module):
             self.unet.set_attn_processor(explicit_attention())
 
     def load(self, weights: str) -> None:
-        """Loads weights in diffusers' naming: a ``.safetensors`` file, or a folder with ``unet/`` in it.
+        """Loads weights from a ``source`` of `pipeline_files`, in any precision.
 
         Raises:
             FileNotFoundError: there are none; says which file is meant, its size and how to get it.
-            ValueError: as `weight_files.load_weights`.
+            ValueError: they do not fit, or the hub does not give them.
         """
-        path = find_weights(Path(weights).expanduser())
-        if path is None:
+        fit(type(self).__name__, self.unet.state_dict(), self.read(weights), weights)
+
+    def read(self, weights: str) -> dict[str, Tensor]:
+        """The tensors that ``load`` takes, by diffusers' names."""
+        files = [] if not weights.startswith(HUB) and not Path(weights).expanduser().exists() else self._files(weights)
+        if not files:
             size = 4 * sum(parameter.numel() for parameter in self.parameters()) / 1e9
             raise FileNotFoundError(
-                f"no U-Net weights at {weights}: give a .safetensors file in diffusers' naming or a folder that holds "
-                f"unet/{WEIGHTS} (about {size:.1f} GB in float32, half of it in float16). {self.source}"
+                f"no U-Net weights at {weights}: give --teacher a .safetensors file, or a folder with unet/{WEIGHTS} "
+                f"(about {size:.1f} GB in float32, half of it in float16). {self.source}"
             )
-        load_weights(path, self.unet)
+        return read_part(files, PART, self.unet.config)
+
+    @staticmethod
+    def _files(weights: str) -> list[Path]:
+        return weights_of(folder_of(weights, PART, "the U-Net's weights"))
 
     source = "Copy it from the model's own repository"
     """How to get the weights, a sentence."""
@@ -155,12 +162,6 @@ class _TextUNet(nn.Module):
 def _captions(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
     """The argument by which a block with cross-attention takes the captions; {} for one without."""
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-
-
-def find_weights(path: Path) -> Path | None:
-    """The weights' file at ``path``: itself, or in the folder or its ``unet``; None if there is none."""
-    candidates = (path, path / "unet" / WEIGHTS, path / WEIGHTS)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 class SD15UNet(_TextUNet):
@@ -216,6 +217,8 @@ class SD15UNet(_TextUNet):
 
 class _SizedUNet(_TextUNet):
     """A U-Net conditioned on ``text``, ``pooled`` and ``sizes``, as SDXL's."""
+
+    sized = True
 
     def added(self, condition: Condition) -> dict[str, Tensor]:
         if condition.pooled is None or condition.sizes is None:
@@ -296,26 +299,23 @@ class UNetFromFolder(_SizedUNet):
     a dry run needs this one file.
 
     Args:
-        folder: the model's folder, or its ``unet``; must hold ``config.json``.
+        folder: the model's folder, or its ``unet``, or ``hf://OWNER/NAME``; must hold ``config.json``.
         gradient_checkpointing: keep only each block's input for the backward and run the block again there.
         double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
             asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
     """
 
     def __init__(self, *, folder: str, gradient_checkpointing: bool = False, double_backward: bool = False):
-        root = Path(folder).expanduser()
-        path = next((p for p in (root / "unet" / "config.json", root / "config.json") if p.is_file()), None)
-        if path is None:
+        if folder.startswith(HUB) and config_of(folder, PART) is None:
+            folder_of(folder, PART, "UNetFromFolder.folder", weights=False)
+        config = config_of(folder, PART)
+        if config is None:
             raise ValueError(
                 f"UNetFromFolder.folder={folder!r} holds no config.json: give a model in diffusers' format"
             )
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
         strange = [name for name in NEEDED if name not in config] + [name for name in FOREIGN if config.get(name)]
         if strange:
-            raise ValueError(f"{path} is not a U-Net that runs on time and captions alone: see its {strange[0]!r}")
+            raise ValueError(f"{folder} is not a U-Net that runs on time and captions alone: see its {strange[0]!r}")
         super().__init__(config, gradient_checkpointing, double_backward)
         self.folder = folder
         self.sized = config.get("addition_embed_type") == "text_time"

@@ -1,0 +1,113 @@
+"""Turns images and captions into latents and text states once, so that training runs neither encoder.
+
+  python tools/cache_latents.py 'laion/{00000..00127}.tar' data/sd15 --teacher=teachers/stable-diffusion-v1-5 \\
+      --empty_prompt=teachers/stable-diffusion-v1-5/empty_prompt.safetensors
+  python tools/cache_latents.py 'coco/val-{000000..000004}.tar' data/coco-sdxl --teacher=SDXL --resolution=1024
+  python tools/cache_latents.py prompts.txt data/prompts --teacher=SD15 --caption_only     a prompt a line, no images
+
+IN are shards of images and captions as img2dataset writes them (jpg, txt, json) or tools/make_shards.py. OUT gets a
+shard for each: latents in float16 times the scaling factor, text states, the caption, for SDXL the pooled caption and
+sizes; 0.15 MB a sample for SD 1.5. The teacher says which of the two it is. Interrupted in any way, the same command
+continues at the first shard that is lacking. Images are resized to the resolution and cropped to the centre.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("teacher", None, "The pipeline in diffusers' format: folder, or hf://OWNER/NAME.", required=True)
+flags.DEFINE_integer("resolution", None, "Pixels of the images; default: 512 for SD 1.5, 1024 for SDXL.", lower_bound=8)
+flags.DEFINE_string("empty_prompt", None, "Also write the states of the empty prompt to this file, for guidance.")
+flags.DEFINE_bool("caption_only", False, "IN is a text file with a prompt a line; no latents are made.")
+flags.DEFINE_integer("shard_samples", 10_000, "With --caption_only: prompts of one shard.", lower_bound=1)
+flags.DEFINE_integer("sample_seed", None, "Take a sample of the autoencoder's posterior, by this seed, not its mean.")
+flags.DEFINE_integer("batch_size", 16, "Images encoded at a time.", lower_bound=1)
+flags.DEFINE_integer("workers", 4, "Threads that decode images.", lower_bound=1)
+flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
+flags.DEFINE_float("max_damaged", 0.0, "Fraction of the samples that may be damaged.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("minimum_aesthetic", None, "Least score of LAION's aesthetic predictor, in the samples' .json.")
+flags.DEFINE_integer("minimum_side", None, "Least pixels of the original's shorter side, in the samples' .json.")
+flags.DEFINE_float("maximum_watermark", None, "Greatest probability of a watermark, in the samples' .json.")
+
+
+def caption_encoder():
+    """(the teacher's caption encoder, its usual resolution), by whether its U-Net is told pooled captions and sizes."""
+    from ratiograph import pipeline_files, text_encoders
+
+    pipeline_files.folder_of(FLAGS.teacher, "unet", "--teacher", weights=False)
+    config = pipeline_files.config_of(FLAGS.teacher, "unet")
+    if config is None:
+        raise ValueError(f"--teacher={FLAGS.teacher} holds no unet/config.json: give a pipeline in diffusers' format")
+    if config.get("addition_embed_type") == "text_time":
+        return text_encoders.SDXLCaptionEncoder(weights=FLAGS.teacher), 1024
+    return text_encoders.SD15CaptionEncoder(weights=FLAGS.teacher), 512
+
+
+def samples_of(source, encoder, resolution, device):
+    """What the cache will hold, and the settings that made it."""
+    from ratiograph.autoencoder import Autoencoder
+    from ratiograph.data.caching import CachedImages, CachedPrompts
+    from ratiograph.data.captioned import CaptionedStream
+    from ratiograph.data.embedded import resolve
+
+    settings = {"source": source, "teacher": FLAGS.teacher}
+    if FLAGS.caption_only:
+        if not Path(source).is_file():
+            raise ValueError(f"no file of prompts at {source}: with --caption_only, IN has a prompt a line")
+        prompts = Path(source).read_text(encoding="utf-8").splitlines()
+        if not prompts:
+            raise ValueError(f"{source} is empty: give a prompt a line")
+        return CachedPrompts(prompts, encoder, FLAGS.shard_samples), settings | {"shard_samples": FLAGS.shard_samples}
+    chosen = {name: FLAGS[name].value for name in ("minimum_aesthetic", "minimum_side", "maximum_watermark")}
+    stream = CaptionedStream(urls=source, resolution=resolution, sizes=True, max_damaged=FLAGS.max_damaged, **chosen)
+    autoencoder = Autoencoder(weights=FLAGS.teacher, chunk=FLAGS.batch_size)
+    autoencoder.load()
+    images = CachedImages(
+        stream, resolve(source), autoencoder.to(device), encoder, FLAGS.sample_seed, FLAGS.batch_size, FLAGS.workers
+    )
+    return images, settings | chosen | {"resolution": resolution, "sample_seed": FLAGS.sample_seed}
+
+
+def cache(source, folder):
+    """Makes the cache, with a bar; returns the lines that say what was made."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from ratiograph.data.caching import cache_shards, write_empty_prompt
+    from ratiograph.trainer import choose_device
+
+    device = choose_device(FLAGS.device)
+    encoder, standard = caption_encoder()
+    encoder.load()
+    encoder.to(device)
+    if FLAGS.empty_prompt:
+        write_empty_prompt(Path(FLAGS.empty_prompt), encoder)
+    samples, settings = samples_of(source, encoder, FLAGS.resolution or standard, device)
+    columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("shards", total=None)
+        index = cache_shards(
+            samples, folder, settings, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    shards = index["shards"]
+    made = sum(entry["samples"] for entry in shards.values())
+    urls = f"{folder}/shard-{{000000..{len(shards) - 1:06d}}}.tar"
+    told = f"{made:,} samples in {len(shards):,} shards, {samples.skipped:,} filtered out"
+    return f"{told}, {getattr(samples, 'damaged', 0):,} damaged\ntrain with --data={shlex.quote(urls)}"
+
+
+def main(argv):
+    try:
+        if len(argv) != 3:
+            raise ValueError("give two names: tools/cache_latents.py IN OUT")
+        print(cache(argv[1], Path(argv[2])))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,46 @@
+"""Writes a finished text-to-image student as files that plain diffusers loads, safetensors only.
+
+  python tools/export.py runs/sd15_reward_tilt students/cat               a pipeline's folder
+  python tools/export.py runs/sd15_reward_tilt students/cat --half        the U-Net in float16
+  python tools/export.py runs/sd15_lora students/cat-lora --lora          the adapters of a LoRA student alone
+
+and then, anywhere:
+
+  pipeline = DiffusionPipeline.from_pretrained("students/cat")
+  image = pipeline("a cat", num_inference_steps=1, guidance_scale=1.0).images[0]
+
+The parts beside the U-Net are the teacher's, from the run's own --teacher or from one given here. The folder gets a
+model card (README.md) with the run's numbers and its graph, and the config.gin that repeats the run.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("teacher", None, "Pipeline's folder for the parts beside the U-Net; the run's own by default.")
+flags.DEFINE_bool("half", False, "Write the U-Net in float16.")
+flags.DEFINE_bool("lora", False, "Write a LoRA, of a student that is one, instead of a pipeline.")
+
+
+def main(argv):
+    try:
+        if len(argv) != 3:
+            raise ValueError("give two names: tools/export.py WORKDIR OUT")
+        if FLAGS.lora and (FLAGS.half or FLAGS.teacher):
+            raise ValueError("--lora writes adapters in float32 and no other part: drop --half and --teacher")
+        from ratiograph import export
+
+        workdir, out = map(Path, argv[1:])
+        if FLAGS.lora:
+            print(export.export_lora(workdir, out))
+        else:
+            print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
