@@ -90,6 +90,14 @@ def test_builds_on_the_meta_device(name):
     assert sum(parameter.numel() for parameter in task.parameters()) > 1_000_000
 
 
+def test_fid_is_one_more_file():
+    """The 50,000-sample protocol on the runs' own data, as its file says it is added."""
+    files = [str(PAPERS / "f_distill/cifar10_jensen_shannon.gin"), str(ROOT / "gin" / "base" / "fid50k.gin")]
+    with torch.device("meta"):
+        evaluator = config.build(config.parse(files)).evaluator
+    assert (evaluator.samples, evaluator.during_samples, list(evaluator.features)) == (50_000, 5_000, ["inception"])
+
+
 # EDM, Appendix F: 55.7M parameters of DDPM++ on CIFAR-10, 295.9M of ADM on ImageNet-64.
 @pytest.mark.parametrize("name", FILES)
 def test_the_student_has_the_size_of_the_official_network(name):

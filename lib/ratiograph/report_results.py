@@ -46,6 +46,11 @@ def results_table(evaluation: Mapping[str, Any]) -> tuple[str, str]:
         sentence = f"{rows[0]['samples']:,} samples in every row."
         keys.remove("samples")
     cells = {key: _column([row.get(key) for row in rows]) for key in keys}
+    for error, key in [(key, (described.get(key) or {}).get("of")) for key in keys]:
+        if key in cells:  # a standard error stands beside its number
+            pairs = zip(cells[key], cells.pop(error), strict=True)
+            cells[key] = [value if spread == "–" else f"{value} ± {spread}" for value, spread in pairs]
+    keys = list(cells)
     if "evaluations" in cells:  # real samples took none
         cells["evaluations"] = [cell if cell != "0" else "–" for cell in cells["evaluations"]]
     heads = {key: _head(key, described.get(key) or {}) for key in keys}

@@ -1,7 +1,6 @@
 """Fréchet distance between Gaussians fitted to features.
 
-Notation: features [N, D]; mean m [D]; covariance C [D, D] with the divisor N - 1. The distance (Dowson &
-    Landau 1982;
+Notation: features [N, D]; mean m [D]; covariance C [D, D] with the divisor N - 1. The distance (Dowson & Landau 1982;
 Heusel et al. 2017, where it is named FID on Inception features) is
 
     d^2 = |m_a - m_b|^2 + tr C_a + tr C_b - 2 tr (C_a^{1/2} C_b C_a^{1/2})^{1/2}
@@ -11,10 +10,32 @@ and, as everywhere in the literature, its square is what is called the distance.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureStatistics", "frechet_distance"]
+__all__ = ["FeatureStatistics", "Fitted", "Gaussian", "fit", "frechet_distance", "frechet_with_error"]
+
+CHUNK = 4096  # feature vectors converted to float64 at a time: 64 MB at D = 2,048
+
+
+class Fitted(Protocol):
+    """A Gaussian: ``mean`` [D] and ``covariance`` [D, D], float64 on the CPU."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] in float64 as a file of statistics gives them."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 class FeatureStatistics:
@@ -35,12 +56,19 @@ class FeatureStatistics:
         if not features.isfinite().all():
             bad = int((~features.isfinite()).any(1).sum())
             raise ValueError(f"{bad} of {len(features)} feature vectors are not finite: check the samples for NaN")
-        count = self.count + len(features)
         mean = features.mean(0)
-        shift = mean - self.mean
         centred = features - mean
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(features) / count)
-        self.mean += shift * (len(features) / count)
+        return self._add(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Takes in the features that ``other`` has seen; returns itself."""
+        return self._add(other.count, other.mean, other.scatter)
+
+    def _add(self, added: int, mean: Tensor, scatter: Tensor) -> FeatureStatistics:
+        count = self.count + added
+        shift = mean - self.mean
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * added / count)
+        self.mean += shift * (added / count)
         self.count = count
         return self
 
@@ -57,15 +85,65 @@ def _square_root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def _distance(root: Tensor, a: Fitted, b: Fitted) -> float:
+    """d^2, given the root of a's covariance."""
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    mean = (a.mean - b.mean).square().sum()
+    distance = mean + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def frechet_distance(a: Fitted, b: Fitted) -> float:
     """The squared Fréchet distance between the fitted Gaussians, >= 0.
 
     Only symmetric matrices are decomposed, so that singular covariances (fewer samples than features, dead
     features) need no offset on the diagonal.
     """
     assert a.mean.shape == b.mean.shape, (a.mean.shape, b.mean.shape)
-    root = _square_root(a.covariance)
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    mean = (a.mean - b.mean).square().sum()
-    distance = mean + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(float(distance), 0.0)
+    return _distance(_square_root(a.covariance), a, b)
+
+
+def fit(features: Tensor) -> FeatureStatistics:
+    """Statistics of ``features`` [N, D], a chunk at a time."""
+    statistics = FeatureStatistics(features.shape[1])
+    for part in features.split(CHUNK):
+        statistics.update(part)
+    return statistics
+
+
+def frechet_with_error(features: Tensor, reference: Fitted, *, groups: int = 10) -> tuple[float, float]:
+    """The distance of samples to a reference, and its standard error by the jackknife over groups of samples.
+
+    With theta_g the distance without the g-th of G groups, the error is sqrt((G - 1)/G sum (theta_g - mean theta)^2)
+    (Efron & Tibshirani 1993, Eq. 11.5). It says how far another set of as many samples would be off; neither the
+    reference's own sampling nor the distance's bias of order 1/N is in it.
+
+    Args:
+        features: [N, D], rows in random order, N >= 2.
+        reference: the Gaussian to compare with.
+        groups: G, consecutive parts of nearly equal size; fewer where a part would have no two samples.
+
+    Returns:
+        ``(distance, standard error)``; the error is NaN for fewer than four samples.
+
+    Raises:
+        ValueError: a feature is not finite, or fewer than two samples.
+    """
+    if len(features) < 2:
+        raise ValueError(f"a Fréchet distance needs at least two samples, got {len(features)}")
+    root = _square_root(reference.covariance)
+    parts = [fit(part) for part in features.tensor_split(max(min(groups, len(features) // 2), 1))]
+    distance = _distance(root, reference, _merged(parts))
+    if len(parts) < 2:
+        return distance, math.nan
+    left_out = [_merged([*parts[:g], *parts[g + 1 :]]) for g in range(len(parts))]
+    thetas = torch.tensor([_distance(root, reference, rest) for rest in left_out], dtype=torch.float64)
+    squares = (thetas - thetas.mean()).square().sum()
+    return distance, math.sqrt(float(squares) * (len(parts) - 1) / len(parts))
+
+
+def _merged(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
+    statistics = FeatureStatistics(len(parts[0].mean))
+    for part in parts:
+        statistics.merge(part)
+    return statistics

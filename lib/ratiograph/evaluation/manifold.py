@@ -24,11 +24,9 @@ from torch import Tensor
 __all__ = ["Manifold", "nearest_distances"]
 
 TILE = 4096  # rows and columns of a tile of distances: 64 MB
-MARGIN = (
-    1e-5  # error of a squared distance from a float32 product, in units of |x|^2 + |y|^2: some 10 times the largest
-)
+MARGIN = 1e-5  # error of a float32 squared distance, in units of |x|^2 + |y|^2: some 10 times the largest
 SPARE = 8  # neighbours kept beyond the k-th for float64 to choose from
-PAIRS = 2**22  # numbers of a float64 batch of pairs: 32 MB
+PAIRS = 2**17  # numbers of a float64 batch of pairs: 1 MB, which stays in a core's cache
 
 
 def _checked(features: Tensor) -> Tensor:
@@ -67,8 +65,11 @@ class _Centred:
 def _exact(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Squared distances [P] between x[i] and y[j] in float64, without a product."""
     size = max(PAIRS // x.shape[1], 1)
-    parts = zip(i.split(size), j.split(size), strict=True)
-    return torch.cat([(x[p].double() - y[q].double()).square().sum(1) for p, q in parts])
+    squares = torch.empty(len(i), dtype=torch.float64, device=x.device)
+    for square, p, q in zip(squares.split(size), i.split(size), j.split(size), strict=True):
+        difference = x[p].double().sub_(y[q])
+        square.copy_(torch.linalg.vecdot(difference, difference))
+    return squares
 
 
 def _mean(features: Tensor) -> Tensor:
@@ -185,13 +186,21 @@ class _Tile:
 
     def __init__(self, x: Tensor, y: Tensor, real: _Centred, a: int, fake: _Centred, b: int):
         self.x, self.y = x, y
+        self.norms_x, self.norms_y = real.norms[a], fake.norms[b]
         self.distances = real.distances(a, fake, b)
-        self.margin = MARGIN * (real.norms[a][:, None] + fake.norms[b])
 
     def within(self, radii: Tensor) -> Tensor:
         """Which pairs [n, m] are no further apart than ``radii`` (squared, float64, [n, 1] or [1, m])."""
-        excess = self.distances - radii.float()
-        inside = excess <= 0
-        i, j = (excess.abs_() <= self.margin).nonzero(as_tuple=True)
-        inside[i, j] = _exact(self.x, self.y, i, j) <= radii.expand_as(inside)[i, j]
+        # The widest margin of a row (column) needs no tile of its own; few pairs lie within it, and are looked at.
+        by_row = radii.shape[1] == 1
+        own = self.norms_x[:, None] if by_row else self.norms_y[None]
+        margin = MARGIN * (own + (self.norms_y if by_row else self.norms_x).max())
+        inside = self.distances <= radii.float() - margin
+        i, j = (self.distances <= radii.float() + margin).logical_xor_(inside).nonzero(as_tuple=True)
+        radii = radii.expand_as(inside)[i, j]
+        excess = self.distances[i, j] - radii.float()
+        near = excess.abs() <= MARGIN * (self.norms_x[i] + self.norms_y[j])
+        inside[i, j] = excess <= 0
+        i, j = i[near], j[near]
+        inside[i, j] = _exact(self.x, self.y, i, j) <= radii[near]
         return inside

@@ -12,10 +12,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from ratiograph import graph
 from ratiograph.data.embedded import cache_folder
 from ratiograph.files import write_atomically
 
-__all__ = ["RowCache", "file_identity"]
+__all__ = ["RowCache", "component_identity", "file_identity", "weights_identity"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,25 @@ def file_identity(path: str | Path, settings: Mapping[str, object]) -> str:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps([digest, settings], sort_keys=True).encode()).hexdigest()
+
+
+def weights_identity(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors of a ``state_dict()``, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def component_identity(component: object) -> str:
+    """A component's class, plain arguments and parts, as text that is the same in every process."""
+    return _spelt(graph.describe(component))
+
+
+def _spelt(node: graph.Node) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(node.params.items()))
+    return f"{node.cls}({arguments})[{'; '.join(f'{part.name}: {_spelt(part)}' for part in node.children)}]"
 
 
 class RowCache:
