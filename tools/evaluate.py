@@ -3,7 +3,8 @@
   python tools/evaluate.py runs/mnist_sba --samples=5000                      the run's student against its own data
   python tools/evaluate.py runs/mnist_sba --features=digits --metrics=frechet,kid_exact --raw
   python tools/evaluate.py runs/cifar --preset=cifar10 --reference=c10.npz
-  python tools/evaluate.py stats --data='data/cifar10/cifar10-{000000..000009}.tar' --features=inception_tf --out=c10.npz
+  python tools/evaluate.py stats --data='data/cifar10/cifar10-{000000..000009}.tar' --features=inception_tf
+         --out=c10.npz
   python tools/evaluate.py folder samples/ real/ --features=lite0             two folders of images, or .npz of them
 
 Zero-shot COCO-30k of a Stable Diffusion student: a fixed list of 30,000 captions of val2014, a sample each, resized to

@@ -4,8 +4,7 @@ An official file is a pickle of ``{'ema': network, ...}``. Every module in it is
 the Python source of its class, and its state; the official loader runs that source. Here a record stays a dict, the
 source is not looked at, and tensors come from their bytes. Every other global that the pickle names is refused.
 
-The unpickler may call only the stand-ins of this module. What they return is either immutable or *sealed*: it takes
-no state from the pickle, so that no object the process uses can be changed.
+The unpickler of `restricted_pickles` calls the stand-ins listed here and nothing else.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ratiograph.restricted_pickles import Array, DType, Function, Refused, Sealed, Unpickler, numpy_names
 
 __all__ = ["OfficialNetwork", "read_network"]
 
@@ -40,35 +41,10 @@ class OfficialNetwork:
     settings: Mapping[str, float]
 
 
-class Refused(Exception):
-    """Something that no EDM network file needs; the message is its name."""
-
-
 # --- stand-ins ----------------------------------------------------------------------------------------------
 
 
-class _Sealed:
-    """Takes no state from a pickle."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        raise Refused(f"state for {type(self).__name__.strip('_')}")
-
-
-class _Function(_Sealed):
-    """What the unpickler gets in place of a function."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable):
-        self._call = call
-
-    def __call__(self, *args: object) -> object:
-        return self._call(*args)
-
-
-class _Record(_Sealed):
+class _Record(Sealed):
     """A module: class name and state."""
 
     __slots__ = ("class_name", "state")
@@ -79,7 +55,7 @@ class _Record(_Sealed):
         self.class_name, self.state = description["class_name"], description["state"] or {}
 
 
-class _Container(_Sealed):
+class _Container(Sealed):
     """A module list or dict; made empty, then given its state once."""
 
     __slots__ = ("state",)
@@ -91,14 +67,14 @@ class _Container(_Sealed):
         self.state = state
 
 
-class _PlainDict(dict, _Sealed):
+class _PlainDict(dict, Sealed):
     """A dict with attribute access in the official code."""
 
     __slots__ = ()
-    __setstate__ = _Sealed.__setstate__
+    __setstate__ = Sealed.__setstate__
 
 
-class _Value(_Sealed):
+class _Value(Sealed):
     """A tensor, or the values [N] of a storage."""
 
     __slots__ = ("tensor",)
@@ -107,37 +83,7 @@ class _Value(_Sealed):
         self.tensor = tensor
 
 
-class _DType(_Sealed):
-    """A numpy type of numbers; the byte order arrives as its state."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, code: str, align: bool = False, copy: bool = True):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-            raise Refused(f"numpy.dtype({code!r})")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
-            raise Refused("a structured numpy.dtype")
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array(_Sealed):
-    """A numpy array; everything arrives as its state."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, *args: object):
-        pass
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        values = np.frombuffer(data, dtype.dtype)
-        self.values = values.reshape(shape, order="F" if fortran else "C")
-
-
-def _scalar(dtype: _DType, data: bytes) -> float:
+def _scalar(dtype: DType, data: bytes) -> float:
     (value,) = np.frombuffer(data, dtype.dtype)
     return value.item()
 
@@ -161,36 +107,21 @@ def _parameter(value: _Value, requires_grad: bool, hooks: object) -> _Value:
     return value
 
 
-def _numpy(name: str) -> tuple[str, str]:
-    """The names of a numpy global before and after numpy 2."""
-    return f"numpy.core.{name}", f"numpy._core.{name}"
-
-
 _ALLOWED = {
-    "torch_utils.persistence._reconstruct_persistent_obj": _Function(_Record),
-    "torch._utils._rebuild_tensor_v2": _Function(_tensor),
-    "torch._utils._rebuild_parameter": _Function(_parameter),
-    "torch.storage._load_from_bytes": _Function(_storage),
+    "torch_utils.persistence._reconstruct_persistent_obj": Function(_Record),
+    "torch._utils._rebuild_tensor_v2": Function(_tensor),
+    "torch._utils._rebuild_parameter": Function(_parameter),
+    "torch.storage._load_from_bytes": Function(_storage),
     "torch.nn.modules.container.ModuleDict": _Container,
     "torch.nn.modules.container.ModuleList": _Container,
-    "collections.OrderedDict": _Function(dict),
-    "builtins.set": _Function(set),
+    "collections.OrderedDict": Function(dict),
+    "builtins.set": Function(set),
     "dnnlib.util.EasyDict": _PlainDict,
-    "numpy.dtype": _Function(_DType),
-    "numpy.ndarray": _Function(_Array),
-    **dict.fromkeys(_numpy("multiarray.scalar"), _Function(_scalar)),
-    **dict.fromkeys(_numpy("multiarray._reconstruct"), _Function(_Array)),
+    "numpy.dtype": Function(DType),
+    "numpy.ndarray": Function(Array),
+    **dict.fromkeys(numpy_names("multiarray.scalar"), Function(_scalar)),
+    **dict.fromkeys(numpy_names("multiarray._reconstruct"), Function(Array)),
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if f"{module}.{name}" not in _ALLOWED:
-            raise Refused(f"{module}.{name}")
-        return _ALLOWED[f"{module}.{name}"]
-
-    def persistent_load(self, identifier: object) -> object:
-        raise Refused(f"the persistent object {identifier!r}")
 
 
 def _torch_load(file: io.BytesIO | Path) -> object:
@@ -232,7 +163,7 @@ def _dropout(module: _Record | _Container) -> Iterator[float]:
 
 def _from_pickle(path: Path) -> OfficialNetwork:
     with open(path, "rb") as file:
-        document = _Unpickler(file).load()
+        document = Unpickler(file, _ALLOWED).load()
     network = document["ema"] if isinstance(document, dict) and "ema" in document else document
     if not isinstance(network, _Record):
         raise Refused(f"a {type(network).__name__} in place of a network")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import pickle
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ratiograph.edm_pickles import Refused, _Array, _DType, _Function, _numpy
+from ratiograph.restricted_pickles import Array, DType, Function, Refused, Unpickler, numpy_names
 
 from .places import Pixels, looks_like
 from .preparing import plain
@@ -27,7 +26,7 @@ from .sources import Entry, Listing, Source, class_member
 __all__ = ["CIFAR10", "CIFAR100"]
 
 
-class _PixelArray(_Array):
+class _PixelArray(Array):
     """A numpy array whose bytes Python 2 pickled as a string."""
 
     __slots__ = ()
@@ -44,26 +43,16 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 _ALLOWED = {
-    "_codecs.encode": _Function(_latin1),
-    "numpy.dtype": _Function(_DType),
-    "numpy.ndarray": _Function(_PixelArray),
-    **dict.fromkeys(_numpy("multiarray._reconstruct"), _Function(_PixelArray)),
+    "_codecs.encode": Function(_latin1),
+    "numpy.dtype": Function(DType),
+    "numpy.ndarray": Function(_PixelArray),
+    **dict.fromkeys(numpy_names("multiarray._reconstruct"), Function(_PixelArray)),
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if f"{module}.{name}" not in _ALLOWED:
-            raise Refused(f"{module}.{name}")
-        return _ALLOWED[f"{module}.{name}"]
-
-    def persistent_load(self, identifier: object) -> object:
-        raise Refused(f"the persistent object {identifier!r}")
 
 
 def _unpickled(data: bytes) -> dict[str, object]:
     """The dict in a CIFAR pickle; Refused names whatever else there is."""
-    document = _Unpickler(io.BytesIO(data), encoding="latin-1").load()
+    document = Unpickler(io.BytesIO(data), _ALLOWED, encoding="latin-1").load()
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in document.items()}
 
 
