@@ -9,7 +9,8 @@ from ratiograph import config
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin").rglob("*.gin") if not {"base", "papers"} & set(p.parts))
-TINY = {"UNet.channels": 16, "MLP.width": 16, "EDM.weights": None, "EncoderRatio.encoder_weights": None}
+NARROW = {"UNet.channels": 16, "CaptionedUNet.channels": 16, "MLP.width": 16}
+TINY = NARROW | {"EDM.weights": None, "EDMFromGrey.weights": None, "EncoderRatio.encoder_weights": None}
 
 
 def parse(file):

@@ -15,6 +15,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from .coloured_digits import coloured_digits_samples
 from .shards import encode_png, verify_shard, write_shards
 from .urls import RemoteShard, cache_folder, fetch_indexes, is_remote, local
 
@@ -63,6 +64,7 @@ EMBEDDED: dict[str, EmbeddedSet] = {
     "mnist": EmbeddedSet("mnist-1", mnist_samples, 10, slice(None)),
     "mnist-train": EmbeddedSet("mnist-1", mnist_samples, 10, slice(0, 9)),
     "mnist-heldout": EmbeddedSet("mnist-1", mnist_samples, 10, slice(9, 10)),
+    "coloured-digits": EmbeddedSet("coloured-digits-1", coloured_digits_samples, 10, slice(None)),
 }
 
 

@@ -179,7 +179,8 @@ class ShardStream(SampleStream):
     Args:
         urls: paths of tar files with braces ('data/faces-{000000..000127}.tar', several joined by '::'), also
             'https://...', 's3://...' and 'pipe:COMMAND', which are fetched into a cache; or the name of an embedded
-            data set: 'mnist' (5,000 digits), 'mnist-train' and 'mnist-heldout' (its first 4,500 and last 500).
+            data set: 'mnist' (5,000 digits), 'mnist-train' and 'mnist-heldout' (its first 4,500 and last 500);
+            'coloured-digits' (10,000 in RGB, with captions).
         resolution: height and width in pixels that every image must have; None takes the images' own.
         channels: 1 (grey) or 3 (RGB); the image files must hold exactly these.
         labels: whether samples carry class labels (member ``<key>.cls``).

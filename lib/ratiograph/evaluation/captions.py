@@ -1,0 +1,360 @@
+"""Evaluation of samplers of coloured digits by their captions.
+
+Notation: a *sampler* is called as ``sampler(draws, conditions)`` and returns x0 [n, 3, 28, 28] for the samples of
+``draws``, told what ``conditions`` say. A *row* is one sampler's measurements. A caption names a digit, a colour, both
+or neither; what it does not name is *open*.
+
+Digits are read by the package's digit classifier, trained on real MNIST digits, off the grey image max_c x_c scaled to
+full brightness; colours by `InkColour`. Sample i of a row has noise of its own and the prompt i mod P, so that a row
+does not depend on the batch size. Images are rounded to the 256 levels of an image file before they are measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ratiograph.captions import unpack
+from ratiograph.conditions import Conditions, Prompts
+from ratiograph.data.captioned import CaptionedStream
+from ratiograph.data.coloured_digits import COLOURS, DIGITS
+from ratiograph.data.embedded import resolve
+from ratiograph.files import write_atomically
+from ratiograph.networks.classifier import DigitClassifier, classify_all
+from ratiograph.networks.ink_colour import InkColour
+from ratiograph.rewards import ClassReward, Reward
+from ratiograph.samplers import HeunSampler
+from ratiograph.sampling import SampleDraws
+from ratiograph.text_encoders import CaptionEncoder
+from ratiograph.types import Condition
+
+from .frechet import FeatureStatistics, frechet_distance
+from .prompt_readings import Readings, prompts, to_grey
+from .prompt_sheet import prompt_sheet
+from .rows import RowCache, component_identity, weights_identity
+from .samples import class_histogram
+
+if TYPE_CHECKING:
+    from ratiograph.distillation import Distillation
+
+__all__ = ["CaptionsEvaluator"]
+
+Sampler = Callable[[SampleDraws, Conditions], Tensor]
+
+METRICS = {
+    "prompt_accuracy": {"label": "prompt accuracy: all that is named is right", "better": "higher"},
+    "digit_accuracy": {"label": "digit right where named", "better": "higher"},
+    "colour_accuracy": {"label": "colour right where named", "better": "higher"},
+    "log_reward": {"label": "mean log R", "better": None},
+    "open_log_reward": {"label": "mean log R where the colour is open", "better": None},
+    "frechet_distance": {"label": "Fréchet distance (digit features)", "better": "lower"},
+    "smallest_digit_share": {"label": "smallest share of a digit where open", "better": "higher"},
+}
+DURING = ("prompt_accuracy", "log_reward", "frechet_distance")
+PROTOCOL = 1  # of a row; a new number leaves rows measured by the old definition unread
+SHOWN = (
+    *("a red seven", "a blue three", "a green zero", "a yellow five", "a purple two"),
+    *("an eight", "a four", "a blue digit", "a yellow digit", "a digit"),
+)
+COLUMNS = 6
+
+
+class CaptionsEvaluator:
+    """Measures teacher and student of coloured digits: do they paint what the captions say, and what where open?
+
+    Nothing is read before ``prepare`` is called.
+
+    Args:
+        encoder: of captions, as the data's.
+        reference: shards or embedded data set of the real coloured digits.
+        reward: whose mean log R is measured, also in runs that do not tilt; None measures none.
+        classifier: reads digits; its ``load`` reads the trained weights.
+        samples: images a row.
+        teacher_evaluations: odd numbers of the denoiser's evaluations at which the teacher is measured.
+        batch_size: images a call of a sampler.
+        during_samples: images of an evaluation while training.
+
+    Raises:
+        ValueError: ``samples``, ``during_samples``, ``batch_size`` or a number of evaluations is too small.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: CaptionEncoder,
+        reference: str = "coloured-digits",
+        reward: Reward | None = None,
+        classifier: DigitClassifier | None = None,
+        samples: int = 1000,
+        teacher_evaluations: Sequence[int] = (25,),
+        batch_size: int = 250,
+        during_samples: int = 400,
+    ):
+        if min(samples, during_samples) < 4 or batch_size < 1 or min(teacher_evaluations, default=1) < 1:
+            raise ValueError(
+                "CaptionsEvaluator needs samples >= 4, during_samples >= 4, batch_size >= 1 and teacher_evaluations "
+                f">= 1, got {samples}, {during_samples}, {batch_size} and {list(teacher_evaluations)}"
+            )
+        self.encoder, self.reference, self.reward = encoder, reference, reward
+        self.samples, self.during_samples, self.batch_size = samples, during_samples, batch_size
+        self.teacher_evaluations = tuple(teacher_evaluations)
+        self.classifier = DigitClassifier() if classifier is None else classifier
+        self.colour = InkColour()
+        self.cache = RowCache(Path(__file__).parent.parent / "assets" / "captions_teacher.evaluations.json")
+
+    # ------------------------------------------------------------------------------------------- measuring
+
+    def prepare(self, device: torch.device) -> None:
+        """Loads classifier, encoder, reward and reference; further calls only move the networks.
+
+        Raises:
+            FileNotFoundError, ValueError: no or unfitting classifier weights; damaged or missing shards.
+        """
+        self.device = device
+        if not hasattr(self, "real"):
+            for part in (self.classifier, self.encoder, self.reward):
+                if part is not None:
+                    part.load()
+            self.real = self._read_reference()
+            self.statistics = FeatureStatistics(self.real.features.shape[1]).update(self.real.features)
+        for module in (self.classifier, self.colour, self.reward):
+            if module is not None:
+                module.to(device)
+
+    def _read_reference(self) -> Readings:
+        stream = CaptionedStream(urls=self.reference, resolution=28)
+        raw = [sample for path in resolve(self.reference) for sample in stream.read(path)]
+        batch = stream.collated(raw, [stream.prepared(sample) for sample in raw], range(len(raw)), 0)
+        for part in (self.classifier, self.colour, self.reward):
+            if part is not None:
+                part.to("cpu")
+        return self._read(batch.images, batch.condition)
+
+    def _read(self, images: Tensor, condition: Condition) -> Readings:
+        """Everything measured of images [N, 3, 28, 28], which the captions of ``condition`` asked for."""
+        features, logits = classify_all(self.classifier, to_grey(images), self.batch_size)
+        log_rewards = None
+        with torch.no_grad():
+            colours = self.colour(images).argmax(1).cpu()
+            if self.reward is not None:
+                log_rewards = self.reward.log_reward(images, condition).double().cpu()
+        return Readings(unpack(condition.caption), features, logits.argmax(1), colours, log_rewards)
+
+    def measure(
+        self, name: str, sampler: Sampler, *, evaluations: int, samples: int | None = None, seed: int = 0
+    ) -> dict:
+        """Samples and measures one row.
+
+        Args:
+            name: of the row.
+            sampler: see the module's head.
+            evaluations: of the denoiser, a sample; shown, not checked.
+            samples: images; None takes the evaluator's own number.
+            seed: of the noise.
+
+        Returns:
+            ``{"name", "evaluations", "samples", "open_colours": [5 shares], "open_digits": [10 shares]}`` and the keys
+            of ``METRICS``, those about log R only with a reward.
+
+        Raises:
+            ValueError: the sampler's images have another shape, or are not finite.
+        """
+        samples = self.samples if samples is None else samples
+        conditions = Prompts(captions=prompts(), encoder=self.encoder)
+        parts = []
+        for first in range(0, samples, self.batch_size):
+            draws = SampleDraws(seed, range(first, min(first + self.batch_size, samples)), self.device)
+            images = self._sampled(name, sampler, draws, conditions)
+            parts.append(self._read(images, conditions.sampled(draws, None)))
+        readings = Readings(
+            [caption for part in parts for caption in part.captions],
+            *(torch.cat([getattr(part, field) for part in parts]) for field in ("features", "digits", "colours")),
+            None if self.reward is None else torch.cat([part.log_rewards for part in parts]),
+        )
+        return self._row(name, evaluations, readings, self.statistics)
+
+    @staticmethod
+    def _sampled(name: str, sampler: Sampler, draws: SampleDraws, conditions: Conditions) -> Tensor:
+        with torch.no_grad():
+            images = sampler(draws, conditions).float()
+        if images.shape != (len(draws), 3, 28, 28):
+            raise ValueError(f"'{name}' returned images {tuple(images.shape)}, expected {(len(draws), 3, 28, 28)}")
+        if not images.isfinite().all():
+            raise ValueError(
+                f"images of '{name}' hold NaN or infinity: its weights are broken. Resume from an earlier checkpoint, "
+                "and lower the learning rate or set precision = 'fp32'"
+            )
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1)
+
+    @staticmethod
+    def _row(name: str, evaluations: int, readings: Readings, reference: FeatureStatistics) -> dict:
+        fitted = FeatureStatistics(readings.features.shape[1]).update(readings.features)
+        digits = class_histogram(readings.digits[readings.where_open(0)], len(DIGITS))
+        open_colour = readings.where_open(1)
+        rewards = {}
+        if readings.log_rewards is not None:
+            rewards = {
+                "log_reward": readings.log_rewards.mean().item(),
+                "open_log_reward": readings.log_rewards[open_colour].mean().item(),
+            }
+        return {
+            "name": name,
+            "evaluations": evaluations,
+            "samples": len(readings.captions),
+            **readings.accuracies(),
+            **rewards,
+            "frechet_distance": frechet_distance(fitted, reference),
+            "smallest_digit_share": min(digits),
+            "open_digits": digits,
+            "open_colours": class_histogram(readings.colours[open_colour], len(COLOURS)),
+        }
+
+    def real_row(self) -> dict:
+        """The real digits with their own captions; the Fréchet distance is of one random half to the other."""
+        order = torch.randperm(len(self.real.captions), generator=torch.Generator().manual_seed(0))
+        halves = [
+            FeatureStatistics(self.real.features.shape[1]).update(self.real.features[half])
+            for half in order.tensor_split(2)
+        ]
+        row = self._row("real digits", 0, self.real, self.statistics)
+        return {**row, "frechet_distance": frechet_distance(*halves)}
+
+    # ------------------------------------------------------------------------------------- a run's evaluation
+
+    def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:
+        """The row of the student before its first step."""
+        self.prepare(device)
+        return [self.measure("student before training", student_of(task), evaluations=1, seed=seed)]
+
+    def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
+        """The metrics of ``DURING`` of a student in training, from ``during_samples`` images."""
+        self.prepare(device)
+        row = self.measure(
+            "student in training", student_of(task), evaluations=1, samples=self.during_samples, seed=seed
+        )
+        return {name: float(row[name]) for name in DURING if name in row}
+
+    def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
+        """The document of ``evaluation.json``: real digits, teacher, and student before and after training."""
+        self.prepare(device)
+        teacher = [self.teacher_row(task, n) for n in self.teacher_evaluations] if task.teacher is not None else []
+        student = self.measure("student, one evaluation", student_of(task), evaluations=1, seed=seed)
+        student["highlight"] = True
+        figures = [self.picture(task, seed, Path(workdir))]
+        p = (teacher or before)[-1]["open_colours"]
+        return self.document([self.real_row(), *teacher, *before, student], figures, tilted_shares(task, p))
+
+    def teacher_row(self, task: Distillation, evaluations: int) -> dict:
+        """A row of the many-step teacher, kept for later runs: it can cost as much as a training."""
+        depends_on = {
+            "protocol": PROTOCOL,
+            "teacher": component_identity(task.teacher),
+            "weights": weights_identity(task.teacher.state_dict()),
+            "judges": [weights_identity(self.classifier.state_dict()), component_identity(self.encoder)],
+            "reward": None if self.reward is None else component_identity(self.reward),
+            "reference": [self.reference, len(self.real.captions)],
+            "samples": [self.samples, evaluations],
+        }
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        row = self.cache.get(key)
+        if row is None:
+            row = self.measure(
+                f"teacher, {evaluations} evaluations", teacher_of(task, evaluations), evaluations=evaluations
+            )
+            self.cache.put(key, row)
+        return row
+
+    # ------------------------------------------------------------------------------------------- reporting
+
+    def picture(self, task: Distillation, seed: int, workdir: Path) -> dict:
+        """Draws samples of the prompts ``SHOWN`` into the run's folder; the figure's entry in the document."""
+        captions = [prompt for prompt in SHOWN for _ in range(COLUMNS)]
+        conditions = Prompts(captions=captions, encoder=self.encoder)
+        draws = [SampleDraws(seed, range(len(captions)), self.device) for _ in range(2)]
+        samplers = {"student, one evaluation": student_of(task)}
+        if task.teacher is not None:
+            evaluations = max(self.teacher_evaluations, default=25)
+            samplers = {f"teacher, {evaluations} evaluations": teacher_of(task, evaluations), **samplers}
+        images = {
+            name: self._sampled(name, sampler, draw, conditions)
+            for (name, sampler), draw in zip(samplers.items(), draws, strict=False)
+        }
+        path = workdir / "figures" / "captions.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet = prompt_sheet(images, SHOWN)
+        write_atomically(path, lambda file: sheet.save(file, "PNG"))
+        return {
+            "file": str(path.relative_to(workdir)),
+            "caption": f"{' and '.join(images)}: each prompt with {COLUMNS} noises, the same on both sides.",
+        }
+
+    def document(
+        self,
+        rows: Sequence[Mapping[str, object]],
+        figures: Sequence[Mapping[str, str]] = (),
+        expected: Mapping[str, Sequence[float]] | None = None,
+    ) -> dict:
+        """What ``evaluation.json`` holds.
+
+        Args:
+            rows: of ``measure``, in the table's order.
+            figures: as `picture` gives them.
+            expected: further series of colour shares to show, such as ``{"p*(colour)": [...]}``.
+        """
+        hidden = ("open_colours", "open_digits")
+        colours = [{"name": row["name"], "values": list(row["open_colours"])} for row in rows]
+        colours += [{"name": name, "values": list(shares)} for name, shares in (expected or {}).items()]
+        digits = [{"name": row["name"], "values": list(row["open_digits"])} for row in rows]
+        return {
+            "title": "One-step coloured digits from captions",
+            "rows": [{key: value for key, value in row.items() if key not in hidden} for row in rows],
+            "metrics": {key: about for key, about in METRICS.items() if any(key in row for row in rows)},
+            "histograms": [
+                {"title": "Colours, where the caption leaves them open", "labels": list(COLOURS), "series": colours},
+                {"title": "Digits, where the caption leaves them open", "labels": list(DIGITS), "series": digits},
+            ],
+            "figures": list(figures),
+            "notes": [
+                "Prompts come in the data's proportions: half name digit and colour, a quarter the digit alone, a "
+                "quarter the colour alone. Digits are read by the package's classifier of real MNIST digits, colours "
+                "by the direction of the summed light.",
+                "An evaluation of a guided teacher is two passes of its network. The Fréchet distance is between "
+                f"{self.real.features.shape[1]} digit features and not comparable with FID values; that of the real "
+                "digits is of one half to the other.",
+            ],
+        }
+
+
+def student_of(task: Distillation) -> Sampler:
+    """The averaged student of ``task``."""
+    return lambda draws, conditions: task.average(task.average.noise_of(draws), conditions.sampled(draws, task.average))
+
+
+def teacher_of(task: Distillation, evaluations: int) -> Sampler:
+    """The teacher of ``task`` by Heun's method."""
+    heun = HeunSampler.for_evaluations(evaluations)
+    return lambda draws, conditions: heun.sample(
+        task.teacher, task.average.noise_of(draws), conditions.sampled(draws, task.average), draws
+    )
+
+
+def tilted_shares(task: Distillation, shares: Sequence[float]) -> dict[str, list[float]]:
+    """p*(c), proportional to R(c) p(c), where the objective tilts by colours; nothing where it does not.
+
+    Args:
+        task: whose objective.
+        shares: p(c) of the five colours where they are open.
+    """
+    for term in task.objective.terms.values():
+        reward = getattr(term.target, "reward", None)
+        if isinstance(reward, ClassReward) and isinstance(reward.classifier, InkColour):
+            tilted = [share * math.exp(b) for share, b in zip(shares, reward.log_rewards, strict=True)]
+            return {"p*(colour), tilted": [share / math.fsum(tilted) for share in tilted]}
+    return {}
