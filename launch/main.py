@@ -5,6 +5,7 @@
   python launch/main.py --gin_file=gin/mnist_sba.gin --gin_param='SBA.lam=1.0' --workdir=runs/lam1
   python launch/main.py --gin_file=runs/lam1/config.gin --workdir=runs/again      repeat a run exactly
   torchrun --nproc_per_node=8 launch/main.py --gin_file=gin/mnist_sba.gin         the same steps, by eight processes
+  torchrun --nproc_per_node=8 launch/main.py --gin_file=gin/mnist_sba.gin --parallel=fsdp      ... each with a shard
 
 Files are read in order, then --gin_param lines, then the flags for run-level values: --steps, --seed,
 --batch_size and --precision stand for `Experiment.steps = ...` and so on, --data and --teacher for the macros
@@ -35,6 +36,7 @@ flags.DEFINE_string("precision", None, "Arithmetic of the networks, e.g. auto (E
 flags.DEFINE_string("data", None, "Data set: an embedded one by name, or shards by pattern (macro DATA).")
 flags.DEFINE_string("teacher", None, "Weights of the teacher: a file or folder (macro TEACHER).")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...: auto takes a GPU if there is one.")
+flags.DEFINE_string("parallel", "auto", "How processes share a run: auto, none, ddp (copies) or fsdp (shards).")
 flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
 flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
 flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
@@ -118,7 +120,7 @@ def run(config, cfg):
             stack.enter_context(workdir.locked(folder))
             claim(config, cfg, folder)
         distributed.wait_for_all()
-        trainer.train(experiment, workdir=folder, device=FLAGS.device)
+        trainer.train(experiment, workdir=folder, device=FLAGS.device, mode=FLAGS.parallel)
 
 
 def execute(arguments):

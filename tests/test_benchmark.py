@@ -121,7 +121,7 @@ def tool():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: say what to time, network or step (not nothing)"),
+        ([], "error: say what to time, network, step, scaling (not nothing)"),
         (["network", "--network=VGG"], "error: --network=VGG: choose one of DDPMPP, NCSNPP, ADM, UNet"),
         (["step"], "error: say which step to time: --gin_file="),
         (["step", "--gin_file=gin/mnist_teacher.gin"], "error: gin/mnist_teacher.gin trains a DenoiserTraining"),

@@ -1,7 +1,10 @@
 """The imports of a saved configuration."""
+
 import sys
 from pathlib import Path
+
 import pytest
+
 from ratiograph import config
 
 RUN = """

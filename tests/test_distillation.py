@@ -212,11 +212,8 @@ def test_joint_training_adds_both_gradients():
         for parameter in task.ratio.parameters():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
         generator, x0 = torch.Generator().manual_seed(3), torch.randn(4, 1, 8, 8, generator=torch.manual_seed(4))
-        student = task._noised(x0, task.student_score_times, Condition(), generator)
-        if name != "ratio":
-            task._learn_student_score(student)
-        if name != "score":
-            task._learn_ratio(x0, Condition(), real(), student, generator)
+        names = {"score": {"student_score"}, "ratio": {"ratio"}, "both": {"student_score", "ratio"}}[name]
+        task.critics.learn(names, x0, Condition(), real(), generator)
         stem = task.student_score.network.stem.weight
         found[name] = stem.grad.clone()
     torch.testing.assert_close(found["score"] + found["ratio"], found["both"])
@@ -235,7 +232,8 @@ def test_r1_changes_what_the_ratio_learns():
         for parameter in task.ratio.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(5)
-        losses[weight] = task._learn_ratio(torch.zeros(4, 1, 8, 8), Condition(), real(), None, generator)["loss/ratio"]
+        learnt = task.critics.learn({"ratio"}, torch.zeros(4, 1, 8, 8), Condition(), real(), generator)
+        losses[weight] = learnt["loss/ratio"]
         images = real().images
         generator.manual_seed(5)
         t = task.ratio_times(task.noising, 4, generator)
@@ -313,12 +311,12 @@ def test_augmentation_is_of_the_critics_images_alone():
         generator = torch.Generator().manual_seed(1)
         if draw_coins:
             torch.rand(4, generator=generator)
-        student = task._noised(samples, task.student_score_times, Condition(), generator)
-        losses.append(task._learn_student_score(student)["loss/student_score"])
+        learnt = task.critics.learn({"student_score"}, samples, Condition(), None, generator)
+        losses.append(learnt["loss/student_score"])
         if draw_coins:
             torch.rand(8, generator=generator)
         batch = Batch(positives, Condition())
-        losses.append(task._learn_ratio(samples, Condition(), batch, None, generator)["loss/ratio"])
+        losses.append(task.critics.learn({"ratio"}, samples, Condition(), batch, generator)["loss/ratio"])
     assert losses[0] == losses[2]
     assert losses[1] == losses[3]
     fields = [

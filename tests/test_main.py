@@ -172,7 +172,10 @@ def test_dry_run_prints_the_graph_and_leaves_nothing(main, capsys):
     ("flags", "message"),
     [
         (["--gin_param=Adam.lrr=1"], "flag --gin_param 'Adam.lrr=1': Adam has no parameter 'lrr'. Did you mean 'lr'?"),
-        (["--precision=fp23"], "flag --precision: Experiment.precision takes 'auto' or 'fp32' or 'bf16' or 'fp64', not 'fp23'"),
+        (
+            ["--precision=fp23"],
+            "flag --precision: Experiment.precision takes 'auto' or 'fp32' or 'bf16' or 'fp64', not 'fp23'",
+        ),
         (["--teacher=x.safetensors"], "flag --teacher: this configuration has no macro TEACHER"),
         (["--gin_param=Adam.lr=-1"], "run.gin:13: DenoiserTraining.optimizer = @Adam(): Adam.lr=-1"),
         (["--gin_file=rnu.gin"], "flag --gin_file: there is no file 'rnu.gin'. Did you mean 'run.gin'?"),

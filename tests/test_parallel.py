@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ratiograph import checkpoints
 
@@ -46,22 +47,53 @@ def networks(workdir: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{n}.{key}": v for n, tensors in state["task"]["networks"].items() for key, v in tensors.items()}
 
 
-def test_two_processes_then_one_take_the_steps_of_one(tmp_path):
-    run(1, tmp_path / "one", "--steps=4")
-    shown = run(2, tmp_path / "two", "--steps=2", "--gin_param=ShardStream.workers = 1")
-    assert "2 processes, cpu, networks in fp64" in shown
-    run(1, tmp_path / "two", "--steps=4", "--gin_param=ShardStream.workers = 1")
-    expected, found = networks(tmp_path / "one", 4), networks(tmp_path / "two", 4)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
-    lines = [
-        [json.loads(line) for line in (tmp_path / w / "metrics.jsonl").read_text().splitlines()] for w in ("one", "two")
-    ]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run of one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    run(1, workdir, "--steps=4")
+    return workdir
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    networks_found, networks_expected = networks(found, 4), networks(expected, 4)
+    assert networks_found.keys() == networks_expected.keys()
+    for name, value in networks_expected.items():
+        torch.testing.assert_close(networks_found[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    lines = [[json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()] for w in (expected, found)]
     for one, two in zip(*lines, strict=True):
         assert one["loss/student_score"] == pytest.approx(two["loss/student_score"], rel=1e-6)
         assert one["loss/ratio"] == pytest.approx(two["loss/ratio"], rel=1e-6)
-    assert (tmp_path / "two" / "student.safetensors").is_file()
+    students = [load_file(workdir / "student.safetensors") for workdir in (expected, found)]
+    for name, value in students[0].items():
+        torch.testing.assert_close(students[1][name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_two_processes_then_one_take_the_steps_of_one(alone, tmp_path):
+    worker = "--gin_param=ShardStream.workers = 1"
+    shown = run(2, tmp_path, "--steps=2", worker)
+    assert "2 processes, each a copy of the weights, cpu, networks in fp64" in shown
+    run(1, tmp_path, "--steps=4", worker)
+    assert_same_run(tmp_path, alone)
+
+
+def test_one_process_then_two_with_shards_and_micro_batches_take_the_steps_of_one(alone, tmp_path):
+    run(1, tmp_path, "--steps=2", "--gin_param=Experiment.accumulation = 4")
+    shown = run(2, tmp_path, "--steps=4", "--parallel=fsdp", "--gin_param=Experiment.accumulation = 2")
+    assert "resumed from step 2 of 4" in shown
+    assert_same_run(tmp_path, alone)
+    assert (tmp_path / "samples" / "step_00000004.png").read_bytes() == (
+        alone / "samples" / "step_00000004.png"
+    ).read_bytes()
+
+
+def test_micro_batches_must_divide_a_process_share(tmp_path):
+    done = subprocess.run(
+        command(1, f"--workdir={tmp_path}", "--gin_param=Experiment.accumulation = 3"),
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Experiment.accumulation=3 must divide the 8 samples that a process has of a step" in done.stderr
 
 
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint(tmp_path):

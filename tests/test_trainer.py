@@ -122,7 +122,7 @@ def test_lasting_nans_end_the_run_with_the_earlier_checkpoint_intact(tmp_path):
 def test_an_overflowing_identity_does_not_end_the_run(tmp_path, monkeypatch):
     """E_q[e^l] is infinite in fp32 from l = 89 on; the weights may be fine."""
     infinite = torch.tensor(float("inf"))
-    monkeypatch.setattr("ratiograph.distillation.ratio_metrics", lambda *ratios: {"ratio/mean_exp_student": infinite})
+    monkeypatch.setattr("ratiograph.critics.ratio_metrics", lambda *ratios: {"ratio/mean_exp_student": infinite})
     run(tmp_path, steps=2)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2
@@ -177,9 +177,9 @@ def test_the_stream_goes_on_from_the_checkpoint_s_sample(tmp_path):
     torch.manual_seed(0)
     experiment = config.build(config.parse(["gin/mnist_sba.gin"], TINY, {"Experiment.steps": 4}))
     starts, batches = [], experiment.data.batches
-    experiment.data.batches = lambda size, seed, start: starts.append((size, seed, start)) or batches(size, seed, start)
+    experiment.data.batches = lambda *asked: starts.append(asked) or batches(*asked)
     trainer.train(experiment, workdir=tmp_path, device="cpu")
-    assert starts == [(4, 0, 12)]
+    assert starts == [(4, 0, 12, 0, 1)]
 
 
 def test_a_run_interrupted_after_its_last_step_writes_its_own_evaluation(tmp_path):

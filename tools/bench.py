@@ -3,6 +3,7 @@
   python tools/bench.py network                                       DDPM++ for CIFAR-10, forward and backward
   python tools/bench.py network --network=ADM --batch_size=1          the network of EDM's ImageNet-64 model
   python tools/bench.py step --gin_file=gin/papers/score_free/cifar10_dijs.gin --precision=fp32     a whole step
+  OMP_NUM_THREADS=1 python tools/bench.py scaling --gin_file=gin/mnist_js.gin --batch_size=64        1 and 2 processes
 
 `network` runs one network of random weights forward and backward as plain eager float32 code does it, and channels-last
 and in bf16 as a training run does, in turn in one process. It prints the median of each and its ratio to the first, and
@@ -11,6 +12,8 @@ how far its output is from the first's. Ratios carry from machine to machine, se
 `step` runs training steps of a gin file, with random weights and images instead of files, in turn with the bare passes
 of networks that such a step cannot do without: the floor. It prints step / floor, and the step in units of one forward
 and backward pass of the student's network in plain eager float32.
+
+`scaling` compares the images a second of several processes with as many times those of one.
 
 Every result is one JSON line more, with the date and the hardware, in --out.
 """
@@ -171,6 +174,27 @@ def show_step(record):
     print(f"peak memory {record['peak_memory_gb']:.2f} GB; {record['hardware']['device']}")
 
 
+def bench_scaling(device):
+    """The record of weak scaling."""
+    from ratiograph import benchmark_scaling
+
+    if not FLAGS.gin_file:
+        raise ValueError("say which step to scale: --gin_file=gin/mnist_js.gin")
+    asked = {"gin_file": FLAGS.gin_file, "gin_param": FLAGS.gin_param, "batch_size": FLAGS.batch_size}
+    rows = benchmark_scaling.weak_scaling(**asked, rounds=FLAGS.rounds, device=device.type)
+    return {"bench": "scaling", **asked, "rounds": FLAGS.rounds, "rows": rows}
+
+
+def show_scaling(record):
+    """The record as a table."""
+    print(f"{' '.join(record['gin_file'])}, batch {record['batch_size']} a process")
+    for row in record["rows"]:
+        print(
+            f"  {row['processes']} processes{row['seconds']:>10.3f} s{row['images_per_second']:>10.1f} images/s"
+            f"   efficiency {row['efficiency']:.3f}"
+        )
+
+
 def show_network(record):
     """The record as a table."""
     print(f"{record['network']}, {record['parameters']:,} parameters, batch {record['batch_size']}, forward + backward")
@@ -185,9 +209,13 @@ def show_network(record):
 
 def main(argv):
     try:
-        kinds = {"network": (bench_network, show_network), "step": (bench_step, show_step)}
+        kinds = {
+            "network": (bench_network, show_network),
+            "step": (bench_step, show_step),
+            "scaling": (bench_scaling, show_scaling),
+        }
         if len(argv) != 2 or argv[1] not in kinds:
-            raise ValueError(f"say what to time, network or step (not {' '.join(argv[1:]) or 'nothing'})")
+            raise ValueError(f"say what to time, {', '.join(kinds)} (not {' '.join(argv[1:]) or 'nothing'})")
         from ratiograph import benchmark, trainer
 
         device = trainer.choose_device(FLAGS.device)

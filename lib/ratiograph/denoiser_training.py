@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.augmentation import Augmentation, NoAugmentation
-from ratiograph.denoisers import EDM, place
+from ratiograph.denoisers import EDM
 from ratiograph.denoising_weights import EDMWeight, weighted_denoising_loss
 from ratiograph.experiment import Task
 from ratiograph.noising import NoisingProcess
@@ -18,7 +18,7 @@ from ratiograph.optim import EMA, Adam
 from ratiograph.randomness import normal
 from ratiograph.samplers import ManyStepSampler
 from ratiograph.times import TimeSampler
-from ratiograph.types import Batch, Condition
+from ratiograph.types import Batch, Condition, NoisySamples
 
 __all__ = ["DenoiserTraining"]
 
@@ -35,6 +35,8 @@ class DenoiserTraining(Task):
         sampler: many-step sampler of the previews.
         augmentation: of the images; none by default.
     """
+
+    accumulates = shardable = True
 
     def __init__(
         self,
@@ -55,8 +57,9 @@ class DenoiserTraining(Task):
         self.weight = EDMWeight(sigma_data=denoiser.sigma_data)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
-        place(self, device, autocast_dtype)
+        self.denoiser.load()
         self.average = self.ema.copy_of(self.denoiser)
+        self.parallel.place(self, [self.denoiser, self.average], device, autocast_dtype)
         self.optimizers = {"denoiser": self.optimizer.build(self.denoiser.parameters())}
         self.denoiser.train()
 
@@ -70,13 +73,19 @@ class DenoiserTraining(Task):
         images, condition = self.augmentation.apply(batch.images, batch.condition, generator)
         t = self.times(self.noising, batch_size, generator)
         noisy = self.noising.add_noise(images, t, normal(images.shape, generator, images.dtype))
-        denoised = self.denoiser.denoise(noisy, condition)
-        loss = weighted_denoising_loss(denoised, images, noisy, self.weight)
-        loss.backward()
+        pieces = NoisySamples(noisy, images, condition).split(self.accumulation)
+        loss = torch.stack([self._learn(piece) for piece in pieces]).sum()
         updater = self.optimizers["denoiser"]
         norm = updater.step()
         self.ema.update(self.average, self.denoiser, batch_size, updater.updates * batch_size)
-        return {"loss/denoising": loss.detach(), "gradient/denoiser": norm}
+        return {"loss/denoising": loss, "gradient/denoiser": norm}
+
+    def _learn(self, samples: NoisySamples) -> Tensor:
+        """One micro-batch's part of the loss [], detached, after its backward."""
+        denoised = self.denoiser.denoise(samples.noisy, samples.condition)
+        loss = weighted_denoising_loss(denoised, samples.x0, samples.noisy, self.weight) / self.accumulation
+        loss.backward()
+        return loss.detach()
 
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:
         network = self.average.network

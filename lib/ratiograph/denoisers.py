@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ratiograph.compilation import compile_blocks
 from ratiograph.types import Condition, Noisy, expand
 from ratiograph.weight_files import load_weights, read_header
 
@@ -100,15 +101,20 @@ class EDM(Denoiser):
         sigma_data: standard deviation of the clean data.
         weights: what to start from: a safetensors file, a converted folder, an official EDM file or the name of weights
             in the package (``mnist_teacher``), see `locate_weights`; None starts from random weights.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
     """
 
     autocast_dtype: torch.dtype | None = None
 
-    def __init__(self, *, network: nn.Module, sigma_data: float = 0.5, weights: str | None = None):
+    def __init__(
+        self, *, network: nn.Module, sigma_data: float = 0.5, weights: str | None = None, compiled: bool = False
+    ):
         super().__init__()
         if sigma_data <= 0:
             raise ValueError(f"sigma_data={sigma_data} must be positive")
-        self.network, self.sigma_data, self.weights = network, sigma_data, weights
+        self.network, self.sigma_data, self.weights, self.compiled = network, sigma_data, weights, compiled
+        if compiled:
+            compile_blocks(network)
 
     def load(self) -> None:
         """Loads the weights.

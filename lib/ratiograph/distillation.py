@@ -25,7 +25,7 @@ from ratiograph.augmentation import Augmentation, NoAugmentation
 from ratiograph.conditions import Conditions, UniformLabels
 from ratiograph.critics import Critics
 from ratiograph.data.latents import picture
-from ratiograph.denoisers import EDM, Denoiser, freeze, place
+from ratiograph.denoisers import EDM, Denoiser, freeze
 from ratiograph.denoising_weights import DenoisingWeight
 from ratiograph.diagnostics import RatioDiagnostics, field_metrics
 from ratiograph.experiment import Sampler, Task
@@ -83,7 +83,7 @@ class Distillation(Task):
         ValueError: if a term asks for a node the graph does not have, or a node lacks its times or optimiser.
     """
 
-    accumulates = True
+    accumulates = shardable = True
 
     def __init__(
         self,
@@ -201,19 +201,32 @@ class Distillation(Task):
             term.target.load()
         if self.teacher is not None:
             freeze(self.teacher, autocast_dtype)
-        place(self, device, autocast_dtype)
         self.average = self.ema.copy_of(self.student)
+        self._start_warm()
+        self._place(device, autocast_dtype)
         self.optimizers = {"student": self.student_optimizer.build(self.student.parameters())}
         if self.student_score is not None:
             self.optimizers["student_score"] = self.student_score_optimizer.build(self.student_score.parameters())
         if self.ratio is not None and self.ratio.has_weights:
             self.optimizers["ratio"] = self.ratio_optimizer.build(self.ratio.parameters())
         self.steps_done = 0
+
+    def _start_warm(self) -> None:
         if self.warm_start is not None:
             networks = self.trained()
             self.warm_start.load(
                 {name: networks[name] for name in networks if name not in ("objective", "diagnostics")}
             )
+
+    def _place(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        twice = self.objective.needs.curvature or (self.ratio is not None and self.ratio_loss.needs_gradient)
+        if self.parallel.shards and twice:
+            raise ValueError(
+                "R1Penalized and second-order targets differentiate a network twice, which sharded ones cannot do: use "
+                "--parallel=ddp, or leave them out"
+            )
+        nodes = (self.student.denoiser, self.average.denoiser, self.teacher, self.student_score, self.ratio)
+        self.parallel.place(self, [node for node in nodes if node is not None], device, autocast_dtype)
 
     def trained(self) -> dict[str, nn.Module]:
         networks = {
@@ -310,7 +323,7 @@ class Distillation(Task):
         for node in critics:  # without their dropout where they are only asked
             node.eval()
         pieces = self._noised(x0, condition, generator).split(self.accumulation)
-        fields = self.objective.joint_fields(Evaluation(*each, self.nodes, self.objective.needs) for each in pieces)
+        fields = self.objective.fields(Evaluation(*each, self.nodes, self.objective.needs) for each in pieces)
         for node in critics:
             node.train()
         return fields

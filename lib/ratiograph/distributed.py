@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -153,16 +154,24 @@ def own_part(values: Tensor) -> Tensor:
     return values.tensor_split(ranks())[rank()]
 
 
+def is_sharded(value: object) -> bool:
+    """Whether this is a tensor of which each process holds a part; there is none before torch's module for them is."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it costs as much as all of ours
+    return module is not None and isinstance(value, module.DTensor)
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replaces each gradient by its mean over the ranks, all buckets under way at once.
 
-    Which parameters have a gradient must be the same on every rank, as it is for one graph.
+    Which parameters have a gradient must be the same on every rank, as it is for one graph. Gradients of sharded
+    weights (`parallel.Sharded`) are means already.
     """
     if ranks() == 1:
         return
     under_way = []
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
+    for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket]).div_(ranks())
         under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
     for bucket, flat, work in under_way:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ratiograph.checkpoints import load_strict
 from ratiograph.optim import Updater
+from ratiograph.parallel import Parallel, Replicated, full, spread_like
 from ratiograph.types import Batch
 
 __all__ = ["Experiment"]
@@ -26,6 +27,14 @@ class Task(nn.Module):
     """Base class of what a run trains. Submodules are the networks; ``trained`` names those that change."""
 
     needs_data = True
+    accumulation = 1
+    """Micro-batches of equal length that a step's samples are taken in, one after another."""
+    accumulates = False
+    """Whether ``step`` does so; a task that does not has steps in one piece."""
+    parallel: Parallel = Replicated()
+    """How several processes hold the networks; set before ``prepare``."""
+    shardable = False
+    """Whether ``prepare`` gives its networks to ``parallel``."""
     optimizers: dict[str, Updater]
     """Exists after ``prepare``."""
 
@@ -58,10 +67,10 @@ class Task(nn.Module):
         return {}
 
     def training_state(self) -> dict:
-        """All that a resume needs, as plain containers of tensors."""
+        """All that a resume needs, as plain containers of tensors; all processes must call, the main one has it."""
         return {
-            "networks": {name: module.state_dict() for name, module in self.trained().items()},
-            "optimizers": {name: updater.state_dict() for name, updater in self.optimizers.items()},
+            "networks": {name: full(module.state_dict()) for name, module in self.trained().items()},
+            "optimizers": {name: full(updater.state_dict()) for name, updater in self.optimizers.items()},
         }
 
     def load_training_state(self, state: dict) -> None:
@@ -70,7 +79,8 @@ class Task(nn.Module):
         Raises:
             ValueError: naming the first differing node, if the checkpoint is of another graph.
         """
-        load_strict(self.trained(), state["networks"])
+        modules, saved = self.trained(), state["networks"]
+        load_strict(modules, {n: spread_like(modules[n], held) if n in modules else held for n, held in saved.items()})
         for name, updater in self.optimizers.items():
             updater.load_state_dict(state["optimizers"][name])
 
@@ -109,7 +119,9 @@ class Experiment:
         data: stream of real samples; needed if the task needs data.
         evaluator: judges the result, or None for no evaluation.
         steps: optimisation steps of the whole run.
-        batch_size: samples a step.
+        batch_size: samples a step, of all processes together.
+        accumulation: micro-batches, one after another, that a process takes its samples of a step in: the same step in
+            less memory, for one more pass of the student.
         seed: everything random in the run follows from it.
         precision: "auto" takes bf16 autocast where the processor has it in hardware, fp32 elsewhere; "fp64" is for
             comparing runs.
@@ -133,6 +145,7 @@ class Experiment:
     evaluator: Evaluator | None = None
     steps: int
     batch_size: int
+    accumulation: int = 1
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     log_every: int = 10
@@ -147,10 +160,15 @@ class Experiment:
     hang_minutes: float = 15.0
 
     def __post_init__(self):
-        at_least_one = ("steps", "batch_size", "log_every", "preview_every", "checkpoint_every", "keep_last")
-        for name in (*at_least_one, "max_bad_steps"):
+        at_least_one = ("steps", "batch_size", "accumulation", "log_every", "preview_every", "checkpoint_every")
+        for name in (*at_least_one, "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 1")
+        if self.accumulation > 1 and not self.task.accumulates:
+            raise ValueError(
+                f"Experiment.accumulation={self.accumulation}: {type(self.task).__name__} takes a step in one piece; "
+                "leave it at 1"
+            )
         if self.evaluate_every < 0:
             raise ValueError(f"Experiment.evaluate_every={self.evaluate_every} must be at least 0, which is never")
         if self.keep_every < 0 or self.keep_every % self.checkpoint_every:

@@ -4,6 +4,9 @@ Notation: v = omega(r) d - omega(r*) grad log r* is one term's vector field at x
 coefficient * w(t) * alpha * v, and the parameters' gradient is E[(dx0/dtheta)^T of that], so ``x0.backward(field)``
 is exact without a pseudo-loss.
 
+A term works in two parts. ``ask`` needs the networks and looks at each sample alone, so a batch may be asked piece by
+piece; ``combine`` makes the field of what was asked about the whole batch, which normalised weightings must see.
+
 Two routes to p* proportional to R p with the weighting KL. Tilting at x_t, ``Term`` with a target r* = R_t/Z, descends
 E_t[w(t) KL(q_t || p*_t)]: at rest at q = p* for every w, if R_t is exact. Tilting at x0, ``Term`` without a target
 beside ``RewardAscent`` with the coefficient c, needs no R_t and descends
@@ -24,7 +27,7 @@ and a large c collapses q, as even a point mass has a finite KL(q_t || p_t). ``t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,10 @@ from ratiograph.types import Batch, Evaluation, Needs, expand
 from ratiograph.weightings import Weighting
 
 __all__ = ["AbsorbedTerm", "BaseTerm", "Objective", "RewardAscent", "Term"]
+
+
+Answers = dict[str, Tensor]
+"""What a term has asked about noisy samples, [B, ...] each by name, without a graph."""
 
 
 class BaseTerm(nn.Module):
@@ -58,9 +65,17 @@ class BaseTerm(nn.Module):
     def connect(self, noising: NoisingProcess, times: TimeSampler) -> None:
         """Called once by the root with the process and p(t) of the objective."""
 
+    def ask(self, evaluation: Evaluation) -> Answers:
+        """All that the term wants to know of the networks, sample by sample."""
+        raise NotImplementedError
+
+    def combine(self, answers: Answers) -> Tensor:
+        """The field [B, ...] from the answers about a whole batch."""
+        raise NotImplementedError
+
     def field(self, evaluation: Evaluation) -> Tensor:
         """The gradient [B, ...] with respect to each x0, before the mean over the batch; without a graph."""
-        raise NotImplementedError
+        return self.combine(self.ask(evaluation))
 
 
 class Term(BaseTerm):
@@ -107,24 +122,34 @@ class Term(BaseTerm):
     def connect(self, noising, times):
         self.weighting.connect(noising, times)
 
-    def velocity(self, evaluation: Evaluation) -> Tensor:
-        """v [B, ...] = omega(r) d - omega(r*) grad log r*."""
+    def ask(self, evaluation):
         t = evaluation.noisy.t
-        d = self.direction(evaluation)
-        log_ratio = evaluation.log_ratio if self.weighting.needs_ratio else torch.zeros_like(t)
+        answers = {"t": t, "direction": self.direction(evaluation)}
+        answers["log_ratio"] = evaluation.log_ratio if self.weighting.needs_ratio else torch.zeros_like(t)
         tilt = self.target.log_target(evaluation)
-        if tilt is None:
+        if tilt is not None:
+            answers["log_target"], answers["target_gradient"] = tilt
+        answers["scale"] = self.coefficient * self.time_weight(evaluation) * evaluation.noisy.alpha
+        return answers
+
+    def steer(self, answers: Answers) -> Tensor:
+        """v [B, ...] = omega(r) d - omega(r*) grad log r*."""
+        t, d, log_ratio = answers["t"], answers["direction"], answers["log_ratio"]
+        if "log_target" not in answers:
             return expand(self.weighting(log_ratio, t), d) * d
-        log_target, gradient = tilt
+        log_target, gradient = answers["log_target"], answers["target_gradient"]
         # Weightings are functions of l = -log r, so omega(r*) is taken at -log r*.
         weight, target_weight = self.weighting.pair(log_ratio, -log_target, t)
         return expand(weight, d) * d - expand(target_weight, gradient) * gradient
 
-    def field(self, evaluation):
+    def velocity(self, evaluation: Evaluation) -> Tensor:
+        """v [B, ...] at the noisy samples of ``evaluation``."""
+        return self.steer(self.ask(evaluation))
+
+    def combine(self, answers):
         """coefficient w(t) alpha v [B, ...]."""
-        v = self.velocity(evaluation)
-        scale = self.coefficient * self.time_weight(evaluation) * evaluation.noisy.alpha
-        return expand(scale, v) * v
+        v = self.steer(answers)
+        return expand(answers["scale"], v) * v
 
 
 class AbsorbedTerm(Term):
@@ -143,15 +168,13 @@ class AbsorbedTerm(Term):
         coefficient: multiplies the term.
     """
 
-    def velocity(self, evaluation: Evaluation) -> Tensor:
+    def steer(self, answers: Answers) -> Tensor:
         """v [B, ...] = omega(r/r*) (d - grad log r*)."""
-        tilt = self.target.log_target(evaluation)
-        if tilt is None:
-            return super().velocity(evaluation)
-        log_target, gradient = tilt
-        t, difference = evaluation.noisy.t, self.direction(evaluation) - gradient
-        log_ratio = evaluation.log_ratio + log_target if self.weighting.needs_ratio else torch.zeros_like(t)
-        return expand(self.weighting(log_ratio, t), difference) * difference
+        if "log_target" not in answers:
+            return super().steer(answers)
+        difference = answers["direction"] - answers["target_gradient"]
+        log_ratio = answers["log_ratio"] + answers["log_target"]  # a weighting without a ratio, KL's, reads neither
+        return expand(self.weighting(log_ratio, answers["t"]), difference) * difference
 
 
 class RewardAscent(BaseTerm):
@@ -175,10 +198,13 @@ class RewardAscent(BaseTerm):
         self.reward, self.coefficient = reward, coefficient
         self.target, self.weighting = CleanTilted(reward=reward), None
 
-    def field(self, evaluation):
-        """-coefficient grad log R(x0) [B, ...]."""
+    def ask(self, evaluation):
         _, gradient = self.target.log_target(evaluation)
-        return -self.coefficient * gradient
+        return {"gradient": gradient}
+
+    def combine(self, answers):
+        """-coefficient grad log R(x0) [B, ...]."""
+        return -self.coefficient * answers["gradient"]
 
 
 def _pretrained(module: nn.Module) -> tuple[str, ...]:
@@ -265,6 +291,21 @@ class Objective(nn.Module):
         for term in self.terms.values():
             term.connect(noising, times)
 
-    def fields(self, evaluation: Evaluation) -> dict[str, Tensor]:
-        """Each term's field [B, ...] by name."""
-        return {name: term.field(evaluation) for name, term in self.terms.items()}
+    def fields(self, evaluations: Evaluation | Iterable[Evaluation]) -> dict[str, Tensor]:
+        """Each term's field [B, ...] by name.
+
+        Args:
+            evaluations: of the batch, or of its pieces one after another; the activations of one are gone before the
+                next is asked.
+        """
+        evaluations = [evaluations] if isinstance(evaluations, Evaluation) else evaluations
+        asked: list[dict[str, Answers]] = []
+        for evaluation in evaluations:
+            asked.append({name: term.ask(evaluation) for name, term in self.terms.items()})
+        return {name: term.combine(_joined([each[name] for each in asked])) for name, term in self.terms.items()}
+
+
+def _joined(answers: list[Answers]) -> Answers:
+    if len(answers) == 1:
+        return answers[0]
+    return {name: torch.cat([each[name] for each in answers]) for name in answers[0]}

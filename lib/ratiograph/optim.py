@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ratiograph.distributed import average_gradients
+from ratiograph.distributed import average_gradients, is_sharded
+from ratiograph.parallel import spread
 
 __all__ = ["EMA", "Adam"]
 
@@ -82,6 +83,7 @@ class Updater:
         """
         average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         # The fused update leaves weights and moments as they are where this is 1; nothing waits for the answer.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.updates += 1
@@ -96,7 +98,12 @@ class Updater:
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        moments = {
+            k: {name: spread(value, self.parameters[k]) for name, value in held.items()}
+            for k, held in saved["state"].items()
+        }
+        self.optimizer.load_state_dict({**saved, "state": moments})
 
 
 class EMA:

@@ -56,6 +56,7 @@ class VPPreconditioned(Preconditioned):
         steps: number of discrete times the network was trained with, M in EDM's Table 1.
         sigma_data: standard deviation of the clean data, for EDM's training weight.
         weights: safetensors file to start from, or None.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class VPPreconditioned(Preconditioned):
         steps: int = 1000,
         sigma_data: float = 0.5,
         weights: str | None = None,
+        compiled: bool = False,
     ):
-        super().__init__(network=network, sigma_data=sigma_data, weights=weights)
+        super().__init__(network=network, sigma_data=sigma_data, weights=weights, compiled=compiled)
         self.process, self.steps = VariancePreserving(beta_min=beta_min, beta_max=beta_max), steps
 
     def scalings(self, s: Tensor) -> Scalings:

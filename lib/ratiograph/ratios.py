@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ratiograph.compilation import compile_blocks
 from ratiograph.denoisers import Denoiser, locate_weights
 from ratiograph.networks.blocks import NoiseEmbedding, group_norm, zero_
 from ratiograph.types import Evaluation, Noisy, expand
@@ -198,6 +199,7 @@ class EncoderRatio(RatioEstimator):
         sigma_data: standard deviation of the clean data, which scales the input as EDM's c_in does.
         encoder_weights: safetensors file of an ``EDM`` denoiser with the same network, whose encoder to start from.
         weights: a trained estimator to start from.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -209,10 +211,14 @@ class EncoderRatio(RatioEstimator):
         sigma_data: float = 0.5,
         encoder_weights: str | None = None,
         weights: str | None = None,
+        compiled: bool = False,
     ):
         super().__init__(weights=weights)
         self.network, self.sigma_data, self.encoder_weights = network, sigma_data, encoder_weights
+        self.compiled = compiled
         network.drop_decoder()
+        if compiled:
+            compile_blocks(network)
         self.out = zero_(nn.Linear(network.feature_channels[-1], 1))
 
     def load(self) -> None:

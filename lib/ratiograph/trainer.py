@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ratiograph import checkpoints, distributed, graph, weight_files
+from ratiograph import checkpoints, distributed, graph, parallel, weight_files
 from ratiograph.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
 from ratiograph.experiment import Experiment
 from ratiograph.faults import Means, StepGuard, Watchdog
@@ -79,7 +79,7 @@ def peak_memory(device: torch.device) -> float:
 class _Run:
     """One call of ``train``."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, device: torch.device):
+    def __init__(self, experiment: Experiment, workdir: Path, device: torch.device, mode: str):
         self.experiment, self.task, self.workdir, self.device = experiment, experiment.task, workdir, device
         self.checkpoints = CheckpointManager(
             workdir / "checkpoints",
@@ -93,6 +93,13 @@ class _Run:
                 f"Experiment.batch_size={experiment.batch_size} is of all {ranks} processes together and must be a "
                 f"multiple of {ranks}"
             )
+        if experiment.batch_size // ranks % experiment.accumulation:
+            raise ValueError(
+                f"Experiment.accumulation={experiment.accumulation} must divide the {experiment.batch_size // ranks} "
+                "samples that a process has of a step"
+            )
+        self.task.accumulation = experiment.accumulation
+        self.task.parallel = parallel.choose(mode, self.task, device)
         self.share = experiment.batch_size // ranks
         self.generator = BatchGenerator(device, distributed.rank(), ranks)
         self.whole = torch.Generator(device)
@@ -130,7 +137,8 @@ class _Run:
         if found:
             return self.resume(*found, say)
         kind = "bf16" if dtype else "fp64" if experiment.precision == "fp64" else "fp32"
-        processes = f"{distributed.ranks()} processes, " if distributed.ranks() > 1 else ""
+        held = "each a shard of the weights" if task.parallel.shards else "each a copy of the weights"
+        processes = f"{distributed.ranks()} processes, {held}, " if distributed.ranks() > 1 else ""
         say(f"{processes}{self.device.type}, networks in {kind}, {self.workdir}")
         batches = None
         if experiment.data:
@@ -139,7 +147,8 @@ class _Run:
         for name, value in task.fit(batches, self.alone(1)).items():
             say(f"{name} = {value:.5g}")
         if experiment.evaluator:
-            rows = experiment.evaluator.before(task, self.device, experiment.seed)
+            with task.parallel.whole():
+                rows = experiment.evaluator.before(task, self.device, experiment.seed)
             if distributed.is_main():
                 write_atomically(self.workdir / "before.json", json.dumps(rows).encode())
         return 0, 0
@@ -167,11 +176,12 @@ class _Run:
         return replace(batch, images=batch.images.double()) if self.experiment.precision == "fp64" else batch
 
     def save(self, step: int, samples: int) -> None:
-        """The main rank's state, which every rank has."""
+        """The state, put together by all ranks and written by the main one."""
+        state = self.task.training_state()
         if not distributed.is_main():
             return
         stood = {"samples": samples, "config": self.config, "graph": self.nodes}
-        self.checkpoints.save(step, self.task.training_state(), stood)
+        self.checkpoints.save(step, state, stood)
         summary = self.task.summary()
         if summary:
             text = json.dumps({"step": step, **summary}, indent=1)
@@ -179,9 +189,10 @@ class _Run:
 
     def preview(self, step: int, logger: RunLogger) -> None:
         """A sample grid at the run's one fixed noise."""
-        if not distributed.is_main():
-            return
-        samples = self.task.preview(self.experiment.preview_samples, self.alone(2))
+        with self.task.parallel.whole():
+            if not distributed.is_main():
+                return
+            samples = self.task.preview(self.experiment.preview_samples, self.alone(2))
         if samples is not None and samples.ndim == 4:
             logger.image(step, "samples", make_grid(samples))
 
@@ -190,7 +201,8 @@ class _Run:
         evaluator, every = self.experiment.evaluator, self.experiment.evaluate_every
         if not (evaluator and every and step % every == 0):
             return {}
-        found = distributed.from_main(evaluator.during(self.task, self.device, self.experiment.seed))
+        with self.task.parallel.whole():
+            found = distributed.from_main(evaluator.during(self.task, self.device, self.experiment.seed))
         return {f"evaluation/{name}": value for name, value in found.items()}
 
     def loop(self, done: int, samples: int, logger: RunLogger, preemption: Preemption) -> None:
@@ -264,26 +276,29 @@ class _Run:
         """Final weights and evaluation, in which every rank takes part and of which one writes."""
         config = self.workdir / "config.gin"
         metadata = {"config": config.read_text()} if config.exists() else {}
-        for name, module in self.task.weights().items() if distributed.is_main() else ():
-            weight_files.save_weights(self.workdir / f"{name}.safetensors", module, metadata)
+        for name, module in self.task.weights().items():
+            gathered = parallel.Gathered(module)
+            if distributed.is_main():
+                weight_files.save_weights(self.workdir / f"{name}.safetensors", gathered, metadata)
         if self.experiment.evaluator:
             logger.message("evaluating")
             stored = self.workdir / "before.json"
             before = json.loads(stored.read_text()) if stored.exists() else []
-            with tempfile.TemporaryDirectory() as unread:
+            with self.task.parallel.whole(), tempfile.TemporaryDirectory() as unread:
                 place = self.workdir if distributed.is_main() else Path(unread)
                 document = self.experiment.evaluator.after(self.task, self.device, self.experiment.seed, before, place)
             if distributed.is_main():
                 write_atomically(self.workdir / "evaluation.json", json.dumps(document, indent=1).encode())
 
 
-def train(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Path:
+def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: str = "auto") -> Path:
     """Runs ``experiment`` to its last step, from its newest checkpoint if ``workdir`` has one.
 
     Args:
         experiment: what to run.
         workdir: folder of the run; see ``WORKSPACE.md`` for the files it leaves.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        mode: how several processes hold the networks, "auto", "none", "ddp" or "fsdp"; see `parallel.choose`.
 
     Returns:
         The path of ``report.html``.
@@ -292,7 +307,7 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Pat
         ValueError: with the remedy, for anything the user can mend; earlier checkpoints are intact.
         Preempted: a signal asked for the end; the same call goes on.
     """
-    run = _Run(experiment, Path(workdir), choose_device(device))
+    run = _Run(experiment, Path(workdir), choose_device(device), mode)
     run.workdir.mkdir(parents=True, exist_ok=True)
     if distributed.is_main():
         picture = graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name)

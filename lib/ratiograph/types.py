@@ -7,8 +7,8 @@ p is the teacher (or the data), q the student; ``log_ratio`` l = log p_t(x_t) / 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ratiograph.compilation import uncompiled
 
 if TYPE_CHECKING:
     from ratiograph.denoisers import Denoiser, Encoding
@@ -27,6 +29,11 @@ __all__ = ["Batch", "Condition", "Evaluation", "Needs", "Nodes", "Noisy", "Noisy
 def expand(scale: Tensor, like: Tensor) -> Tensor:
     """Views a per-sample value [B] as [B, 1, ...] so that it broadcasts over ``like`` [B, ...]."""
     return scale.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _pieces(values: Tensor, pieces: int) -> list[Tensor]:
+    assert len(values) % pieces == 0, (len(values), pieces)
+    return list(values.split(len(values) // pieces))
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,12 @@ class Condition:
         theirs = other.parts()
         return Condition(**{k: torch.cat([v, theirs[k]]) for k, v in self.parts().items() if k in theirs})
 
+    def split(self, pieces: int) -> list[Condition]:
+        """The samples in ``pieces`` runs of equal length."""
+        named = self.parts()
+        cut = zip(*(_pieces(tensor, pieces) for tensor in named.values()), strict=True)
+        return [Condition(**dict(zip(named, each, strict=True))) for each in cut] or [self] * pieces
+
     def parts(self) -> dict[str, Tensor]:
         """The parts that are there, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -84,6 +97,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(self.images.to(device, non_blocking=True), self.condition.to(device))
 
+    def split(self, pieces: int) -> list[Batch]:
+        """The samples in ``pieces`` runs of equal length."""
+        return [Batch(*each) for each in zip(_pieces(self.images, pieces), self.condition.split(pieces), strict=True)]
+
 
 @dataclass(frozen=True)
 class Noisy:
@@ -98,6 +115,11 @@ class Noisy:
         """These samples followed by ``other``'s."""
         mine, theirs = ((each.x_t, each.t, each.alpha, each.sigma) for each in (self, other))
         return Noisy(*(torch.cat(pair) for pair in zip(mine, theirs, strict=True)))
+
+    def split(self, pieces: int) -> list[Noisy]:
+        """The samples in ``pieces`` runs of equal length."""
+        cut = (_pieces(each, pieces) for each in (self.x_t, self.t, self.alpha, self.sigma))
+        return [Noisy(*each) for each in zip(*cut, strict=True)]
 
     def rescaled(self) -> tuple[Tensor, Tensor]:
         """``(x_t / alpha, sigma / alpha)``: the variance-exploding view in which EDM networks are native."""
@@ -116,6 +138,11 @@ class NoisySamples(NamedTuple):
         return NoisySamples(
             self.noisy.join(other.noisy), torch.cat([self.x0, other.x0]), self.condition.join(other.condition)
         )
+
+    def split(self, pieces: int) -> list[NoisySamples]:
+        """The samples in ``pieces`` runs of equal length."""
+        cut = self.noisy.split(pieces), _pieces(self.x0, pieces), self.condition.split(pieces)
+        return [NoisySamples(*each) for each in zip(*cut, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -193,9 +220,14 @@ class Evaluation:
         with torch.set_grad_enabled(keep), self._attention():
             return self.nodes.teacher.decode(encoding)
 
-    def _attention(self) -> AbstractContextManager:
-        """Plain attention where a pass is differentiated twice, which the fused kernels cannot be."""
-        return sdpa_kernel(SDPBackend.MATH) if self.needs.curvature else nullcontext()
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Plain attention and blocks where a pass is differentiated twice: fused and compiled ones cannot be."""
+        if not self.needs.curvature:
+            yield
+            return
+        with sdpa_kernel(SDPBackend.MATH), uncompiled():
+            yield
 
     @property
     def teacher_denoised(self) -> Tensor:

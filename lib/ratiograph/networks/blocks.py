@@ -52,6 +52,9 @@ class ResidualBlock(nn.Module):
         dropout: probability of zeroing an activation before the second convolution.
     """
 
+    compiles = True
+    """A block for `compilation.compile_blocks`."""
+
     def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float = 0.0):
         super().__init__()
         self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
@@ -77,6 +80,8 @@ class SelfAttention(nn.Module):
         channels: channels of the input and output.
         head_channels: channels of one head; must divide ``channels``.
     """
+
+    compiles = True
 
     def __init__(self, channels: int, head_channels: int = 64):
         super().__init__()

@@ -251,6 +251,8 @@ class Block(nn.Module):
         dropout: probability of zeroing an activation before the second convolution.
     """
 
+    compiles = True
+    """A block for `compilation.compile_blocks`."""
     eps = 1e-5
     skip_scale = 1.0
     """Factor of every sum of a skip and its residual branch."""

@@ -160,6 +160,15 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.patch_size)
 
 
+class ResidualLinear(nn.Linear):
+    """h + W SiLU(h) + b."""
+
+    compiles = True
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + super().forward(F.silu(h))
+
+
 class MLP(nn.Module):
     """Residual perceptron on vectors [B, D] with the noise level and class added to the first hidden layer.
 
@@ -185,7 +194,7 @@ class MLP(nn.Module):
         self.noise_embedding = NoiseEmbedding(width, frequencies=16)
         self.class_embedding = ClassEmbedding(classes, width, label_dropout) if classes else None
         self.stem = nn.Linear(dimension, width)
-        hidden = [nn.Linear(width, width) for _ in range(layers)]
+        hidden = [ResidualLinear(width, width) for _ in range(layers)]
         self.encoder, self.decoder = nn.ModuleList(hidden[: layers // 2]), nn.ModuleList(hidden[layers // 2 :])
         self.out = zero_(nn.Linear(width, dimension))
 
@@ -199,11 +208,11 @@ class MLP(nn.Module):
             embedding = embedding + self.class_embedding(condition.labels)
         h = self.stem(x) + embedding
         for layer in self.encoder:
-            h = h + layer(F.silu(h))
+            h = layer(h)
         return Encoding(features=(h,), embedding=embedding)
 
     def decode(self, encoding: Encoding) -> Tensor:
         (h,) = encoding.features
         for layer in self.decoder:
-            h = h + layer(F.silu(h))
+            h = layer(h)
         return self.out(F.silu(h))

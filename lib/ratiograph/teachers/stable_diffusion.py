@@ -75,6 +75,7 @@ class StableDiffusion(EDM):
         weights: a pipeline's folder in diffusers' format, its ``unet`` folder, a ``.safetensors`` file of either or of
             the whole model in its authors' naming, or ``hf://OWNER/NAME``; None starts from random weights.
         sigma_data: standard deviation of the latents, for EDM's training weight.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class StableDiffusion(EDM):
         process: ScaledLinearDDPM | None = None,
         weights: str | None = None,
         sigma_data: float = 1.0,
+        compiled: bool = False,
     ):
-        super().__init__(network=network, sigma_data=sigma_data, weights=weights)
+        super().__init__(network=network, sigma_data=sigma_data, weights=weights, compiled=compiled)
         self.prediction = EpsilonPrediction() if prediction is None else prediction
         self.process = ScaledLinearDDPM() if process is None else process
         beta = _single_precision_beta(self.process)

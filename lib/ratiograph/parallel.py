@@ -1,0 +1,214 @@
+"""How several processes hold one graph: each a copy of every network, or each a shard of every weight.
+
+Copies (``ddp``) average their gradients once an update (`distributed.average_gradients`). Shards are PyTorch's
+``fully_shard`` (FSDP2): a block's weights are gathered when it runs and dropped after it, its gradients are averaged
+and split as soon as they are known, and optimisers and averages hold their own share alone. Either takes the steps of
+one process, and a checkpoint holds whole tensors, so a run may go on in another mode or on another number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ratiograph.denoisers import place, set_precision
+from ratiograph.distributed import is_main, is_sharded, ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+__all__ = ["Gathered", "Parallel", "Replicated", "Sharded", "choose", "full", "spread", "spread_like"]
+
+MODES = ("auto", "none", "ddp", "fsdp")
+METHODS = ("encode", "decode", "log_ratio")
+"""What a node is called by, beside ``forward``."""
+BLOCKS = {"ResidualBlock", "ShiftBlock", "ScaleShiftBlock", "ResnetBlock2D", "BasicTransformerBlock"}
+"""Classes whose weights are gathered one block at a time; what lies between them is gathered with its node."""
+
+
+class Parallel:
+    """Base class."""
+
+    shards = False
+    """Whether a process holds only a share of each weight."""
+
+    def place(
+        self, task: nn.Module, nodes: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        """Brings ``task`` to ``device``; before optimisers are made, after copies of networks are.
+
+        Args:
+            task: with all its networks.
+            nodes: its denoisers and ratio estimators, whose weights may be shared out.
+            device: where it is to run.
+            dtype: the autocast type of its networks; None is their own.
+
+        Raises:
+            ValueError: two nodes that are to be sharded share weights, as adapters on one base do.
+        """
+        place(task, device, dtype)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While it lasts, a process runs the networks, without gradients, without the others. All must enter."""
+        yield
+
+
+class Replicated(Parallel):
+    """Every process holds everything; so does the only one."""
+
+
+class Sharded(Parallel):
+    """FSDP2 over all processes.
+
+    Args:
+        device: of the networks.
+    """
+
+    shards = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.mesh = dist.device_mesh.init_device_mesh(device.type, (ranks(),))
+        self._units: list[FSDPModule] = []
+
+    def place(self, task, nodes, device, dtype):
+        self.shard(nodes, dtype)
+        set_precision(task, dtype)
+        task.to(device)
+
+    def shard(self, nodes: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
+        """Spreads the nodes' weights, block by block, so that no network is ever whole on a GPU."""
+        owners: dict[int, nn.Module] = {}
+        for node, parameter in [(each, parameter) for each in nodes for parameter in each.parameters()]:
+            if owners.setdefault(id(parameter), node) is not node:
+                raise ValueError(
+                    f"{type(node).__name__} shares weights with another network, which cannot be sharded: use "
+                    "--parallel=ddp, as only adapters are trained"
+                )
+        for node in nodes:
+            if any(True for _ in node.parameters()):
+                self._shard(node, dtype)
+
+    def _shard(self, node: nn.Module, dtype: torch.dtype | None) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
+        plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+        travelling = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else plain
+        node.to(memory_format=torch.contiguous_format)
+        for module in node.modules():
+            if type(module).__name__ in BLOCKS:
+                self._add(module, travelling)
+        self._add(node, plain)
+        for name in METHODS:
+            if hasattr(node, name):
+                register_fsdp_forward_method(node, name)
+
+    def _add(self, module: nn.Module, policy: MixedPrecisionPolicy) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        # Gathered weights are always dropped: kept ones would be stale after a pass that no backward follows.
+        unit = fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
+        unit.set_force_sum_reduction_for_comms(self.device.type == "cpu")  # gloo has no mean
+        self._units.append(unit)
+
+    @contextmanager
+    def whole(self):
+        for unit in self._units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+
+
+def choose(mode: str, task: nn.Module, device: torch.device) -> Parallel:
+    """How the processes of this run hold ``task``.
+
+    Args:
+        mode: "none" for one process; "ddp" for copies; "fsdp" for shards; "auto" for shards where copies would take
+            more than half of a GPU's memory, and copies elsewhere.
+        task: built, not prepared.
+        device: of the run.
+
+    Raises:
+        ValueError: the mode is unknown, not for several processes, or not for this task.
+    """
+    if mode not in MODES:
+        raise ValueError(f"--parallel={mode}: choose one of {', '.join(MODES)}")
+    if ranks() == 1:
+        return Replicated()
+    if mode == "none":
+        raise ValueError(f"--parallel=none is for one process, and {ranks()} were started: use auto, ddp or fsdp")
+    if mode == "ddp" or (mode == "auto" and _fits(task, device)):
+        return Replicated()
+    if not task.shardable:
+        if mode == "auto":
+            return Replicated()
+        raise ValueError(f"--parallel=fsdp: a {type(task).__name__} is not sharded; use --parallel=ddp")
+    return Sharded(device)
+
+
+def _fits(task: nn.Module, device: torch.device) -> bool:
+    """Whether weights, gradients, moments and averages of ``task`` take at most half of the device's memory."""
+    if device.type != "cuda":
+        return True
+    from ratiograph.memory_plan import memory_plan  # it knows the tasks, which know this module
+
+    return memory_plan(task).held(1) <= torch.cuda.get_device_properties(device).total_memory / 2
+
+
+def full(state: Any) -> Any:
+    """A state with its sharded tensors made whole on the main process's CPU; the others get empty ones. All must call.
+
+    Args:
+        state: containers of values and tensors.
+    """
+    if is_sharded(state):
+        whole = state.full_tensor()
+        return whole.cpu() if is_main() else torch.empty(0)
+    if isinstance(state, Mapping):
+        return {key: full(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(full(value) for value in state)
+    return state
+
+
+def spread(value: Any, like: Tensor | None) -> Any:
+    """The whole tensor ``value`` sharded as ``like`` is; anything else as it is."""
+    if not (is_sharded(like) and isinstance(value, Tensor) and value.shape == like.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has read the same file, so nothing need be sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def spread_like(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole tensors of a ``state_dict`` sharded as those of ``module`` are."""
+    here = module.state_dict()
+    return {name: spread(value, here.get(name)) for name, value in saved.items()}
+
+
+class Gathered(nn.Module):
+    """A module's whole tensors, to be written. All processes must make it; the main one has them.
+
+    Args:
+        module: sharded, or not.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._whole = full(module.state_dict())
+
+    def state_dict(self, *_arguments: object, **_settings: object) -> dict[str, Tensor]:
+        """The tensors, under the module's own names."""
+        return self._whole

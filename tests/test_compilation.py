@@ -1,0 +1,238 @@
+"""Compiled blocks give what the network gives, and torch compiles each network without a break."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ratiograph import config
+from ratiograph.compilation import VARIANTS, compile_blocks, uncompiled
+from ratiograph.denoisers import EDM
+from ratiograph.networks.captioned_unet import CaptionedUNet
+from ratiograph.networks.classifier import DigitClassifier
+from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
+from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet
+from ratiograph.networks.unet import MLP, UNet
+from ratiograph.types import Batch, Condition, Noisy
+
+EDM_SIZES = {"resolution": 8, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
+TEXT_SIZES = {"resolution": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 12}
+TEXT_SIZES |= {"norm_groups": 4}
+SDXL_SIZES = {"transformer_layers": (1, 1), "attention_heads": (1, 2), "pooled_width": 10, "size_embedding": 4}
+LABELS = {"labels": torch.tensor([0, 2])}
+TEXT = {"text": torch.linspace(-1, 1, 120).reshape(2, 5, 12)}
+POOLED = {"pooled": torch.linspace(0, 1, 20).reshape(2, 10), "sizes": torch.full((2, 6), 64.0)}
+NETWORKS = {
+    "UNet": (lambda: UNet(resolution=8, channels=8, classes=3), LABELS),
+    "CaptionedUNet": (lambda: CaptionedUNet(resolution=8, channels=8, text_width=12), TEXT),
+    "MLP": (lambda: MLP(width=8, classes=3), LABELS),
+    "DDPMPP": (lambda: DDPMPP(**EDM_SIZES, classes=3), LABELS | {"augment": torch.ones(2, 9)}),
+    "NCSNPP": (lambda: NCSNPP(**EDM_SIZES), {}),
+    "ADM": (lambda: ADM(**EDM_SIZES | {"channels": 16}, head_channels=16, classes=3), LABELS),
+    "SD15UNet": (lambda: SD15UNet(**TEXT_SIZES, attention_heads=2), TEXT),
+    "SDXLUNet": (lambda: SDXLUNet(**TEXT_SIZES, **SDXL_SIZES), TEXT | POOLED),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Condition, torch.Tensor, torch.Tensor]:
+    """(network without zero weights and without dropout, condition, x, c_noise) for a batch of two."""
+    torch.manual_seed(0)
+    make, told = NETWORKS[name]
+    network = make().eval()
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, 0, 0.1)
+    return network, Condition(**told), torch.randn(2, *network.shape), torch.tensor([-0.3, 0.4])
+
+
+def answer(network, condition, x, c_noise) -> list[torch.Tensor]:
+    """Features, output, and the gradients of both to x and to the weights."""
+    x = x.clone().requires_grad_()
+    encoding = network.encode(x, c_noise, condition)
+    outputs = [*encoding.features, network.decode(encoding)]
+    weights = [x, *network.parameters()]
+    gradients = torch.autograd.grad(sum(o.square().mean() for o in outputs), weights, allow_unused=True)
+    return [*outputs, *(g for g in gradients if g is not None)]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+SLOW = ("CaptionedUNet", "DDPMPP", "ADM", "SD15UNet", "SDXLUNet")
+"""Networks that take seconds, or are much the same as another."""
+
+
+def each(names, slow=SLOW):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", each(NETWORKS))
+def test_a_network_is_one_graph(name):
+    network, condition, x, c_noise = made(name)
+
+    def run(x, c_noise):
+        return network.decode(network.encode(x, c_noise, condition))
+
+    with torch.no_grad():
+        found = torch.compile(run, fullgraph=True, backend="eager")(x, c_noise)
+        torch.testing.assert_close(found, run(x, c_noise), rtol=0, atol=1e-6)
+
+
+def test_the_digit_classifier_is_one_graph():
+    classifier, x = DigitClassifier(width=8), torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        found = torch.compile(classifier, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(found, classifier(x), rtol=0, atol=1e-6)
+
+
+def graphs(found: list):
+    """A backend that keeps the graphs it is given and runs them as they are."""
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    return backend
+
+
+# Two levels of one block each, both ways, and the middle's; EDM's resample too, and their decoders have one more.
+BLOCKS = {"UNet": 2 + 2 + 2, "MLP": 4, "DDPMPP": 3 + 2 + 5, "ADM": 3 + 2 + 5, "SD15UNet": 2 + 1 + 3 + 2 + 4}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_all_blocks_are_marked(name):
+    network, *_ = made(name)
+    names = list(network.state_dict())
+    compile_blocks(network, backend="eager")
+    assert sum(module._compiled_call_impl is not None for module in network.modules()) == BLOCKS[name]
+    assert list(network.state_dict()) == names
+
+
+@pytest.mark.parametrize("name", each(BLOCKS, ("DDPMPP", "ADM", "SD15UNet")))
+def test_each_block_is_compiled_once_and_does_what_it_did(name):
+    network, *inputs = made(name)
+    expected, found = answer(network, *inputs), []
+    compile_blocks(network, backend=graphs(found))
+    for value, reference in zip(answer(network, *inputs), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)
+    assert len(found) == BLOCKS[name]
+    answer(network, *inputs)
+    assert len(found) == BLOCKS[name]  # the second pass runs the graphs of the first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["UNet", "NCSNPP", "ADM", "SD15UNet"])
+def test_inductor_s_outputs_and_gradients(name):
+    network, *inputs = made(name)
+    expected = answer(network, *inputs)
+    compile_blocks(network)
+    for value, reference in zip(answer(network, *inputs), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_on_a_block():
+    torch.manual_seed(0)
+    block = EDM(network=MLP(width=8, layers=2), compiled=True).network.encoder[0]
+    h = torch.randn(4, 8, requires_grad=True)
+    found = torch.autograd.grad(block(h).square().sum(), [h, *block.parameters()])
+    expected = torch.autograd.grad(
+        (h + (h * h.sigmoid()) @ block.weight.T + block.bias).square().sum(), [h, *block.parameters()]
+    )
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_as_many_variants_as_a_run_has():
+    network, *_ = made("MLP")
+    reference, found = copy.deepcopy(network), []
+    compile_blocks(network, backend=graphs(found))
+    for training in (True, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            for gradient in (True, False):
+                for batch in (2, 4, 6, 3, 5, 7):
+                    x, c_noise = torch.randn(batch, 2), torch.randn(batch)
+                    told = Condition(labels=torch.arange(batch) % 3)
+                    outputs = []
+                    for each in (network.train(training), reference.train(training)):
+                        with torch.set_grad_enabled(gradient), torch.autocast("cpu", dtype, dtype != torch.float32):
+                            outputs.append(each.decode(each.encode(x, c_noise, told)))
+                    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    # The first two batch sizes make two graphs, and the second of them serves all sizes.
+    assert len(found) <= 4 * 2 * 2 * 2 * 2
+    assert len(found) < 4 * VARIANTS
+
+
+def test_a_copy_runs_uncompiled():
+    network, *inputs = made("UNet")
+    found = []
+    compile_blocks(network, backend=graphs(found))
+    answer(copy.deepcopy(network), *inputs)
+    assert not found
+
+
+def test_second_derivatives_need_the_blocks_as_they_were_written():
+    network, condition, x, c_noise = made("MLP")
+
+    def penalty():
+        leaf = x.clone().requires_grad_()
+        total = network.encode(leaf, c_noise, condition).features[0].square().sum()
+        (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), network.encoder[0].weight)[0]
+
+    expected = penalty()
+    compile_blocks(network, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        penalty()
+    with uncompiled():
+        torch.testing.assert_close(penalty(), expected, rtol=0, atol=0)
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(ValueError, match=r"Linear has no blocks to compile: set compiled = False, or mark the class"):
+        EDM(network=nn.Linear(2, 2), compiled=True)
+
+
+def test_by_a_flag_of_one_node():
+    one = config.build(config.parse(["gin/mnist_sba.gin"], ["teacher/EDM.compiled = True", "UNet.channels = 16"])).task
+    blocks = {
+        name: sum(module._compiled_call_impl is not None for module in node.modules())
+        for name, node in (("teacher", one.teacher), ("student", one.student), ("student_score", one.student_score))
+    }
+    assert blocks == {"teacher": 6, "student": 0, "student_score": 0}
+
+
+@pytest.mark.slow
+def test_a_step_of_compiled_networks_is_the_same_step(monkeypatch):
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compiled(self, **given | {"backend": "aot_eager"}))
+    rows, penalty = [], ["Distillation.ratio_loss = @R1Penalized()", "R1Penalized.loss = @LogisticLoss()"]
+    for flag in (False, True):
+        torch.manual_seed(0)
+        tiny = ["UNet.channels = 8", "UNet.attention = False", "EDM.weights = None", f"EDM.compiled = {flag}"]
+        task = config.build(config.parse(["gin/mnist_dmd2.gin"], tiny + penalty)).task
+        task.prepare(torch.device("cpu"), None)
+        generator = torch.Generator().manual_seed(0)
+        real = Batch(torch.rand(4, 1, 28, 28, generator=generator), Condition())
+        rows.append([task.step(real, 4, generator) for _ in range(2)])
+    for expected, found in zip(*rows, strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_noisy_inputs_of_a_compiled_denoiser():
+    torch.manual_seed(0)
+    denoiser = EDM(network=MLP(width=8))
+    x, sigma = torch.randn(3, 2), torch.tensor([0.1, 1.0, 10.0])
+    noisy = Noisy(x, sigma, torch.ones(3), sigma)
+    nn.init.normal_(denoiser.network.out.weight)
+    expected = denoiser.denoise(noisy, Condition())
+    compile_blocks(denoiser.network, backend="eager")
+    torch.testing.assert_close(denoiser.denoise(noisy, Condition()), expected, rtol=0, atol=0)
