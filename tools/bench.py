@@ -181,8 +181,7 @@ def bench_scaling(device):
     if not FLAGS.gin_file:
         raise ValueError("say which step to scale: --gin_file=gin/mnist_js.gin")
     asked = {"gin_file": FLAGS.gin_file, "gin_param": FLAGS.gin_param, "batch_size": FLAGS.batch_size}
-    rows = benchmark_scaling.weak_scaling(**asked, rounds=FLAGS.rounds, device=device.type)
-    return {"bench": "scaling", **asked, "rounds": FLAGS.rounds, "rows": rows}
+    return benchmark_scaling.weak_scaling(**asked, rounds=FLAGS.rounds, device=device.type)
 
 
 def show_scaling(record):
