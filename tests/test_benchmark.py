@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from absl import flags
 from test_distillation import adversarial, matching, task_of
+from tools_here import tool
 
 from ratiograph import benchmark
 from ratiograph.benchmark_step import StepBench, randomised
@@ -107,17 +106,6 @@ def test_the_floor_is_the_passes_that_the_step_makes(terms, changes, passes):
     assert all(parameter.grad is None for parameter in task.parameters())
 
 
-@pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "tools" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    known = set(flags.FLAGS)
-    spec.loader.exec_module(module)
-    yield module
-    for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -127,9 +115,10 @@ def tool():
         (["step", "--gin_file=gin/mnist_teacher.gin"], "error: gin/mnist_teacher.gin trains a DenoiserTraining"),
     ],
 )
-def test_mistakes_are_one_line(tool, arguments, message, capsys):
-    flags.FLAGS(["bench", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        tool.main(["bench", *[a for a in arguments if not a.startswith("--")]])
+def test_mistakes_are_one_line(arguments, message, capsys):
+    with tool("bench") as bench:
+        flags.FLAGS(["bench", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            bench.main(["bench", *[a for a in arguments if not a.startswith("--")]])
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith(message)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from absl import flags
+from tools_here import tool
 
 from ratiograph import config
 from ratiograph.data.stream import load_all
@@ -17,31 +16,19 @@ from ratiograph.networks.classifier import DigitClassifier
 from ratiograph.rewards import ClassReward
 from ratiograph.types import Condition
 
-TOOL = Path(__file__).parent.parent / "tools" / "fit_normalizer.py"
 RING = "gin/mixture2d_first_order.gin"
 
 
 @pytest.fixture
 def run():
-    """Calls the tool with flags, in this process; those of other tools, which have the same names, stand aside."""
-    absls = {name for name in flags.FLAGS if str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl")}
-    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - absls}
-    for name in others:
-        delattr(flags.FLAGS, name)
-    spec = importlib.util.spec_from_file_location("fit_normalizer", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    """Calls the tool with flags, in this process."""
+    with tool("fit_normalizer") as fit_normalizer:
 
-    def call(*arguments: str) -> None:
-        flags.FLAGS(["fit_normalizer", *arguments])
-        tool.main(["fit_normalizer"])
+        def call(*arguments: str) -> None:
+            flags.FLAGS(["fit_normalizer", *arguments])
+            fit_normalizer.main(["fit_normalizer"])
 
-    yield call
-    flags.FLAGS.unparse_flags()
-    for name in set(flags.FLAGS) - absls:
-        delattr(flags.FLAGS, name)
-    for name, flag in others.items():
-        flags.FLAGS[name] = flag
+        yield call
 
 
 def test_estimates_every_tilted_target_of_a_run(run, tmp_path):

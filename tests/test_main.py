@@ -77,7 +77,7 @@ def test_flags_override_the_file_and_the_gin_lines(main):
     assert (experiment.steps, experiment.seed, experiment.batch_size, experiment.precision) == (7, 3, 5, "fp32")
     assert experiment.data.urls == "elsewhere.tar"
     assert experiment.task.optimizer.lr == 0.5
-    assert arguments == {"workdir": Path("out"), "device": "cpu"}
+    assert arguments == {"workdir": Path("out"), "device": "cpu", "mode": "auto"}
 
 
 def test_workdir_is_named_after_the_last_file_and_holds_the_configuration(main):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 from absl import flags
 from PIL import Image
+from tools_here import tool
 
 from ratiograph import checkpoints, config
 from ratiograph.autoencoder import Autoencoder
@@ -86,31 +86,22 @@ def task_of(workdir):
 
 @pytest.fixture
 def run(workdir, capsys):
-    """run(*flags) => (exit code, error line), in this process; flags of other tools of the same names stand aside."""
-    absls = {name for name in flags.FLAGS if str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl")}
-    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - absls}
-    for name in others:
-        delattr(flags.FLAGS, name)
-    spec = importlib.util.spec_from_file_location("sample_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    """run(*flags) => (exit code, error line), in this process."""
+    with tool("sample") as sample:
 
-    def call(*arguments, folder=workdir):
-        flags.FLAGS.unparse_flags()
-        for name in set(flags.FLAGS) - absls:
-            flags.FLAGS[name].unparse()
-        flags.FLAGS(["sample", f"--workdir={folder}", "--precision=fp32", "--device=cpu", *arguments])
-        try:
-            tool.main(["sample"])
-        except SystemExit as stop:
-            return stop.code, capsys.readouterr().err
-        return 0, capsys.readouterr().err
+        def call(*arguments, folder=workdir):
+            flags.FLAGS.unparse_flags()
+            for name in set(flags.FLAGS):
+                if flags.FLAGS.find_module_defining_flag(name) == sample.__name__:
+                    flags.FLAGS[name].unparse()
+            flags.FLAGS(["sample", f"--workdir={folder}", "--precision=fp32", "--device=cpu", *arguments])
+            try:
+                sample.main(["sample"])
+            except SystemExit as stop:
+                return stop.code, capsys.readouterr().err
+            return 0, capsys.readouterr().err
 
-    yield call
-    for name in set(flags.FLAGS) - absls:
-        delattr(flags.FLAGS, name)
-    for name, flag in others.items():
-        flags.FLAGS[name] = flag
+        yield call
 
 
 def arrays(path):
