@@ -348,6 +348,7 @@ def command(*flags):
     return subprocess.run([sys.executable, TOOL, *flags], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_all_draws_what_needs_no_run(tmp_path):
     done = command("all", f"--out={tmp_path}", "--samples=1000")
     assert done.returncode == 0, done.stderr
