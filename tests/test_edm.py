@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ratiograph.denoisers import EDM
+from ratiograph.differentiation import twice_differentiable
 from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
 from ratiograph.networks.edm_blocks import (
     Attention,
@@ -393,7 +393,7 @@ def test_a_checkpointed_pass_can_be_differentiated_twice():
     for checkpointing in (False, True):
         network = randomize(MAKE["adm"](checkpointing=checkpointing))
         x, c_noise, condition = inputs()
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable():
             features = network.encode(x.requires_grad_(), c_noise, condition).features[-1]
         (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
         gradient.square().sum().backward()

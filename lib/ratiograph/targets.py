@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ratiograph.differentiation import twice_differentiable
 from ratiograph.distributed import gather, ranks
 from ratiograph.rewards import Reward, check_means, take_means
 from ratiograph.types import Batch, Evaluation, Needs, expand
@@ -273,7 +273,7 @@ class RewardTiltedSecondOrder(RewardTilted):
     def log_expected_reward(self, evaluation):
         noisy, mu = evaluation.noisy, evaluation.teacher_output
         scale = expand(noisy.sigma.square() / noisy.alpha, mu)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention can be differentiated only once
+        with twice_differentiable():
             log_reward = self.reward(mu, evaluation.condition)
         (slope,) = torch.autograd.grad(log_reward.sum(), mu, create_graph=True)
 

@@ -7,17 +7,16 @@ p is the teacher (or the data), q the student; ``log_ratio`` l = log p_t(x_t) / 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ratiograph.compilation import uncompiled
+from ratiograph.differentiation import twice_differentiable
 
 if TYPE_CHECKING:
     from ratiograph.denoisers import Denoiser, Encoding
@@ -209,7 +208,7 @@ class Evaluation:
         """The teacher's encoder output; carries a graph to x_t if a gradient through it is needed."""
         teacher = self.nodes.require("teacher", "this objective")
         keep = self.needs.ratio_gradient and self.nodes.ratio is not None and self.nodes.ratio.on_teacher
-        with torch.set_grad_enabled(keep or self.needs.teacher_gradient), self._attention():
+        with torch.set_grad_enabled(keep or self.needs.teacher_gradient), self._pass():
             return teacher.encode(self.noisy, self.condition)
 
     @cached_property
@@ -217,17 +216,12 @@ class Evaluation:
         """mu_p(x_t) [B, ...]; carries a graph to x_t if ``needs.teacher_gradient``."""
         keep = self.needs.teacher_gradient
         encoding = self.teacher_encoding if keep else self.teacher_encoding.detach()
-        with torch.set_grad_enabled(keep), self._attention():
+        with torch.set_grad_enabled(keep), self._pass():
             return self.nodes.teacher.decode(encoding)
 
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Plain attention and blocks where a pass is differentiated twice: fused and compiled ones cannot be."""
-        if not self.needs.curvature:
-            yield
-            return
-        with sdpa_kernel(SDPBackend.MATH), uncompiled():
-            yield
+    def _pass(self) -> AbstractContextManager:
+        """The context of a pass that keeps a graph."""
+        return twice_differentiable() if self.needs.curvature else nullcontext()
 
     @property
     def teacher_denoised(self) -> Tensor:
@@ -240,7 +234,7 @@ class Evaluation:
         student_score = self.nodes.require("student_score", "this objective")
         on_it = self.nodes.ratio is not None and self.nodes.ratio.on_student_score
         keep = self.needs.training or (on_it and self.needs.ratio_gradient)
-        with torch.set_grad_enabled(keep), self._attention():
+        with torch.set_grad_enabled(keep), self._pass():
             return student_score.encode(self.noisy, self.condition)
 
     @cached_property
@@ -259,7 +253,7 @@ class Evaluation:
     @cached_property
     def log_ratio_output(self) -> Tensor:
         """l [B]; carries a graph to x_t if ``needs.ratio_gradient`` and to the weights if ``needs.training``."""
-        with torch.set_grad_enabled(self.needs.ratio_gradient or self.needs.training), self._attention():
+        with torch.set_grad_enabled(self.needs.ratio_gradient or self.needs.training), self._pass():
             return self.nodes.require("ratio", "this objective").log_ratio(self)
 
     @property

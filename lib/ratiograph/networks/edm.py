@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ratiograph.denoisers import Encoding
+from ratiograph.differentiation import recomputed_alike
 from ratiograph.networks.blocks import zero_
 from ratiograph.networks.edm_blocks import (
     Block,
@@ -35,7 +36,6 @@ from ratiograph.networks.edm_blocks import (
     box_down,
     box_up,
     group_norm,
-    same_attention,
 )
 from ratiograph.types import Condition
 
@@ -166,7 +166,7 @@ class EDMUNet(nn.Module):
 
     def _run(self, block: Block, x: Tensor, embedding: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, embedding, use_reentrant=False, context_fn=same_attention)
+            return checkpoint(block, x, embedding, use_reentrant=False, context_fn=recomputed_alike)
         return block(x, embedding)
 
     def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ratiograph.networks.blocks import zero_
 from ratiograph.types import Condition
@@ -50,34 +48,6 @@ def binomial_up(x: Tensor) -> Tensor:
 
 
 # --- embeddings ---------------------------------------------------------------------------------------------
-
-
-class AttentionKernels(AbstractContextManager):
-    """``sdpa_kernel`` that can be entered again, as a block is run again by each of two backward passes."""
-
-    def __init__(self, backends: list[SDPBackend]):
-        self.backends = backends
-
-    def __enter__(self) -> None:
-        self.context = sdpa_kernel(self.backends)
-        self.context.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self.context.__exit__(*error)
-
-
-def same_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts for a checkpointed block's forward pass and for its recomputation: the attention kernels of the former.
-
-    A pass that is differentiated twice runs under ``sdpa_kernel(MATH)``, which the backward pass no longer knows.
-    """
-    allowed = {
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-    }
-    return nullcontext(), AttentionKernels([backend for backend, enabled in allowed.items() if enabled])
 
 
 class SineCosine(nn.Module):
