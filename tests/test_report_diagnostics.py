@@ -142,7 +142,7 @@ def axis(html: str, x: bool) -> tuple[float, float, float, float]:
     marks = [
         (float(px) if x else float(py) - 3.5, float(t.replace(",", "")))
         for px, py, t in texts
-        if (float(py) == 193) == x
+        if (float(py) == 192) == x
     ]
     return (*marks[0], *marks[-2])  # the last one across may be moved inwards
 

@@ -1,26 +1,69 @@
-"""Writes the report.html of a run again, from the files in its folder.
+"""Writes the report of a run again, or one page that compares several runs.
 
-python tools/report.py runs/mnist_sba
+  python tools/report.py runs/mnist_sba                              renews runs/mnist_sba/report.html
+  python tools/report.py runs/mnist_sba --out=/tmp/sba.html          writes it elsewhere
+  python tools/report.py runs/mnist_sba runs/mnist_js                both in one page, comparison.html
+  python tools/report.py runs/digits/* --out=digits.html             every run of an ablation
+  python tools/report.py runs/mnist_sba --teacher_evaluations=35     also draws the teacher's samples at the same noise
+
+A page is one file that opens anywhere, without a network. It is made from what the folders hold: runs may still be
+training, and what a run lacks is said on the page. A comparison shows results with the best in bold and published ones
+beside them, the parameters that differ, curves over each other, the last samples side by side, speed and memory.
+
+--teacher_evaluations builds each run's teacher from its config.gin and leaves samples/teacher.png in the run's folder,
+which every later report shows above the student's grid; a grid that is there already is made again.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from ratiograph.report import write_report
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("out", None, "The page; RUN/report.html for one run, comparison.html for several.")
+flags.DEFINE_integer(
+    "teacher_evaluations", 0, "Draw the teacher by so many network evaluations a sample; 0 does not.", lower_bound=0
+)
+flags.DEFINE_string("device", "auto", "Where the teacher is drawn: auto, cpu, cuda, cuda:1, ...")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=Path, nargs="+", help="folder of a run, finished or still training")
-    for workdir in parser.parse_args().workdir:
-        try:
-            print(write_report(workdir))
-        except (ValueError, OSError) as error:
-            print(f"report: {error}", file=sys.stderr)
-            return 1
-    return 0
+def draw_teachers(workdirs):
+    """Leaves samples/teacher.png in every run's folder."""
+    from rich.console import Console
+
+    from ratiograph.teacher_grid import draw_teacher
+
+    console = Console(stderr=True)
+    for workdir in workdirs:
+        with console.status(f"drawing the teacher of {workdir}"):
+            draw_teacher(workdir, FLAGS.teacher_evaluations, FLAGS.device)
+
+
+def main(argv):
+    try:
+        workdirs = [Path(name) for name in argv[1:]]
+        if not workdirs:
+            raise ValueError("no run: give the folder of one, as in tools/report.py runs/mnist_sba")
+        if FLAGS.out and Path(FLAGS.out).is_dir():
+            raise ValueError(f"--out={FLAGS.out} is a folder: give the page's name too, {FLAGS.out}/report.html")
+
+        from ratiograph.report import write_report
+        from ratiograph.report_files import check_run
+        from ratiograph.report_runs import labels_of, write_comparison
+
+        labels_of(workdirs)
+        for workdir in workdirs:
+            check_run(workdir)
+        if FLAGS.teacher_evaluations:
+            draw_teachers(workdirs)
+        if len(workdirs) == 1:
+            print(write_report(workdirs[0], FLAGS.out))
+        else:
+            print(write_comparison(workdirs, FLAGS.out or "comparison.html"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app.run(main)

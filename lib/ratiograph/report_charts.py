@@ -21,19 +21,28 @@ from ratiograph.logs import significant
 __all__ = [
     "Axis",
     "Guide",
+    "axis_name",
     "bin_chart",
     "calibration_chart",
+    "clipped",
+    "frame",
+    "gaps_note",
     "line_chart",
     "log_ticks",
     "nice_ticks",
+    "path_data",
     "smooth",
+    "smooth_on",
+    "step_range",
     "tick_label",
+    "unit_words",
+    "value_axis",
 ]
 
-_COLOURS = 6
-_POINTS = 400  # drawn a line: more than a screen resolves, few enough for a light page
-_WIDTH, _HEIGHT = 360, 200  # of the view box; about the size on screen, so that text keeps its size
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 24
+COLOURS = 6
+POINTS = 400  # drawn a line: more than a screen resolves, few enough for a light page
+WIDTH, HEIGHT = 360, 214  # of the view box; about the size on screen, so that text keeps its size
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 38
 
 
 def tick_label(value: float) -> str:
@@ -122,26 +131,26 @@ class Guide:
 
     def axis(self, low: float, high: float) -> Axis:
         if self.ends:
-            return Axis(*self.ends, _HEIGHT - _BOTTOM, _TOP)
+            return Axis(*self.ends, HEIGHT - BOTTOM, TOP)
         if self.log:
             low, high = min(low, self.value / 2), max(high, self.value * 2)
             air = (high / low) ** 0.05
-            return Axis(low / air, high * air, _HEIGHT - _BOTTOM, _TOP, log=True)
+            return Axis(low / air, high * air, HEIGHT - BOTTOM, TOP, log=True)
         low, high = min(low, self.value), max(high, self.value)
         air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-        return Axis(low - air, high + air, _HEIGHT - _BOTTOM, _TOP)
+        return Axis(low - air, high + air, HEIGHT - BOTTOM, TOP)
 
     def svg(self, y: Axis) -> str:
         parts = []
         if self.shade:
             top, base = y(self.shade[1]), y(self.shade[0])
-            box = f'y="{top:.1f}" width="{_WIDTH - _RIGHT - _LEFT}" height="{base - top:.1f}"'
-            parts.append(f'<rect class="shade" x="{_LEFT}" {box}/>')
+            box = f'y="{top:.1f}" width="{WIDTH - RIGHT - LEFT}" height="{base - top:.1f}"'
+            parts.append(f'<rect class="shade" x="{LEFT}" {box}/>')
         at = f'y1="{y(self.value):.1f}" y2="{y(self.value):.1f}"'
-        return "".join([*parts, f'<line class="guide" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {at}/>'])
+        return "".join([*parts, f'<line class="guide" x1="{LEFT}" x2="{WIDTH - RIGHT}" {at}/>'])
 
 
-def _value_axis(drawn: Mapping[str, np.ndarray], smoothed: Mapping[str, np.ndarray], guide: Guide | None) -> Axis:
+def value_axis(drawn: Mapping[str, np.ndarray], smoothed: Mapping[str, np.ndarray], guide: Guide | None) -> Axis:
     """The vertical axis: all of the averages and all but the wildest 1 % of the raw values, with a little air.
 
     Without a guide it is logarithmic where every value is positive and the averages span more than a factor of 20.
@@ -155,13 +164,13 @@ def _value_axis(drawn: Mapping[str, np.ndarray], smoothed: Mapping[str, np.ndarr
         return guide.axis(low, high)
     if log:
         air = (high / low) ** 0.05
-        return Axis(low / air, high * air, _HEIGHT - _BOTTOM, _TOP, log=True)
+        return Axis(low / air, high * air, HEIGHT - BOTTOM, TOP, log=True)
     air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     floor = 0.0 if 0 <= low < 0.4 * high else low - air  # zero is shown where it is near
-    return Axis(floor, high + air, _HEIGHT - _BOTTOM, _TOP)
+    return Axis(floor, high + air, HEIGHT - BOTTOM, TOP)
 
 
-def _path(steps: Sequence[float], values: np.ndarray, x: Axis, y: Axis) -> str:
+def path_data(steps: Sequence[float], values: np.ndarray, x: Axis, y: Axis) -> str:
     """SVG path data through the finite values, lifted over the gaps."""
     parts, pen = [], "M"
     for step, value in zip(steps, values, strict=True):
@@ -204,26 +213,26 @@ def line_chart(
     arrays = {name: np.where(np.isfinite(values), values, np.nan) for name, values in arrays.items()}
     drawn = {name: guide.drawn(values) for name, values in arrays.items()} if guide else arrays
     width = 0.015 * len(steps) if len(steps) >= 20 else 0.0
-    y = _value_axis(drawn, {name: smooth(values, width) for name, values in drawn.items()}, guide)
-    smoothed = {name: _smooth_on(values, width, log=y.log and not guide) for name, values in drawn.items()}
-    x = Axis(*(float(s) for s in _step_range(steps)), _LEFT, _WIDTH - _RIGHT)
-    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _POINTS)).round().astype(int))
+    y = value_axis(drawn, {name: smooth(values, width) for name, values in drawn.items()}, guide)
+    smoothed = {name: smooth_on(values, width, log=y.log and not guide) for name, values in drawn.items()}
+    x = Axis(*(float(s) for s in step_range(steps)), LEFT, WIDTH - RIGHT)
+    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).round().astype(int))
     places = [steps[index] for index in shown]
     lines = []
     for index, name in enumerate(drawn):
         if not width:
-            lines.append(_dotted(places, drawn[name][shown], x, y, index % _COLOURS))
+            lines.append(_dotted(places, drawn[name][shown], x, y, index % COLOURS))
             continue
         for kind, values in (("raw", drawn[name]), ("curve", smoothed[name])):
-            lines.append(f'<path class="{kind} c{index % _COLOURS}" d="{_path(places, values[shown], x, y)}"/>')
+            lines.append(f'<path class="{kind} c{index % COLOURS}" d="{path_data(places, values[shown], x, y)}"/>')
     ticks = [tick for tick in nice_ticks(x.low, x.high) if tick == round(tick)]
     marks = [(tick, f"{tick:,.0f}" if tick < 1e8 else tick_label(tick)) for tick in ticks]
-    content = f"{_frame(x, y, marks)}{guide.svg(y) if guide else ''}{_clipped(lines)}"
+    content = f"{frame(x, y, marks, axis_name(where))}{guide.svg(y) if guide else ''}{clipped(lines)}"
     values = {name: array[shown] for name, array in arrays.items()}
     chart = _figure(
-        (group, title, _unit(unit, y)), "over training", content, _pointed(x, places, values, where), arrays
+        (group, title, unit_words(unit, y)), "over training", content, pointed(x, places, values, where), arrays
     )
-    return chart.replace("</figure>", f"{_gaps(arrays)}</figure>")
+    return chart.replace("</figure>", f"{gaps_note(arrays)}</figure>")
 
 
 def bin_chart(title: str, unit: str, series: Mapping[str, Sequence[float | None]], *, guide: Guide) -> str:
@@ -237,12 +246,12 @@ def bin_chart(title: str, unit: str, series: Mapping[str, Sequence[float | None]
     arrays = {name: np.array(values, dtype=float) for name, values in series.items()}  # None => NaN
     drawn = {name: guide.drawn(values) for name, values in arrays.items()}
     bins = list(range(1, len(next(iter(arrays.values()))) + 1))
-    x, y = Axis(0.5, bins[-1] + 0.5, _LEFT, _WIDTH - _RIGHT), _value_axis(drawn, drawn, guide)
-    lines = [_dotted(bins, values, x, y, index % _COLOURS) for index, values in enumerate(drawn.values())]
+    x, y = Axis(0.5, bins[-1] + 0.5, LEFT, WIDTH - RIGHT), value_axis(drawn, drawn, guide)
+    lines = [_dotted(bins, values, x, y, index % COLOURS) for index, values in enumerate(drawn.values())]
     marks = [(1, "least noise"), (bins[-1], "most noise")]
-    content = f"{_frame(x, y, marks)}{guide.svg(y)}{_clipped(lines)}"
-    data = _pointed(x, bins, arrays, f"noise level # of {bins[-1]}")
-    return _figure(("", title, _unit(unit, y)), "by noise level", content, data, arrays, last=False)
+    content = f"{frame(x, y, marks, 'noise level')}{guide.svg(y)}{clipped(lines)}"
+    data = pointed(x, bins, arrays, f"noise level # of {bins[-1]}")
+    return _figure(("", title, unit_words(unit, y)), "by noise level", content, data, arrays, last=False)
 
 
 def calibration_chart(
@@ -259,7 +268,7 @@ def calibration_chart(
     rows = zip(predicted, observed, share, strict=True)
     known = np.array([row for row in rows if None not in row[:2]], dtype=float)
     d, real, shares = known.T
-    x, y = Axis(0.0, 1.0, _LEFT, _WIDTH - _RIGHT), Axis(0.0, 1.0, _HEIGHT - _BOTTOM, _TOP)
+    x, y = Axis(0.0, 1.0, LEFT, WIDTH - RIGHT), Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     wide, base, tallest = 0.6 * (x(1) - x(0)) / len(predicted), y(0), (y(0) - y(1)) / 3 / max(shares.max(), 1e-12)
     bars = [
         f'<rect class="share" x="{x(at) - wide / 2:.1f}" y="{base - tallest * size:.1f}" width="{wide:.1f}" '
@@ -268,9 +277,9 @@ def calibration_chart(
     ]
     diagonal = f'<line class="guide" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>'
     marks = [(tick, tick_label(tick)) for tick in nice_ticks(0, 1)]
-    content = f"{_frame(x, y, marks)}{_clipped([*bars, diagonal, _dotted(d, real, x, y, 0)])}"
+    content = f"{frame(x, y, marks, 'D')}{clipped([*bars, diagonal, _dotted(d, real, x, y, 0)])}"
     arrays = {"observed share of real ones": real, "share of all samples": shares}
-    data = _pointed(x, [round(float(value), 3) for value in d], arrays, "D = #")
+    data = pointed(x, [round(float(value), 3) for value in d], arrays, "D = #")
     return _figure(("", title, ' <span class="unit">over D</span>'), "over D", content, data, arrays, last=False)
 
 
@@ -280,10 +289,10 @@ def _dotted(places: Sequence[float], values: np.ndarray, x: Axis, y: Axis, colou
         for at, value in zip(places, values, strict=True)
         if math.isfinite(value)
     )
-    return f'<path class="curve c{colour}" d="{_path(places, values, x, y)}"/>{dots}'
+    return f'<path class="curve c{colour}" d="{path_data(places, values, x, y)}"/>{dots}'
 
 
-def _pointed(x: Axis, places: Sequence[float], values: Mapping[str, np.ndarray], where: str) -> dict:
+def pointed(x: Axis, places: Sequence[float], values: Mapping[str, np.ndarray], where: str) -> dict:
     """What report.js shows under the pointer."""
     return {
         "where": where,
@@ -309,44 +318,50 @@ def _figure(
         f'<figure class="chart" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
         f"<figcaption><span><i>{escape(group)}</i> <b>{escape(title)}</b>{unit}</span>"
         f"{_readout(arrays, last=last)}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">{content}'
-        f'<line class="cursor" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" hidden="hidden"/></svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">{content}'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden="hidden"/></svg>'
         f"{_legend(arrays, last=last)}</figure>"
     )
 
 
-def _smooth_on(values: np.ndarray, width: float, *, log: bool) -> np.ndarray:
+def smooth_on(values: np.ndarray, width: float, *, log: bool) -> np.ndarray:
     return np.exp(smooth(np.log(values), width)) if log else smooth(values, width)
 
 
-def _step_range(steps: Sequence[int]) -> tuple[float, float]:
+def step_range(steps: Sequence[int]) -> tuple[float, float]:
     low, high = (0 if steps[0] < 0.2 * steps[-1] else steps[0]), steps[-1]
     return (low, high) if high > low else (low - 1, high + 1)
 
 
-def _frame(x: Axis, y: Axis, marks: Sequence[tuple[float, str]]) -> str:
-    """Grid lines and numbers of the vertical axis, and what is written at places of the horizontal one."""
+def frame(x: Axis, y: Axis, marks: Sequence[tuple[float, str]], name: str) -> str:
+    """Grid lines and numbers of the vertical axis, what is written at places of the horizontal one, and its name."""
     parts = []
     for tick in y.ticks():
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick_label(tick)}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick_label(tick)}</text>')
     for place, label in marks:
-        beyond = x(place) + 3 * len(label) > _WIDTH  # a letter is about 6 wide
-        anchor, at = ("end", _WIDTH - _RIGHT) if beyond else ("middle", x(place))
-        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{escape(label)}</text>')
-    base = _HEIGHT - _BOTTOM
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
+        beyond = x(place) + 3 * len(label) > WIDTH  # a letter is about 6 wide
+        anchor, at = ("end", WIDTH - RIGHT) if beyond else ("middle", x(place))
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{escape(label)}</text>')
+    base = HEIGHT - BOTTOM
+    parts.append(f'<text class="axis-name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(name)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)
 
 
-def _clipped(lines: Sequence[str]) -> str:
+def clipped(lines: Sequence[str]) -> str:
     """An inner svg cuts what leaves the plot, without the ids that a clip path would need."""
-    width, height = _WIDTH - _RIGHT - _LEFT + 4, _HEIGHT - _BOTTOM - _TOP + 4
-    box = f'x="{_LEFT - 2}" y="{_TOP - 2}" width="{width}" height="{height}"'
-    return f'<svg {box} viewBox="{_LEFT - 2} {_TOP - 2} {width} {height}">{"".join(lines)}</svg>'
+    width, height = WIDTH - RIGHT - LEFT + 4, HEIGHT - BOTTOM - TOP + 4
+    box = f'x="{LEFT - 2}" y="{TOP - 2}" width="{width}" height="{height}"'
+    return f'<svg {box} viewBox="{LEFT - 2} {TOP - 2} {width} {height}">{"".join(lines)}</svg>'
 
 
-def _unit(unit: str, y: Axis) -> str:
+def axis_name(where: str) -> str:
+    """'training steps' for places that are named 'step #', 'training images' for '# images'."""
+    return f"training {where.replace('#', '').strip().removesuffix('s')}s"
+
+
+def unit_words(unit: str, y: Axis) -> str:
     words = ", ".join(word for word in (unit, "log scale" if y.log else "") if word)
     return f' <span class="unit">{escape(words)}</span>' if words else ""
 
@@ -365,14 +380,14 @@ def _legend(arrays: Mapping[str, np.ndarray], *, last: bool) -> str:
     if len(arrays) == 1:
         return ""
     items = "".join(
-        f'<li class="c{index % _COLOURS}">{escape(name)} '
+        f'<li class="c{index % COLOURS}">{escape(name)} '
         f"<output>{significant(_last(values)) if last else ''}</output></li>"
         for index, (name, values) in enumerate(arrays.items())
     )
     return f'<ul class="legend">{items}</ul>'
 
 
-def _gaps(arrays: Mapping[str, np.ndarray]) -> str:
+def gaps_note(arrays: Mapping[str, np.ndarray]) -> str:
     """A warning where values were not finite."""
     broken = [name for name, values in arrays.items() if not np.isfinite(values).all()]
     return f'<p class="gaps">gaps in {escape(", ".join(broken))}: not finite there</p>' if broken else ""

@@ -22,6 +22,7 @@ from typing import Any
 
 from ratiograph.logs import significant
 from ratiograph.report_charts import Guide, bin_chart, calibration_chart, line_chart
+from ratiograph.report_page import captioned, scrolled
 
 __all__ = ["Check", "checks", "collapse_banner", "quality_charts", "trust", "verdict"]
 
@@ -175,13 +176,14 @@ def _verdict(found: Sequence[Check], steps: int) -> str:
     if steps < EARLY:
         words = dict.fromkeys(words, ("open", "not yet"))
     rows = "".join(
-        f'<tr><th>{escape(check.name)}</th><td class="{words[check.holds][0]}">{words[check.holds][1]}</td>'
+        f'<tr><th scope="row">{escape(check.name)}</th><td class="{words[check.holds][0]}">{words[check.holds][1]}</td>'
         f"<td>{escape(check.found)}</td><td>{escape(check.rule)}</td></tr>"
         for check in found
     )
-    head = "<tr><th>check</th><th></th><th>found</th><th>rule</th></tr>"
-    table = f'<div class="scroll"><table class="checks"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    return f'<p class="verdict {kind}">{escape(line)}</p>{table}'
+    head = "".join(f'<th scope="col">{word}</th>' for word in ("check", "holds", "found", "rule"))
+    caption = captioned("The checks of the ratio", seen=False)
+    table = f'<table class="checks">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<p class="verdict {kind}">{escape(line)}</p>{scrolled(table, "The checks of the ratio")}'
 
 
 Card = tuple[str, str]  # a chart, and how to read it

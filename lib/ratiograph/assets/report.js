@@ -2,9 +2,8 @@
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const data = JSON.parse(figure.dataset.chart);
   const svg = figure.querySelector("svg"), cursor = svg.querySelector(".cursor");
-  const single = data.series.length === 1;
-  const head = figure.querySelector("figcaption output");
-  const outputs = single ? [head] : [...figure.querySelectorAll(".legend output")];
+  const head = figure.querySelector("figcaption output"), named = [...figure.querySelectorAll(".legend output")];
+  const single = named.length === 0, outputs = single ? [head] : named;
   const last = [head.textContent, ...outputs.map((output) => output.textContent)];
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();

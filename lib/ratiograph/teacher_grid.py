@@ -1,0 +1,96 @@
+"""The teacher's samples at the noise of a run's own sample grids, to stand above them in a report.
+
+Grids of a run are made from one fixed noise z, and so is this: the same z under the same conditions, through the
+teacher by Heun's sampler in many evaluations in place of the student in one. Place k of the two grids is one z.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ratiograph.files import write_atomically
+from ratiograph.report_files import TEACHER, check_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from ratiograph.distillation import Distillation
+
+__all__ = ["draw_teacher", "save_teacher"]
+
+PREVIEW = 2  # the position of a run's seed that its grids are drawn at, as in the trainer
+
+
+def draw_teacher(workdir: Path, evaluations: int, device: str = "auto") -> Path:
+    """Writes ``samples/teacher.png`` into a run's folder, with the number of evaluations as a text in the file.
+
+    Args:
+        workdir: of a run with a teacher; its config.gin says what the graph is. The run may still be training.
+        evaluations: passes of the teacher a sample.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+
+    Returns:
+        Path of the grid.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, no teacher in it, its weights or conditions are not there, or its samples
+            are no images.
+    """
+    import torch
+
+    from ratiograph import checkpoints, config, trainer
+
+    check_run(workdir)
+    if not (workdir / "config.gin").is_file():
+        raise ValueError(f"{workdir} has no config.gin, which says what its teacher is")
+    experiment = config.build(config.parse([str(workdir / "config.gin")]))
+    task, place = experiment.task, trainer.choose_device(device)
+    if getattr(task, "teacher", None) is None:
+        raise ValueError(f"{workdir} has no teacher to draw: leave out --teacher_evaluations")
+    torch.manual_seed(trainer.step_seed(experiment.seed, 0))
+    if experiment.precision == "fp64":
+        task.double()
+    task.prepare(place, trainer.autocast_dtype(experiment.precision, place))
+    if task.conditions.needs_data:
+        found = checkpoints.latest(workdir / "checkpoints")
+        if found is None:
+            raise ValueError(f"{workdir}/checkpoints, which holds the conditions that the run shows, has no checkpoint")
+        task.conditions.load_state_dict(found[1]["task"]["conditions"])
+    generator = torch.Generator(place).manual_seed(trainer.step_seed(experiment.seed, PREVIEW))
+    path = save_teacher(task.eval(), workdir, experiment.preview_samples, generator, evaluations)
+    if path is None:
+        raise ValueError(f"the teacher of {workdir} makes points and not images: leave out --teacher_evaluations")
+    return path
+
+
+def save_teacher(
+    task: Distillation, workdir: Path, samples: int, generator: torch.Generator, evaluations: int
+) -> Path | None:
+    """Writes the grid of a task that is prepared.
+
+    Args:
+        task: with a teacher.
+        workdir: of its run.
+        samples: of a grid of the run's.
+        generator: as seeded for each of those grids.
+        evaluations: passes of the teacher a sample.
+
+    Returns:
+        Path of the grid, None where samples are no images.
+    """
+    import torch
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from ratiograph.data.latents import picture
+    from ratiograph.logs import make_grid
+
+    with torch.no_grad():
+        made = picture(task.teacher_sampler(evaluations)(samples, generator))
+    if made.ndim != 4:
+        return None
+    grid, about = Image.fromarray(make_grid(made)), PngInfo()
+    about.add_text("evaluations", str(evaluations))
+    write_atomically(workdir / TEACHER, lambda file: grid.save(file, format="PNG", pnginfo=about))
+    return workdir / TEACHER
