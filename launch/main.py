@@ -36,7 +36,8 @@ flags.DEFINE_string("precision", None, "Arithmetic of the networks, e.g. auto (E
 flags.DEFINE_string("data", None, "Data set: an embedded one by name, or shards by pattern (macro DATA).")
 flags.DEFINE_string("teacher", None, "Weights of the teacher: a file or folder (macro TEACHER).")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...: auto takes a GPU if there is one.")
-flags.DEFINE_string("parallel", "auto", "How processes share a run: auto, none, ddp (copies) or fsdp (shards).")
+flags.DEFINE_string("parallel", "auto", "How processes share a run: auto, none, ddp (copies), fsdp, hsdp (shards).")
+flags.DEFINE_list("loggers", None, "Where metrics go beside the run's folder: tensorboard, wandb, trackio.")
 flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
 flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
 flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
@@ -49,15 +50,19 @@ OVERRIDES = {
     "data": "DATA",
     "teacher": "TEACHER",
 }
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "trackio": "Trackio"}
 
 
 HARMLESS = [
     f"Experiment.{name}"
     for name in (
-        *("steps", "accumulation", "log_every", "preview_every", "checkpoint_every", "evaluate_every"),
-        *("preview_samples", "keep_last", "keep_every", "best_metric", "max_bad_steps", "hang_minutes"),
+        *("steps", "accumulation", "log_every", "preview_every", "preview_samples", "teacher_evaluations", "loggers"),
+        *("checkpoint_every", "keep_last", "keep_every", "best_metric", "evaluate_every"),
+        *("max_bad_steps", "hang_minutes"),
     )
 ]
+HARMLESS += [f"WeightsAndBiases.{name}" for name in ("project", "entity", "name", "group", "tags")]
+HARMLESS += [f"Trackio.{name}" for name in ("project", "name", "group")]
 """Run-level values that a run may go on with changed: no step depends on them."""
 
 
@@ -68,7 +73,13 @@ def parse_flags(config, arguments):
     if not FLAGS.gin_file:
         raise config.ConfigError("no configuration: name one, e.g. --gin_file=gin/mnist_sba.gin.")
     overrides = {key: FLAGS[flag].value for flag, key in OVERRIDES.items() if FLAGS[flag].value is not None}
-    return config.parse(FLAGS.gin_file, FLAGS.gin_param, overrides)
+    for name in FLAGS.loggers or []:
+        if name not in LOGGERS:
+            raise config.ConfigError(f"--loggers={name}: choose from {', '.join(LOGGERS)}")
+    lines = list(FLAGS.gin_param)
+    if FLAGS.loggers is not None:
+        lines.append(f"Experiment.loggers = [{', '.join(f'@{LOGGERS[name]}()' for name in FLAGS.loggers)}]")
+    return config.parse(FLAGS.gin_file, lines, overrides)
 
 
 def claim(config, cfg, workdir):
@@ -108,14 +119,16 @@ def run(config, cfg):
     """Builds and trains; rerunning the same command resumes."""
     import torch
 
-    from ratiograph import distributed, trainer, workdir
+    from ratiograph import distributed, parallel, trainer, workdir
 
-    torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
+    config.check_files(cfg)
     folder = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
-    experiment = config.build(cfg)
     distributed.start(trainer.choose_device(FLAGS.device))
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
+        torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
+        with parallel.building(FLAGS.parallel):
+            experiment = config.build(cfg)
         if distributed.is_main():
             stack.enter_context(workdir.locked(folder))
             claim(config, cfg, folder)

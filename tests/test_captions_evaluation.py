@@ -13,8 +13,10 @@ from ratiograph.data.coloured_digits import COLOURS, coloured_digits_samples, na
 from ratiograph.data.shards import write_shards
 from ratiograph.data.stream import load_all
 from ratiograph.evaluation.captions import CaptionsEvaluator, tilted_shares
-from ratiograph.evaluation.prompt_readings import prompts, to_grey
+from ratiograph.evaluation.frechet import fit, frechet_distance
+from ratiograph.evaluation.prompt_readings import Readings, prompts, to_grey
 from ratiograph.evaluation.prompt_sheet import GAP, HEAD, prompt_sheet
+from ratiograph.evaluation.small_images import gaussian_of
 from ratiograph.logs import make_grid
 from ratiograph.networks.ink_colour import InkColour
 from ratiograph.rewards import ClassReward
@@ -133,6 +135,29 @@ def test_a_sampler_that_obeys_and_one_that_does_not(evaluator):
     assert row["prompt_accuracy"] < 0.2
 
 
+def test_diversity_is_the_distance_within_a_caption():
+    """Against distances of all pairs, and the two samplers whose value is known."""
+    captions = ["a red seven", "a two", "a red seven", "a red seven", "a four", "a two"]
+    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nothing = torch.zeros(6)
+
+    def readings(rows):
+        return Readings(captions, rows, nothing, nothing, None)
+
+    sevens = torch.pdist(features[[0, 2, 3]]).mean().item()
+    twos = (features[1] - features[5]).norm().item()
+    spreads = readings(features).spreads()
+    assert {caption: n for caption, (n, _) in spreads.items()} == {"a red seven": 3, "a two": 2}
+    assert spreads["a red seven"][1] == pytest.approx(sevens)
+    real = {"a red seven": (50, 3.0), "a two": (9, 2.0), "a four": (2, 1.0)}
+    assert readings(features).diversity(real) == pytest.approx((3 * sevens + 2 * twos) / (3 * 3 + 2 * 2))
+    del real["a two"]
+    assert readings(features).diversity(real) == pytest.approx(sevens / 3)
+    assert readings(features).diversity(spreads) == pytest.approx(1)
+    assert readings(features[[0, 1, 0, 0, 4, 1]]).diversity(real) == 0
+    assert math.isnan(readings(features).diversity({}))
+
+
 def load_images(evaluator):
     """The reference's images in the order of ``evaluator.real``."""
     return load_all(evaluator.reference, resolution=28, channels=3)[0]
@@ -159,9 +184,32 @@ def test_a_sheet_has_a_row_a_prompt():
     left = sheet.width - GAP - block.shape[1]
     assert np.array_equal(np.asarray(sheet)[HEAD : HEAD + block.shape[0], left : left + block.shape[1]], block)
     assert (np.asarray(sheet)[HEAD + 20 : HEAD + 40, :60] < 128).any()  # the first prompt, in black
+    name = "a name that is wider than its block of three images"
+    wide = prompt_sheet({name: images, "b": -images}, list(COLOURS))
+    assert wide.width > sheet.width + 100
+    left = wide.width - GAP - block.shape[1]
+    assert np.array_equal(np.asarray(wide)[HEAD : HEAD + block.shape[0], left : left + block.shape[1]], block)
+    assert (np.asarray(wide)[:HEAD, left - GAP : left] == 255).all()  # it does not run into the next
 
 
-@pytest.mark.parametrize("file", ["gin/captions_distillation.gin", "gin/captions_reward_tilt.gin"])
+def test_red_is_counted_where_the_colour_is_open(evaluator):
+    """A sampler that paints what is named, and blue otherwise but for "a seven" and "a two"."""
+
+    def paint(caption, index):
+        colour = named(caption)[1] or ("red" if caption in ("a seven", "a two") else "blue")
+        return painted(colour)
+
+    row = evaluator.measure("paints", Sampler(evaluator, paint), evaluations=1)
+    open_ = [prompt for prompt in prompts() if named(prompt)[1] is None]
+    assert row["red_share"] == sum(prompt in ("a seven", "a two") for prompt in open_) / len(open_) == 0.2
+    assert row["colour_accuracy"] == 1
+    assert row["diversity"] == 0
+
+
+FILES = ("gin/captions_distillation.gin", "gin/captions_reward_tilt.gin", "gin/captions_reward_ascent.gin")
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_run_of_a_gin_file_ends_in_a_document(file, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("RATIOGRAPH_CACHE", str(tmp_path))
     bindings = [
@@ -179,12 +227,13 @@ def test_a_run_of_a_gin_file_ends_in_a_document(file, shards, tmp_path, monkeypa
         assert all(value.isfinite() for value in task.step(next(batches), 4, generator).values())
     document = json.loads(json.dumps(evaluator.after(task, CPU, 0, before, tmp_path)))
     names = [row["name"] for row in document["rows"]]
-    assert names == ["real digits", "teacher, 1 evaluations", "student before training", "student, one evaluation"]
+    teacher = "teacher at guidance 2, 1 evaluation"
+    assert names == ["real digits", teacher, "student before training", "student, one evaluation"]
     assert set(document["metrics"]) < set(document["rows"][0])
     assert (tmp_path / document["figures"][0]["file"]).is_file()
     series = {one["name"]: one["values"] for one in document["histograms"][0]["series"]}
     tilted = tilted_shares(task, [0.2] * 5)
-    if "tilt" in file:
+    if "reward" in file:
         e = math.exp(2.5)
         assert tilted["p*(colour), tilted"] == pytest.approx([e / (e + 4), *[1 / (e + 4)] * 4])
         assert sum(series["p*(colour), tilted"]) == pytest.approx(1)
@@ -192,6 +241,9 @@ def test_a_run_of_a_gin_file_ends_in_a_document(file, shards, tmp_path, monkeypa
         assert tilted == {}
     again = evaluator.teacher_row(task, 1)
     assert again["frechet_distance"] == document["rows"][1]["frechet_distance"]
+    assert "teacher_distance" not in document["rows"][1]
+    to_teacher = frechet_distance(fit(evaluator.real.features), gaussian_of(again["fitted"]))
+    assert document["rows"][0]["teacher_distance"] == pytest.approx(to_teacher)
     assert set(evaluator.during(task, CPU, 0)) == {"prompt_accuracy", "log_reward", "frechet_distance"}
 
 

@@ -49,6 +49,7 @@ def test_a_published_row_at_full_size_on_pictures_made_here(tmp_path, monkeypatc
         *LAUNCH, "--gin_file=gin/papers/f_distill/cifar10_jensen_shannon.gin", f"--workdir={tmp_path}/run",
         f"--teacher={tmp_path}/teacher.pt", f"--data={tmp_path}/data/tiny-000000.tar",
         "--steps=2", "--batch_size=2", "--gin_param=Experiment.log_every=1", "--gin_param=Experiment.preview_samples=4",
+        "--gin_param=Experiment.teacher_evaluations=1",
         "--gin_param=Distillation.student_score_updates=1", "--gin_param=Distillation.ratio_updates=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

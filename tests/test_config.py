@@ -205,6 +205,18 @@ def test_differences_names_the_first_binding(parse, tmp_path):
     ]
 
 
+def test_a_parameter_that_an_older_file_leaves_out_has_its_default_there(parse, tmp_path):
+    saved = tmp_path / "config.gin"
+    config.save(parse(BASE), saved)
+    older = [line for line in saved.read_text().splitlines() if not line.startswith("main/ToyPower.limit")]
+    assert len(older) == len(saved.read_text().splitlines()) - 1
+    saved.write_text("\n".join(older) + "\n")
+    assert config.differences(parse(BASE), saved) == []
+    assert config.differences(parse(BASE, "ToyPower.limit = 3.0"), saved) == [
+        "main/ToyPower.limit is 1e999 there and 3.0 here"
+    ]
+
+
 def test_to_dict_is_flat_and_plain(parse):
     flat = config.to_dict(parse(BASE))
     assert flat["critic/ToyNet.width"] == 4

@@ -213,6 +213,11 @@ def test_evaluation_while_training(evaluator, real, monkeypatch):
     task.student_sampler = lambda n, generator: real[0][:1].expand(n, 1, 28, 28)
     assert evaluator.during(task, CPU, seed=3)["collapsed"] == 1.0
 
+    one_of_each = torch.stack([real[0][int((real[1] == label).nonzero()[0])] for label in range(10)])
+    task.student_sampler = lambda n, generator: one_of_each.repeat(n // 10 + 1, 1, 1, 1)[:n]
+    assert evaluator.measure("x", task.student_sampler, evaluations=1, samples=300)["collapsed"] is False
+    assert evaluator.during(task, CPU, seed=3)["collapsed"] == 1.0  # by its coverage
+
     task.student_sampler = resampler(real, share_of_ones=0.7)
     assert evaluator.during(task, CPU, seed=3)["collapsed"] == 1.0
     log_rewards = [0.0] * 10

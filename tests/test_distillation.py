@@ -329,3 +329,53 @@ def test_augmentation_is_of_the_critics_images_alone():
 def test_augmentation_that_a_critic_cannot_be_told_is_refused():
     with pytest.raises(ValueError, match="UNet has no augmentation labels and would learn to make augmented images"):
         task_of({"matching": matching()}, augmentation=NonLeaky())
+
+
+def test_critics_may_learn_from_the_step_s_samples_alone():
+    """Without fresh samples the student runs once a step, and its samples are noised anew for each update."""
+    torch.manual_seed(3)
+    task = prepared(task_of({"m": matching()}, student_score_updates=3, ratio_updates=3, fresh_samples=False))
+    runs, seen = [], []
+    task.student.register_forward_hook(lambda *_: runs.append(1))
+    learn_student_score, noise = type(task.critics)._learn_student_score, []
+
+    def watched(critics, student, *rest, **named):
+        seen.append(student.x0)
+        noise.append(student.noisy.x_t - student.x0)
+        return learn_student_score(critics, student, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(task.critics), "_learn_student_score", watched)
+        task.step(real(), 4, torch.Generator().manual_seed(0))
+    assert len(runs) == 1
+    assert len(seen) == 3
+    for again in (1, 2):
+        assert torch.equal(seen[0], seen[again])
+        assert not torch.equal(noise[0], noise[again])
+
+
+def test_a_lazy_penalty_is_taken_at_every_nth_update(monkeypatch):
+    """Counted over steps: with two updates a step and every = 4, the first of every second step."""
+    task = task_of({"m": matching()}, student_score_updates=2, ratio_updates=2)
+    task.ratio_loss, taken = R1Penalized(loss=LogisticLoss(), weight=1.0, every=4), []
+    prepared(task)
+    penalised = R1Penalized.__call__
+    monkeypatch.setattr(R1Penalized, "__call__", lambda self, *a: taken.append(self.weight) or penalised(self, *a))
+    generator = torch.Generator().manual_seed(0)
+    for expected in ([4.0], [4.0], [4.0, 4.0]):
+        task.step(real(), 4, generator)
+        assert taken == expected
+
+
+def test_gradients_of_two_networks_never_exist_at_once(monkeypatch):
+    """The student score is updated, and its gradients are gone, before a ratio on other features learns."""
+    task, held = prepared(task_of({"m": matching()})), []
+    loss = LogisticLoss.__call__
+
+    def watched(self, *given):
+        held.append(sum(p.grad is not None for node in (task.student, task.student_score) for p in node.parameters()))
+        return loss(self, *given)
+
+    monkeypatch.setattr(LogisticLoss, "__call__", watched)
+    task.step(real(), 4, torch.Generator().manual_seed(0))
+    assert held == [0]

@@ -1,6 +1,7 @@
 """Metrics of feature sets, files of statistics, and scores of images with captions."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -211,6 +212,12 @@ def test_clip_without_its_folder(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_clip_without_its_image_processor(clip, tmp_path):
+    shutil.copytree(clip, tmp_path, ignore=shutil.ignore_patterns("*processor_config.json"), dirs_exist_ok=True)
+    with pytest.raises(FileNotFoundError, match=r"there is no preprocessor_config\.json\. Fetch it once: hf download"):
+        ClipScore(folder=str(tmp_path)).load()
+
+
 def test_scores_and_rewards_agree(clip):
     """CLIP's reward is its logit, the score 100 times the cosine; images of the tower's size are not resized."""
     images, texts = normal(3, 3, 3, 16, 16).clamp(-1, 1), ["ab cd", "a dog", "x"]
@@ -235,6 +242,14 @@ def test_reward_score_is_the_reward():
 
 
 # ------------------------------------------------------------------------------------------------ documents
+
+
+def test_the_newer_document_says_which_row_is_best():
+    old = {"rows": [{"name": "a", "samples": 4, "best": True}, {"name": "b", "samples": 4}], "metrics": {}, "notes": []}
+    new = {"rows": [{"name": "a", "samples": 4}, {"name": "b", "samples": 4, "best": True}], "metrics": {}, "notes": []}
+    assert [row.get("best") for row in merged(old, new, "x")["rows"]] == [None, True]
+    new["rows"][1].pop("best")
+    assert [row.get("best") for row in merged(old, new, "x")["rows"]] == [True, None]
 
 
 def test_documents_are_merged_by_row_and_label(tmp_path):

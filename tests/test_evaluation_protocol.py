@@ -1,5 +1,6 @@
 """The evaluator: the numbers of all images at once, for any batch size and number of ranks."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tools_here
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,7 +26,7 @@ from ratiograph.evaluation.feature_sets import FeatureSet, read_statistics, writ
 from ratiograph.evaluation.features import DigitFeatures, InceptionFeatures, to_pixels
 from ratiograph.evaluation.frechet import fit, frechet_distance
 from ratiograph.evaluation.makers import AveragedStudent, LastStudent
-from ratiograph.evaluation.manifold import Manifold
+from ratiograph.evaluation.manifold import Manifold, expected_coverage
 from ratiograph.evaluation.metrics import Frechet, InBatchSimilarity, NearestNeighbours
 from ratiograph.evaluation.protocol import ImageEvaluator
 from ratiograph.evaluation.sources import CaptionedSamples, FolderStream, StudentSamples, coco_captions, stream_images
@@ -169,6 +171,32 @@ def test_raw_weights_are_another_row():
     assert names == ["student, one evaluation", "student, last weights"]
 
 
+def test_several_averages_are_rows_and_the_best_is_marked():
+    task, judge = Task(), evaluator(metrics=[Frechet()])
+    task.averaged = {"short": Generator(seed=2), "long": Generator(seed=4)}
+    networks = {
+        "": task.average,
+        "short/": task.averaged["short"],
+        "long/": task.averaged["long"],
+        "raw/": task.student,
+    }
+    found, real = judge.during(task, CPU, seed=0), real_images(90)
+    expected = [expected_numbers(task, real, 40, 0, network)["frechet"] for network in networks.values()]
+    assert [found[f"{prefix}frechet"] for prefix in networks] == pytest.approx(expected, rel=1e-9)
+    rows = judge.student_rows(task, 0)
+    assert [row["name"] for row in rows] == [
+        "student, one evaluation",
+        "student, average 'short'",
+        "student, average 'long'",
+        "student, last weights",
+    ]
+    expected = [expected_numbers(task, real, 60, 0, network)["frechet"] for network in networks.values()]
+    assert [row["frechet"] for row in rows] == pytest.approx(expected, rel=1e-9)
+    assert [row.get("best", False) for row in rows] == [number == min(expected) for number in expected]
+    document = judge.document(rows)
+    assert [row.get("best", False) for row in document["rows"]] == [row.get("best", False) for row in rows]
+
+
 def test_dropout_of_a_student_in_training_is_off():
     task, judge = Task(), evaluator(raw=True, metrics=[Frechet()])
     expected = judge.during(task, CPU, seed=0)["raw/frechet"]
@@ -200,10 +228,20 @@ def test_teacher_has_rows_of_its_own():
     assert rows[1]["frechet"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_collapse_is_said(caplog):
-    judge = evaluator(least_coverage=1.1)
-    assert judge.during(Task(), CPU, seed=0)["collapsed"] == 1
-    assert "may be collapsing" in caplog.text
+def test_collapse_is_a_coverage_below_a_share_of_that_of_real_images():
+    class Mixed(Task):
+        """Samples of which a share are real images, those that the evaluator does not compare with."""
+
+        def student_samples(self, draws, student=None):
+            made = super().student_samples(draws, student)
+            return torch.cat([real_images(150)[90 : 90 + self.real], made[self.real :]])
+
+    for real, collapsed in ((40, 0), (0, 1)):
+        task = Mixed()
+        task.real = real
+        found = evaluator(batch_size=40).during(task, CPU, seed=0)
+        assert found["collapsed"] == collapsed, found
+        assert collapsed == (found["coverage"] < 0.1 * expected_coverage(90, 40))
     assert evaluator(least_coverage=0).during(Task(), CPU, seed=0)["collapsed"] == 0
 
 
@@ -404,6 +442,11 @@ def test_captioned_samples(tmp_path):
     np.testing.assert_allclose(to_pixels(made.images)[0, 0].numpy(), small.round(), atol=1)
     assert np.mean(to_pixels(made.images)[0, 0].numpy() != small.round()) < 0.02
     assert not torch.equal(source.make(task, SampleDraws(7, [5]), LastStudent()).images[0], made.images[0])
+    digest = hashlib.sha256(b"one\ntwo\nthree\n").hexdigest()
+    assert source.settings()["captions"] == digest
+    (note,) = source.notes()
+    assert "3 captions" in note
+    assert f"{digest}), 2 samples each, judged at 14 x 14" in note
 
 
 def test_stable_diffusion_is_told_the_captions(tmp_path):
@@ -545,6 +588,19 @@ def test_tool_of_folders_and_statistics(tmp_path):
     assert row["frechet"] == pytest.approx(expected, rel=1e-6)
     assert (row["samples"], row["name"]) == (24, str(tmp_path / "a"))
     assert "Fréchet distance (digit classifier)" in done.stdout
+
+
+def test_presets_are_the_published_protocols():
+    with tools_here.tool("evaluate") as evaluate:
+        shipped = {name: (given["samples"], given["features"]) for name, given in evaluate.PRESETS.items()}
+        assert shipped == {
+            "cifar10": (50_000, ["inception_tf"]),
+            "imagenet64": (50_000, ["inception_tf"]),
+            "coco30k": (30_000, ["inception"]),
+        }
+        evaluate.FLAGS(["evaluate", "--preset=coco30k", "--samples=20"])
+        evaluate.apply_preset()
+        assert (evaluate.FLAGS.samples, evaluate.FLAGS.prompts, evaluate.FLAGS.features) == (20, 30_000, ["inception"])
 
 
 def test_tool_of_a_run(tmp_path):

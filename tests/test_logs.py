@@ -1,4 +1,4 @@
-"""logs.py: what is written is what was measured, once a step, over any number of interruptions."""
+"""logs.py, run_logger.py: what is written is what was measured, once a step, over any number of interruptions."""
 
 import errno
 import io
@@ -15,8 +15,11 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ratiograph import logs
-from ratiograph.logs import RunLogger, duration, make_grid, read_metrics, significant, sparkline
+from ratiograph import display
+from ratiograph.display import sparkline
+from ratiograph.loggers import TensorBoard
+from ratiograph.logs import duration, make_grid, read_metrics, significant
+from ratiograph.run_logger import RunLogger
 
 
 def quiet() -> Console:
@@ -34,11 +37,11 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(logs.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(display.time, "monotonic", lambda: self.now)
 
 
 def test_every_file_has_the_values_that_were_logged(tmp_path):
-    with RunLogger(tmp_path / "run", 100, images_per_step=64, console=quiet()) as log:
+    with RunLogger(tmp_path / "run", 100, images_per_step=64, loggers=[TensorBoard()], console=quiet()) as log:
         log.log(10, {"loss/ratio": torch.tensor(0.5), "field/gan": 1e-3})
         log.log(20, {"loss/ratio": 0.25})
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -67,14 +70,14 @@ def test_seconds_rate_and_time_left_come_from_the_clock(tmp_path, monkeypatch):
 
 def test_a_resume_drops_later_lines_and_goes_on_counting_seconds(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    with RunLogger(tmp_path, 100, console=quiet()) as log:
+    with RunLogger(tmp_path, 100, loggers=[TensorBoard()], console=quiet()) as log:
         for step in (10, 20, 30):
             clock.now += 2
             log.log(step, {"loss/a": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "loss/')  # torn by a kill
     clock.now += 1000  # the machine was off
-    with RunLogger(tmp_path, 100, resume_step=20, console=quiet()) as log:
+    with RunLogger(tmp_path, 100, resume_step=20, loggers=[TensorBoard()], console=quiet()) as log:
         clock.now += 3
         log.log(30, {"loss/a": -30})
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -147,11 +150,11 @@ def test_grid_refuses_what_is_no_picture():
 
 def test_image_is_written_losslessly(tmp_path):
     grid = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    with RunLogger(tmp_path, 10, console=quiet()) as log:
-        path = log.image(400, "samples", grid)
+    with RunLogger(tmp_path, 10, loggers=[TensorBoard()], console=quiet()) as log:
+        log.image(400, "samples", grid)
         with pytest.raises(ValueError, match=r"image tag '\.\./x' names a folder"):
             log.image(400, "../x", grid)
-    assert path == tmp_path / "samples" / "step_00000400.png"
+    path = tmp_path / "samples" / "step_00000400.png"
     np.testing.assert_array_equal(np.asarray(Image.open(path)), grid)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -173,7 +176,7 @@ def test_live_display_shows_progress_and_latest_values(tmp_path, monkeypatch):
     text = console.file.getvalue()
     assert "a message [not markup]" in text
     picture = Console(file=io.StringIO(), width=90)  # one column of groups
-    picture.print(log)
+    picture.print(log._display)
     shown = " ".join(picture.file.getvalue().split())
     assert "mnist_sba step 1,000 of 2,000 50%" in shown
     assert "60.0 steps/s" in shown
@@ -186,7 +189,7 @@ def test_live_display_shows_progress_and_latest_values(tmp_path, monkeypatch):
 
 def test_plain_output_when_standard_output_is_a_pipe_even_if_colour_is_forced(tmp_path):
     script = (
-        "import sys; from ratiograph.logs import RunLogger\n"
+        "import sys; from ratiograph.run_logger import RunLogger\n"
         "with RunLogger(sys.argv[1], 4) as log:\n"
         "    log.message('student σ = 2.5'); log.log(2, {'loss/a': 1.5})\n"
     )
@@ -210,22 +213,43 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
     assert [record["loss/a"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path):
-    class Full(io.StringIO):
-        def write(self, text):
+def test_a_full_disk_is_told_once_and_leaves_no_torn_line(tmp_path):
+    class Full:
+        """A file on a disk with room for 10 bytes more."""
+
+        def __init__(self, file):
+            self.file, self.truncate = file, file.truncate
+
+        def write(self, line):
+            self.file.write(line[:10])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    log = RunLogger(tmp_path, 4, console=quiet())
+    console = quiet()
+    log = RunLogger(tmp_path, 9, console=console)
+    files = log._loggers[0]
     log.log(1, {"loss/a": 1.0})
-    log._file.close()
-    log._file = Full()
-    with pytest.raises(ValueError, match=r"cannot write .*metrics\.jsonl: No space.*earlier files are intact"):
-        log.log(2, {"loss/a": 2.0})
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    file, files._file = files._file, Full(files._file)
+    log.log(2, {"loss/a": 2.0})
+    log.log(3, {"loss/a": 3.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    files._file = file  # someone made room
+    log.log(4, {"loss/a": 4.0})
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+    told = [line for line in console.file.getvalue().splitlines() if "does not log" in line]
+    assert len(told) == 1
+    assert "metrics.jsonl: No space left on device" in told[0]
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot write .*run"):
+        RunLogger(tmp_path / "run", 4, console=quiet())
 
 
 def test_importing_logs_imports_neither_torch_nor_tensorboard():
-    script = "import sys, ratiograph.logs; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
+    heavy = "torch", "tensorboard", "wandb", "trackio"
+    script = f"import sys, ratiograph.loggers, ratiograph.run_logger; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -70,12 +70,12 @@ def finished(folder, step=10):
 
 def test_flags_override_the_file_and_the_gin_lines(main):
     code, [(experiment, arguments)] = main(
-        "--steps=7", "--seed=3", "--batch_size=5", "--precision=fp32", "--data=elsewhere.tar", "--device=cpu",
+        "--steps=7", "--seed=3", "--batch_size=5", "--precision=fp32", "--data=mnist-heldout", "--device=cpu",
         "--gin_param=Experiment.steps=9", "--gin_param=Adam.lr=0.5", "--workdir=out",
     )  # fmt: skip
     assert code == 0
     assert (experiment.steps, experiment.seed, experiment.batch_size, experiment.precision) == (7, 3, 5, "fp32")
-    assert experiment.data.urls == "elsewhere.tar"
+    assert experiment.data.urls == "mnist-heldout"
     assert experiment.task.optimizer.lr == 0.5
     assert arguments == {"workdir": Path("out"), "device": "cpu", "mode": "auto"}
 

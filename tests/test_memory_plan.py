@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 
 from ratiograph import config
 from ratiograph.lora import LoRA, share_bases
-from ratiograph.memory_plan import activations, memory_plan, render
+from ratiograph.memory_plan import activations, memory_plan, render, shortage
 from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet
 from ratiograph.types import Condition, Needs
 
@@ -150,3 +150,17 @@ def test_other_tasks():
     assert node.total == 5 * 4 * sum(p.numel() for p in teacher.denoiser.parameters())
     assert memory_plan(nothing, "fp32").nodes == ()
     assert render(memory_plan(nothing, "fp32"), 1) == ""
+
+
+def test_a_device_that_is_too_small_is_told(monkeypatch):
+    """The numbers are those of the plan; what is built already is not asked for twice."""
+    task = config.build(config.parse(["gin/mnist_sba.gin"])).task
+    needed = memory_plan(task, "fp32").held() / 1e9
+    built = sum(parameter.nbytes for parameter in task.parameters()) / 1e9
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("ratiograph.memory_plan.available_memory", lambda device: needed - built + 0.001)
+    assert shortage(task, "fp32", cpu) == ""
+    monkeypatch.setattr("ratiograph.memory_plan.available_memory", lambda device: needed - built - 0.001)
+    assert "warning" in shortage(task, "fp32", cpu)
+    assert f"about {needed:.1f} GB and cpu has {needed - 0.001:.1f} GB left" in shortage(task, "fp32", cpu)
+    assert shortage(task, "fp32", cpu, parts=2) == ""

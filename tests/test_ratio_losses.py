@@ -39,9 +39,24 @@ def test_r1_looks_at_real_samples_only():
     assert difference.item() == pytest.approx((1 + 4) / 2 / 2)
 
 
+def test_a_lazy_penalty_has_the_mean_of_the_diligent_one():
+    """Every third update has three times the penalty, the others none and no need of a graph to x_t."""
+    x_t = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    real, student = x_t.square().sum(1) / 2, torch.zeros(2)
+    plain = LogisticLoss()(real, student, x_t).item()
+    diligent = R1Penalized(loss=LogisticLoss(), weight=0.5)(real, student, x_t).item() - plain
+    lazy = Scaled(loss=R1Penalized(loss=LogisticLoss(), weight=0.5, every=3), weight=1.0)
+    assert [lazy.at(update).needs_gradient for update in range(6)] == [True, False, False] * 2
+    added = [lazy.at(update)(x_t.square().sum(1) / 2, student, x_t).item() - plain for update in range(6)]
+    assert added == pytest.approx([3 * diligent, 0, 0] * 2)
+    assert sum(added) / 6 == pytest.approx(diligent)
+
+
 def test_a_negative_penalty_is_refused():
     with pytest.raises(ValueError, match=r"R1Penalized\.weight"):
         R1Penalized(loss=LogisticLoss(), weight=-1.0)
+    with pytest.raises(ValueError, match=r"R1Penalized\.every=0"):
+        R1Penalized(loss=LogisticLoss(), every=0)
 
 
 def test_a_scaled_loss_has_scaled_gradients():

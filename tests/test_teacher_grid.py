@@ -19,6 +19,7 @@ TINY = [
     "Experiment.preview_samples = 4",
     "Experiment.evaluator = None",
     "Experiment.steps = 1",
+    "Experiment.teacher_evaluations = 5",
 ]
 
 
@@ -35,6 +36,15 @@ def run(tmp_path_factory):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_run_draws_it_at_its_end(run):
+    # The first test of this file: the next ones draw it anew.
+    own = pixels(run / "samples" / "teacher.png")
+    with Image.open(run / "samples" / "teacher.png") as grid:
+        assert grid.info["evaluations"] == "5"
+    assert np.abs(pixels(draw_teacher(run, 5, "cpu")) - own).max() <= 1
+    assert np.abs(pixels(draw_teacher(run, 35, "cpu")) - own).max() > 1
 
 
 def test_noise_and_conditions_are_those_of_the_student_s_grids(run, monkeypatch):

@@ -95,7 +95,11 @@ def test_a_finished_run_does_not_train_again(tmp_path):
 
 def test_samples_and_weights_are_left(tmp_path):
     experiment, _ = run(tmp_path, steps=3)
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000000.png", "step_00000003.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "step_00000000.png",
+        "step_00000003.png",
+        "teacher.png",
+    ]
     student = experiment.task.ema.copy_of(experiment.task.average)
     for parameter in student.parameters():
         parameter.zero_()
@@ -147,6 +151,22 @@ def test_quick_evaluations_are_logged_and_change_nothing(tmp_path):
     summary = json.loads((judged / "diagnostics.json").read_text())
     assert summary["step"] == 4
     assert sum(summary["ratio"]["calibration"]["share"]) == pytest.approx(1)
+
+
+def test_a_collapse_is_told_at_once(tmp_path, capsys):
+    torch.manual_seed(0)
+    changes = ["Experiment.evaluator = @DigitsEvaluator()", "Experiment.evaluate_every = 1"]
+    experiment = config.build(config.parse(["gin/mnist_sba.gin"], [*TINY, *changes], {"Experiment.steps": 3}))
+    found = iter([{"collapsed": 0.0, "coverage": 0.5}, {"collapsed": 1.0, "coverage": 0.0312}, {"collapsed": 1.0}])
+    evaluator = experiment.evaluator
+    evaluator.before, evaluator.after = lambda *_: [], lambda *_: {}
+    evaluator.during = lambda *_: next(found)
+    trainer.train(experiment, workdir=tmp_path, device="cpu")
+    told = [line for line in capsys.readouterr().out.splitlines() if "collapsing" in line]
+    assert told == [
+        "step 2: the student may be collapsing: its samples cover 3.1 % of the real ones",
+        "step 3: the student may be collapsing",
+    ]
 
 
 def test_a_checkpoint_of_another_graph_is_refused(tmp_path):
@@ -206,7 +226,7 @@ def test_memory_and_throughput_are_logged_and_told(tmp_path, capsys):
     assert all(0.1 < record["memory/peak_gb"] <= used for record in records)
     for record in records:
         assert record["rate/images_per_second"] == pytest.approx(4 * record["rate/steps_per_second"])
-    assert re.search(r"images/s, at most [\d.]+ GB of memory\ndone: ", capsys.readouterr().out)
+    assert re.search(r"images/s, at most [\d.]+ GB of memory\n(drawing .*\n)?done: ", capsys.readouterr().out)
 
 
 def test_every_nth_and_the_best_checkpoint_are_kept(tmp_path):

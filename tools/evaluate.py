@@ -2,13 +2,18 @@
 
   python tools/evaluate.py runs/mnist_sba --samples=5000                      the run's student against its own data
   python tools/evaluate.py runs/mnist_sba --features=digits --metrics=frechet,kid_exact --raw
-  python tools/evaluate.py runs/cifar --preset=cifar10 --reference=c10.npz
-  python tools/evaluate.py stats --data='data/cifar10/cifar10-{000000..000009}.tar' --features=inception_tf
-         --out=c10.npz
   python tools/evaluate.py folder samples/ real/ --features=lite0             two folders of images, or .npz of them
 
+CIFAR-10 and ImageNet-64, 50,000 samples of seed 0 against all training images, on the features that EDM and the papers
+after it publish FID by; --features=inception is clean-fid's:
+
+  python tools/evaluate.py stats --data='data/cifar10/cifar10-{000000..000009}.tar' --features=inception_tf
+         --out=c10.npz
+  python tools/evaluate.py runs/cifar --preset=cifar10 --reference=c10.npz
+
 Zero-shot COCO-30k of a Stable Diffusion student: a fixed list of 30,000 captions of val2014, a sample each, resized to
-256 x 256 as clean-fid does, against the images of val2014 at that size:
+256 x 256 as clean-fid does, against the images of val2014 at that size. The list is drawn from COCO's file (captions by
+id, shuffled by seed 0), or is the first 30,000 lines of a text file with a caption a line:
 
   python tools/evaluate.py stats --data=coco/val2014 --size=256 --features=inception --out=coco256.npz
   python tools/evaluate.py runs/sd --preset=coco30k --reference=coco256.npz --pipeline=teachers/sd15
@@ -26,11 +31,12 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 FEATURES = ("lite0", "inception", "inception_legacy", "inception_tf", "digits", "timm:NAME")
 METRICS = ("frechet", "kid", "kid_exact", "inception_score", "neighbours", "in_batch_similarity")
 PRESETS = {
-    "cifar10": {"samples": 50_000, "features": ["inception"]},
+    "cifar10": {"samples": 50_000, "features": ["inception_tf"]},
     "imagenet64": {"samples": 50_000, "features": ["inception_tf"]},
     "coco30k": {"samples": 30_000, "features": ["inception"], "prompts": 30_000},
 }
@@ -48,7 +54,7 @@ flags.DEFINE_string("reference", None, "Real images: shards, folder, .npz of ima
 flags.DEFINE_string("data", None, "stats: the images, as --reference.")
 flags.DEFINE_integer("size", 0, "Crops and resizes image files of a folder to so many pixels a side.", lower_bound=0)
 flags.DEFINE_string("out", None, "stats: the .npz; otherwise the JSON, WORKDIR/evaluation.json for a run.")
-flags.DEFINE_bool("raw", False, "Also evaluate the weights of the newest checkpoint, not only their average.")
+flags.DEFINE_bool("raw", False, "Also the weights of the newest checkpoint; done anyway where there are several EMAs.")
 flags.DEFINE_string("clip", None, "Folder of a CLIP model: also CLIP scores.")
 flags.DEFINE_string("hps", None, "HPS_v2.1_compressed.pt: also HPSv2 scores.")
 flags.DEFINE_string("aesthetic", None, "Head of LAION's aesthetic predictor, on --clip: also its scores.")
@@ -60,6 +66,13 @@ flags.DEFINE_integer("repeats", 1, "Samples of each caption.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
+
+
+def apply_preset():
+    """Sets the flags that --preset decides and the command line does not."""
+    for name, value in PRESETS.get(FLAGS.preset, {}).items():
+        if not FLAGS[name].present:
+            setattr(FLAGS, name, value)
 
 
 def extractors():
@@ -233,7 +246,8 @@ def of_run(workdir):
     if not (workdir / "config.gin").is_file():
         raise ValueError(f"{workdir} has no config.gin: give the folder of a run, 'stats' or 'folder A B'")
 
-    from ratiograph import checkpoints, config, trainer, weight_files
+    from ratiograph import config, trainer
+    from ratiograph.evaluation.finished import load_students
 
     experiment = config.build(config.parse([str(workdir / "config.gin")], [], {}))
     task = experiment.task
@@ -241,14 +255,9 @@ def of_run(workdir):
         raise ValueError(f"{workdir} trained a {type(task).__name__}, which has no one-step student to evaluate")
     judge, device = evaluator(experiment.data, captioned()), place()
     task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
-    if FLAGS.raw:
-        found = checkpoints.latest(workdir / "checkpoints")
-        if not found:
-            raise ValueError(f"{workdir} has no checkpoint, which --raw needs")
-        task.load_training_state(found[1]["task"])
-    elif task.conditions.needs_data:
+    if task.conditions.needs_data:
         task.conditions.remember(experiment.data.batches(experiment.batch_size, experiment.seed))
-    weight_files.load_weights(workdir / "student.safetensors", task.average)
+    load_students(task, workdir, raw=FLAGS.raw)
 
     def judged():
         judge.prepare(device)
@@ -310,6 +319,7 @@ def print_table(document):
 
 
 def main(argv):
+    absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("ratiograph").setLevel(logging.ERROR)  # what was left out is printed with the results
 
     from ratiograph import distributed
@@ -317,10 +327,7 @@ def main(argv):
     from ratiograph.files import write_atomically
 
     try:
-        given = PRESETS.get(FLAGS.preset, {})
-        for name, value in given.items():
-            if not FLAGS[name].present:
-                setattr(FLAGS, name, value)
+        apply_preset()
         mode, *rest = argv[1:] or [""]
         if mode == "stats" and not rest:
             statistics()

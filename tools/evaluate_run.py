@@ -4,8 +4,9 @@
   python tools/evaluate_run.py --workdir=runs/mnist_sba --out=/tmp/more.json     leaves the run's folder as it is
   python tools/evaluate_run.py --workdir=runs/mnist_sba --gin_param='DigitsEvaluator.samples=20000' --out=/tmp/more.json
 
-The folder's config.gin says what the graph is, and student.safetensors what was trained. The student before its first
-step is made again from the run's seed and measured anew too; nothing is trained.
+The folder's config.gin says what the graph is; student.safetensors, and student_NAME.safetensors of a further average,
+what was trained. The student before its first step is made again from the run's seed and measured anew too; nothing is
+trained.
 """
 
 import json
@@ -33,7 +34,8 @@ def evaluate(workdir, folder):
 
     import torch
 
-    from ratiograph import config, trainer, weight_files
+    from ratiograph import config, trainer
+    from ratiograph.evaluation.finished import load_students
 
     cfg = config.parse([str(workdir / "config.gin")], FLAGS.gin_param, {})
     torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # as launch/main.py and the trainer seed random weights
@@ -49,7 +51,7 @@ def evaluate(workdir, folder):
     torch.manual_seed(trainer.step_seed(experiment.seed, 0))
     task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
     before = evaluator.before(task, device, experiment.seed)
-    weight_files.load_weights(workdir / "student.safetensors", task.average)
+    load_students(task, workdir, raw=getattr(evaluator, "raw", False))
     return evaluator.after(task, device, experiment.seed, before, folder)
 
 

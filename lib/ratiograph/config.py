@@ -19,6 +19,7 @@ import importlib.util  # gin 0.5 reports a missing file through it without impor
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ if not hasattr(gin, "configurable"):  # a folder named gin is importable without
 import gin.config
 from gin import config_parser
 
-from ratiograph import config_check
+from ratiograph import config_check, config_files
 from ratiograph.config_reader import Reader, find, imported, is_saved, parse_text, short
 from ratiograph.config_values import (
     Component,
@@ -52,6 +53,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "build",
+    "check_files",
     "differences",
     "parse",
     "register",
@@ -95,6 +97,7 @@ COMPONENT_MODULES = (
     "ratiograph.warm_start",
     "ratiograph.samplers",
     "ratiograph.optim",
+    "ratiograph.loggers",
     "ratiograph.denoising_weights",
     "ratiograph.conditions",
     "ratiograph.data.stream",
@@ -246,6 +249,15 @@ def build(cfg: Config) -> Any:
     return built
 
 
+def check_files(cfg: Config) -> None:
+    """Whether the weights and shards that ``cfg`` names are there, in milliseconds and without building anything.
+
+    Raises:
+        FileNotFoundError: some are not: a line for each, with what names it and how to get it.
+    """
+    config_files.check_files(cfg, _components)
+
+
 def _refusal(cfg: Config, error: Exception) -> str:
     """A constructor's own message after the place that built it, without what gin adds to it per caller."""
     message, *callers = re.split(r"\n  In call to configurable '", str(error))
@@ -285,11 +297,16 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 def differences(cfg: Config, path: str | Path, *, ignore: Sequence[str] = ()) -> list[str]:
     """Where ``cfg`` and a saved configuration differ: 'SBA.lam is 0.5 there and 2.0 here', one a binding.
 
+    A parameter that the saved one leaves out, since its component had no such parameter then, has its default there.
+
     Args:
         ignore: bindings that may differ, e.g. ``["Experiment.steps"]``.
     """
     here = _lines(_text(cfg), "here")
     there = _lines(Path(path).read_text(encoding="utf-8"), short(Path(path).resolve()))
+    with suppress(ConfigError):  # one that no longer fits is taken as it stands
+        filled = parse([str(path)], root=cfg.root)
+        there = {**_lines(_text(filled), "there"), **there}
     keys = [key for key in {**there, **here} if key not in ignore and there.get(key) != here.get(key)]
     return [f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in keys]
 

@@ -58,7 +58,7 @@ class DenoiserTraining(Task):
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         self.denoiser.load()
-        self.average = self.ema.copy_of(self.denoiser)
+        self.average = self.parallel.copy(self.denoiser)
         self.parallel.place(self, [self.denoiser, self.average], device, autocast_dtype)
         self.optimizers = {"denoiser": self.optimizer.build(self.denoiser.parameters())}
         self.denoiser.train()

@@ -16,7 +16,7 @@ once, weights are of all of them together, so it is the same step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from ratiograph.experiment import Sampler, Task
 from ratiograph.lora import share_bases
 from ratiograph.noising import NoisingProcess
 from ratiograph.objective import Objective
-from ratiograph.optim import EMA, Adam
+from ratiograph.optim import EMA, Adam, named_averages
 from ratiograph.positives import ExactSamples, Positives, RealSamples
 from ratiograph.randomness import normal
 from ratiograph.ratio_losses import LogisticLoss, RatioLoss
@@ -58,17 +58,20 @@ class Distillation(Task):
         times: p(t) of the objective.
         student_optimizer: recipe of the student's optimiser.
         ema: recipe of the student's average, which is the result.
+        averages: recipes of further averages by name, such as 'short' and 'long': kept, judged and written beside it.
         teacher: denoiser of p, frozen; None for score-free objectives.
         student_score: denoiser of q, trained online; None for score-free objectives.
         student_score_times: p(t) of its denoising loss.
         student_score_optimizer: recipe of its optimiser.
-        student_score_updates: its updates a step; the first shares the step's samples, the others draw fresh ones.
+        student_score_updates: its updates a step; the first shares the step's samples.
         student_score_weight: lambda(s) of its loss; EDM's for its ``sigma_data`` by default.
         ratio: estimator of log p/q, trained online; None where every weighting is KL's and no direction needs it.
         ratio_times: p(t) of its loss; None, for an estimator on the student score, shares that network's noisy samples,
             so that one pass over them gives both losses.
         ratio_optimizer: recipe of its optimiser.
         ratio_updates: its updates a step.
+        fresh_samples: whether each further update of a critic has new samples, at a forward pass of the student each;
+            otherwise all learn from the step's samples, at noise and times of their own.
         ratio_loss: what trains it; the logistic loss by default.
         positives: its samples of p; by default exact ones if the teacher has them, and real ones otherwise.
         warm_start: an earlier run whose networks to begin with.
@@ -94,6 +97,7 @@ class Distillation(Task):
         times: TimeSampler,
         student_optimizer: Adam,
         ema: EMA,
+        averages: Mapping[str, EMA] | None = None,
         teacher: Denoiser | None = None,
         student_score: EDM | None = None,
         student_score_times: TimeSampler | None = None,
@@ -104,6 +108,7 @@ class Distillation(Task):
         ratio_times: TimeSampler | None = None,
         ratio_optimizer: Adam | None = None,
         ratio_updates: int = 1,
+        fresh_samples: bool = True,
         ratio_loss: RatioLoss | None = None,
         positives: Positives | None = None,
         warm_start: WarmStart | None = None,
@@ -116,9 +121,10 @@ class Distillation(Task):
         self.student, self.objective, self.noising, self.times = student, objective, noising, times
         self.teacher, self.student_score, self.ratio = teacher, student_score, ratio
         self.student_score_times, self.ratio_times = student_score_times, ratio_times
-        self.student_optimizer, self.ema = student_optimizer, ema
+        self.student_optimizer, self.ema, self.averages = student_optimizer, ema, named_averages(averages)
         self.student_score_optimizer, self.ratio_optimizer = student_score_optimizer, ratio_optimizer
         self.student_score_updates, self.ratio_updates = student_score_updates, ratio_updates
+        self.fresh_samples = fresh_samples
         self.ratio_loss = LogisticLoss() if ratio_loss is None else ratio_loss
         exact = getattr(teacher, "can_sample", False)
         self.positives = positives or (ExactSamples() if exact else RealSamples())
@@ -182,11 +188,17 @@ class Distillation(Task):
             student_score_times=self.student_score_times,
             student_score_weight=self.student_score_weight,
             ratio_times=self.ratio_times,
-            ratio_loss=self.ratio_loss,
+            ratio_loss=self.ratio_loss.at(self._ratio_update),
             positives=self.positives,
             objective=self.objective,
             diagnostics=self.diagnostics if self.ratio is not None else None,
         )
+
+    @property
+    def _ratio_update(self) -> int:
+        """Number of the ratio's next update, 0 before the first."""
+        updater = self.optimizers.get("ratio", self.optimizers.get("student_score"))
+        return 0 if updater is None else updater.updates
 
     @property
     def learn_from_ratio(self) -> list[nn.Parameter]:
@@ -201,9 +213,10 @@ class Distillation(Task):
             term.target.load()
         if self.teacher is not None:
             freeze(self.teacher, autocast_dtype)
-        self.average = self.ema.copy_of(self.student)
-        self._start_warm()
+        self.average = self.parallel.copy(self.student)
+        self.averaged = nn.ModuleDict({name: self.parallel.copy(self.student) for name in self.averages})
         self._place(device, autocast_dtype)
+        self._start_warm()
         self.optimizers = {"student": self.student_optimizer.build(self.student.parameters())}
         if self.student_score is not None:
             self.optimizers["student_score"] = self.student_score_optimizer.build(self.student_score.parameters())
@@ -214,9 +227,12 @@ class Distillation(Task):
     def _start_warm(self) -> None:
         if self.warm_start is not None:
             networks = self.trained()
-            self.warm_start.load(
+            taken = self.warm_start.load(
                 {name: networks[name] for name in networks if name not in ("objective", "diagnostics")}
             )
+            for name, average in self.averaged.items():
+                if f"student_average_{name}" not in taken:
+                    average.load_state_dict(self.average.state_dict())
 
     def _place(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         twice = self.objective.needs.curvature or (self.ratio is not None and self.ratio_loss.needs_gradient)
@@ -225,13 +241,15 @@ class Distillation(Task):
                 "R1Penalized and second-order targets differentiate a network twice, which sharded ones cannot do: use "
                 "--parallel=ddp, or leave them out"
             )
-        nodes = (self.student.denoiser, self.average.denoiser, self.teacher, self.student_score, self.ratio)
+        averages = (average.denoiser for average in (self.average, *self.averaged.values()))
+        nodes = (self.student.denoiser, *averages, self.teacher, self.student_score, self.ratio)
         self.parallel.place(self, [node for node in nodes if node is not None], device, autocast_dtype)
 
     def trained(self) -> dict[str, nn.Module]:
         networks = {
             "student": self.student,
             "student_average": self.average,
+            **{f"student_average_{name}": average for name, average in self.averaged.items()},
             "student_score": self.student_score,
             "ratio": self.ratio,
             "objective": self.objective,
@@ -250,7 +268,7 @@ class Distillation(Task):
 
     def weights(self) -> dict[str, nn.Module]:
         ratio = {"ratio": self.ratio} if "ratio" in self.optimizers else {}
-        return {"student": self.average, **ratio}
+        return {"student": self.average, **{f"student_{name}": a for name, a in self.averaged.items()}, **ratio}
 
     def summary(self) -> dict:
         return {} if self.ratio is None else {"ratio": self.diagnostics.summary()}
@@ -284,7 +302,7 @@ class Distillation(Task):
         else:
             metrics, x0 = {}, self._samples(z, condition)
         for update in range(max(self.student_score_updates, self.ratio_updates)):
-            if update:
+            if update and self.fresh_samples:
                 condition = self.conditions.draw(batch, batch_size, self.student, generator)
                 x0 = self._samples(self.student.noise(batch_size, generator), condition)
             metrics |= self._update_critics(update, x0, condition, batch, generator)
@@ -314,7 +332,9 @@ class Distillation(Task):
         passes.backward(torch.stack(list(fields.values())).sum(0) / len(z))
         updater = self.optimizers["student"]
         norm = updater.step()
-        self.ema.update(self.average, self.student, len(z), updater.updates * len(z))
+        recipes, averages = (self.ema, *self.averages.values()), (self.average, *self.averaged.values())
+        for ema, average in zip(recipes, averages, strict=True):
+            ema.update(average, self.student, len(z), updater.updates * len(z))
         return passes.x0, {**field_metrics(fields), **self.objective.metrics(), "gradient/student": norm}
 
     def _fields(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
@@ -332,27 +352,37 @@ class Distillation(Task):
         self, update: int, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """One update of the critics that are due at this number of the step's updates."""
-        learning = set()
-        if self.student_score is not None and update < self.student_score_updates:
-            learning.add("student_score")
-        if self.ratio is not None and self.ratio.learns and update < self.ratio_updates:
-            learning.add("ratio")
-        metrics = self.critics.learn(learning, x0, condition, batch, generator, self.accumulation)
-        shared = "ratio" in learning and self.ratio.on_student_score
-        for name in self.optimizers:  # in the same order on every rank
-            if name in learning or (shared and name == "student_score"):
-                self.optimizers[name].step()
+        due = {"student_score": self.student_score_updates, "ratio": self.ratio_updates}
+        learns = {
+            "student_score": self.student_score is not None,
+            "ratio": self.ratio is not None and self.ratio.learns,
+        }
+        learning = [name for name, updates in due.items() if learns[name] and update < updates]
+        metrics = {}
+        for names in self._together(learning):
+            metrics |= self.critics.learn(names, x0, condition, batch, generator, self.accumulation)
+            shared = "ratio" in names and self.ratio.on_student_score
+            for name in self.optimizers:  # in the same order on every rank
+                if name in names or (shared and name == "student_score"):
+                    self.optimizers[name].step()
         return metrics
+
+    def _together(self, learning: list[str]) -> list[list[str]]:
+        """The critics whose gradients meet in one update; those of the others never exist at the same time."""
+        if self.ratio is not None and self.ratio.on_student_score:
+            return [learning]
+        return [[name] for name in learning]
 
     @torch.no_grad()
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:
         return picture(self.student_sampler(samples, generator))
 
     @torch.no_grad()
-    def student_sampler(self, samples: int, generator: torch.Generator) -> Tensor:
-        """x0 [samples, ...] of the averaged student."""
-        condition = self.conditions.preview(samples, self.average, generator)
-        return self.average(self.average.noise(samples, generator), condition)
+    def student_sampler(self, samples: int, generator: torch.Generator, student: OneStep | None = None) -> Tensor:
+        """x0 [samples, ...] of ``student``, the averaged one by default."""
+        student = self.average if student is None else student
+        condition = self.conditions.preview(samples, student, generator)
+        return student(student.noise(samples, generator), condition)
 
     @torch.no_grad()
     def student_samples(self, draws: SampleDraws, student: OneStep | None = None) -> Tensor:

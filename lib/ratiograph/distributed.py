@@ -28,6 +28,7 @@ __all__ = [
     "own_part",
     "rank",
     "ranks",
+    "ranks_here",
     "start",
     "stop",
     "wait_for_all",
@@ -68,6 +69,13 @@ def _environment() -> tuple[int, int, int]:
 def local_rank() -> int:
     """This process's number on its machine, which picks its GPU."""
     return _environment()[2]
+
+
+def ranks_here() -> int:
+    """Number of processes on this machine, where every machine has as many; else, and where nothing tells, all."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    same = re.fullmatch(r"(\d+)(\(x\d+\))?", told)  # srun's '8(x2)' is 8 on each of 2 machines
+    return int(same[1]) if same else ranks()
 
 
 def start(device: torch.device, minutes: float = 30.0) -> None:

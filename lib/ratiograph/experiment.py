@@ -5,7 +5,7 @@ A ``Task`` owns every node of the graph and knows how to take one optimisation s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.checkpoints import load_strict
+from ratiograph.loggers import Logger
 from ratiograph.optim import Updater
 from ratiograph.parallel import Parallel, Replicated, full, spread_like
 from ratiograph.types import Batch
@@ -118,6 +119,7 @@ class Experiment:
         task: what is trained; owns the graph.
         data: stream of real samples; needed if the task needs data.
         evaluator: judges the result, or None for no evaluation.
+        loggers: where metrics and pictures go beside the run's folder; TensorBoard by default, [] for nowhere.
         steps: optimisation steps of the whole run.
         batch_size: samples a step, of all processes together.
         accumulation: micro-batches, one after another, that a process takes its samples of a step in: the same step in
@@ -133,6 +135,8 @@ class Experiment:
         best_metric: a quick measurement, 'evaluation/<name>', whose smallest value has its checkpoint kept.
         evaluate_every: steps between the evaluator's quick measurements, 0 for none but the last.
         preview_samples: samples of a grid.
+        teacher_evaluations: evaluations a sample of the teacher's grid, drawn once at the end from the same noise, to
+            stand above the student's in the report; 0 for none.
         max_bad_steps: steps in a row without a finite gradient that end the run; fewer are left out and counted.
         hang_minutes: time without a step after which the log says where the run hangs.
 
@@ -143,6 +147,7 @@ class Experiment:
     task: Task
     data: DataStream | None = None
     evaluator: Evaluator | None = None
+    loggers: Sequence[Logger] | None = None
     steps: int
     batch_size: int
     accumulation: int = 1
@@ -156,6 +161,7 @@ class Experiment:
     best_metric: str | None = None
     evaluate_every: int = 0
     preview_samples: int = 64
+    teacher_evaluations: int = 0
     max_bad_steps: int = 10
     hang_minutes: float = 15.0
 
@@ -169,6 +175,8 @@ class Experiment:
                 f"Experiment.accumulation={self.accumulation}: {type(self.task).__name__} takes a step in one piece; "
                 "leave it at 1"
             )
+        if self.teacher_evaluations < 0:
+            raise ValueError(f"Experiment.teacher_evaluations={self.teacher_evaluations} must be >= 0; 0 draws none")
         if self.evaluate_every < 0:
             raise ValueError(f"Experiment.evaluate_every={self.evaluate_every} must be at least 0, which is never")
         if self.keep_every < 0 or self.keep_every % self.checkpoint_every:

@@ -130,10 +130,12 @@ class StepGuard:
         """Which terms and which networks, for people; ``bad`` counts what `Means.read` found."""
         counts = {name: int(count) for name, count in self._by_network.items()}
         terms = [f"the term {name.removeprefix('field/')!r}" for name in bad if name.startswith("field/")]
+        rewards = [f"the reward {name.removeprefix('reward/')}" for name in bad if name.startswith("reward/")]
         losses = [f"the {name}" for name in bad if name.startswith("loss/")]
         updates = [f"{count} updates of {name}" for name, count in counts.items() if count]
         broken = [f"the weights of {name}" for name, network in self.task.named_children() if not _finite(network)]
-        return f"not finite: {', '.join([*terms, *losses, *broken]) or 'the gradient'}; left out: {', '.join(updates)}"
+        told = ", ".join([*rewards, *terms, *losses, *broken]) or "the gradient"
+        return f"not finite: {told}; left out: {', '.join(updates)}"
 
 
 def _finite(network: nn.Module) -> bool:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ratiograph.guidance import Guided
+from ratiograph.memory import available_memory
 from ratiograph.types import Condition
 
-__all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "memory_plan", "render"]
+__all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "memory_plan", "render", "shortage"]
 
 NODES = ("teacher", "student", "student_score", "ratio", "objective", "denoiser")
 AVERAGED = ("student", "denoiser")
@@ -88,7 +89,7 @@ def _bytes(owner: nn.Module, parameter: nn.Parameter, halved: bool) -> int:
     return parameter.numel() * (2 if half else parameter.element_size())
 
 
-def _node(name: str, module: nn.Module, seen: set[int], precision: str, averaged: bool, frozen: bool) -> NodeMemory:
+def _node(name: str, module: nn.Module, seen: set[int], precision: str, averages: int, frozen: bool) -> NodeMemory:
     weights = trained = parameters = 0
     for owner in module.modules():
         for parameter in owner.parameters(recurse=False):
@@ -100,7 +101,7 @@ def _node(name: str, module: nn.Module, seen: set[int], precision: str, averaged
             weights += _bytes(owner, parameter, precision == "bf16" and name == "teacher")
             trained += parameter.numel() if learns else 0
     moved = SINGLE * trained
-    return NodeMemory(name, parameters, trained, weights, moved, 2 * moved, moved if averaged else 0)
+    return NodeMemory(name, parameters, trained, weights, moved, 2 * moved, averages * moved)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -198,8 +199,9 @@ def memory_plan(task: nn.Module, precision: str = "bf16") -> MemoryPlan:
     named = {name: getattr(task, name, None) for name in NODES}
     named = {name: node for name, node in named.items() if isinstance(node, nn.Module)}
     seen: set[int] = set()
+    kept = 1 + len(getattr(task, "averages", ()))
     nodes = tuple(
-        _node(name, node, seen, precision, averaged=name in AVERAGED, frozen=name in FROZEN)
+        _node(name, node, seen, precision, averages=kept if name in AVERAGED else 0, frozen=name in FROZEN)
         for name, node in named.items()
     )
     network = getattr(getattr(named.get("student"), "denoiser", None), "network", None)
@@ -217,6 +219,25 @@ def _passes(task: nn.Module) -> int:
 
 def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f}" if count >= 5e6 else "0" if not count else "<0.01"
+
+
+def shortage(task: nn.Module, precision: str, device: torch.device, parts: int = 1) -> str:
+    """A warning where weights, gradients, moments and averages alone will not fit; '' where they will.
+
+    Args:
+        task: built; what it holds already counts as free.
+        precision: "bf16" or "fp32".
+        device: where it will train.
+        parts: processes that share one copy of the weights.
+    """
+    held = sum(parameter.nbytes for parameter in task.parameters() if parameter.device.type == device.type) / 1e9
+    needed, left = memory_plan(task, precision).held(parts) / 1e9, available_memory(device) + held
+    if needed <= left:
+        return ""
+    return (
+        f"warning: the networks, gradients, optimisers and averages take about {needed:.1f} GB and {device} has "
+        f"{left:.1f} GB left: shard over several GPUs (--parallel=fsdp), or train adapters (gin/base/sd15_lora.gin)"
+    )
 
 
 def render(plan: MemoryPlan, batch_size: int, ranks: Sequence[int] = (1, 8)) -> str:

@@ -7,12 +7,13 @@ images mean the same at every batch size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ratiograph.distributed import average_gradients, is_sharded
+from ratiograph.distributed import average_gradients, is_sharded, ranks
 from ratiograph.parallel import spread
 
 __all__ = ["EMA", "Adam"]
@@ -129,10 +130,29 @@ class EMA:
 
     @torch.no_grad()
     def update(self, average: nn.Module, module: nn.Module, batch_size: int, images: int) -> None:
-        """average <- beta average + (1 - beta) module, for every parameter that learns; buffers are copied."""
-        weight = 1 - self.beta(batch_size, images)
+        """average <- beta average + (1 - beta) module, for every parameter that learns; buffers are copied.
+
+        Args:
+            average: made by ``copy_of``.
+            module: after its update.
+            batch_size: samples of the update on this process; all processes have as many.
+            images: of this process so far, this update's included.
+        """
+        weight = 1 - self.beta(batch_size * ranks(), images * ranks())
         pairs = zip(average.parameters(), module.parameters(), strict=True)
         olds, news = zip(*((old, new) for old, new in pairs if new.requires_grad), strict=True)
         torch._foreach_lerp_(olds, news, weight)
         for old, new in zip(average.buffers(), module.buffers(), strict=True):
             old.copy_(new)
+
+
+def named_averages(averages: Mapping[str, EMA] | None) -> dict[str, EMA]:
+    """Recipes of further averages by name.
+
+    Raises:
+        ValueError: a name that no module and no file can have, or that stands for the weights themselves.
+    """
+    for name in averages or {}:
+        if not re.fullmatch(r"[a-z0-9_]+", name) or name == "raw" or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"averages={{{name!r}: ...}}: take a name of small letters and digits, such as 'short'")
+    return dict(averages or {})

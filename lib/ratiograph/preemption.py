@@ -47,10 +47,13 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def join(self, others: bool) -> bool:
-        """Whether this process is to end, or, as ``others`` says, another rank, with which it then ends."""
+        """``others``, whether some rank was to end when all were asked: this one then ends with it.
+
+        A signal that came after that question waits for the next one, so that all ranks end after the same step.
+        """
         if others and not self.received:
             self.received = "another rank's signal"
-        return bool(self.received)
+        return others
 
     def _receive(self, number: int, _frame: object) -> None:
         first = not self.received

@@ -19,6 +19,11 @@ class RatioLoss:
     needs_gradient = False
     """Whether ``x_t`` must require a gradient before the estimator runs."""
 
+    def at(self, update: int) -> RatioLoss:
+        """The loss of the estimator's update number ``update`` = 0, 1, ...: this one, unless it changes from one to
+        the next."""
+        return self
+
     def __call__(self, real: Tensor, student: Tensor, x_t: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss [].
 
@@ -42,17 +47,28 @@ class LogisticLoss(RatioLoss):
 class R1Penalized(RatioLoss):
     """A loss plus weight/2 E_real |grad_x l|^2 (R1, Mescheder et al. 2018), taken at the noisy sample.
 
+    Its gradient takes three passes through the features where the loss takes one. With ``every`` = n the penalty is
+    n times as heavy at each n-th update and absent from the others, the same on average (lazy regularisation,
+    StyleGAN2, Karras et al. 2020, Appendix B).
+
     Args:
         loss: the loss held.
         weight: of the penalty, >= 0; f-distill takes 1 on CIFAR-10 and COYO.
+        every: n >= 1, counted in updates of the estimator; 1 is the penalty as f-distill has it.
     """
 
     needs_gradient = True
 
-    def __init__(self, *, loss: RatioLoss, weight: float = 1.0):
+    def __init__(self, *, loss: RatioLoss, weight: float = 1.0, every: int = 1):
         if weight < 0:
             raise ValueError(f"R1Penalized.weight={weight} must be >= 0")
-        self.loss, self.weight = loss, weight
+        if every < 1:
+            raise ValueError(f"R1Penalized.every={every} must be >= 1: every n-th update has the penalty")
+        self.loss, self.weight, self.every = loss, weight, every
+
+    def at(self, update):
+        loss = self.loss.at(update)
+        return loss if update % self.every else R1Penalized(loss=loss, weight=self.every * self.weight)
 
     def __call__(self, real, student, x_t, weight=None):
         (gradient,) = torch.autograd.grad(real.sum(), x_t, create_graph=True)
@@ -74,6 +90,9 @@ class Scaled(RatioLoss):
         if weight <= 0:
             raise ValueError(f"Scaled.weight={weight} must be > 0")
         self.loss, self.weight, self.needs_gradient = loss, weight, loss.needs_gradient
+
+    def at(self, update):
+        return Scaled(loss=self.loss.at(update), weight=self.weight)
 
     def __call__(self, real, student, x_t, weight=None):
         return self.weight * self.loss(real, student, x_t, weight)

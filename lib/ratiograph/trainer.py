@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +22,15 @@ from ratiograph.checkpoint_manager import CheckpointManager, check_graph, config
 from ratiograph.experiment import Experiment
 from ratiograph.faults import Means, StepGuard, Watchdog
 from ratiograph.files import write_atomically
-from ratiograph.logs import RunLogger, SilentLogger, make_grid, significant
+from ratiograph.loggers import TensorBoard
+from ratiograph.logs import make_grid, significant
+from ratiograph.memory import peak_memory
+from ratiograph.memory_plan import shortage
 from ratiograph.preemption import Preemption
 from ratiograph.randomness import BatchGenerator
 from ratiograph.report import write_report
+from ratiograph.run_logger import RunLogger, SilentLogger
+from ratiograph.teacher_grid import save_teacher
 from ratiograph.types import Batch
 
 __all__ = ["autocast_dtype", "choose_device", "step_seed", "train"]
@@ -68,14 +71,6 @@ def step_seed(seed: int, *position: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held on ``device`` so far, in GB (1e9 bytes)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 class _Run:
     """One call of ``train``."""
 
@@ -98,6 +93,9 @@ class _Run:
                 f"Experiment.accumulation={experiment.accumulation} must divide the {experiment.batch_size // ranks} "
                 "samples that a process has of a step"
             )
+        self.loggers = (TensorBoard(),) if experiment.loggers is None else tuple(experiment.loggers)
+        for logger in self.loggers:
+            logger.check()
         self.task.accumulation = experiment.accumulation
         self.task.parallel = parallel.choose(mode, self.task, device)
         self.share = experiment.batch_size // ranks
@@ -110,8 +108,15 @@ class _Run:
         """Who speaks for the run, from step ``done`` on."""
         if not distributed.is_main():
             return SilentLogger()
-        size = self.experiment.batch_size
-        return RunLogger(self.workdir, self.experiment.steps, resume_step=done, images_per_step=size)
+        config = self.workdir / "config.gin"
+        return RunLogger(
+            self.workdir,
+            self.experiment.steps,
+            resume_step=done,
+            images_per_step=self.experiment.batch_size,
+            loggers=self.loggers,
+            config=config.read_text(encoding="utf-8") if config.exists() else "",
+        )
 
     def seeded(self, *position: int) -> torch.Generator:
         """The generator of the global batch, and this rank's own (dropout), at one position."""
@@ -196,13 +201,26 @@ class _Run:
         if samples is not None and samples.ndim == 4:
             logger.image(step, "samples", make_grid(samples))
 
-    def judge(self, step: int) -> dict[str, float]:
-        """The evaluator's quick numbers where they are due."""
+    def draw_teacher(self, logger: RunLogger) -> None:
+        """The teacher's samples at the noise of the previews."""
+        evaluations = self.experiment.teacher_evaluations
+        logger.message(f"drawing the teacher's samples at {evaluations} evaluations")
+        with self.task.parallel.whole():
+            if distributed.is_main():
+                save_teacher(self.task, self.workdir, self.experiment.preview_samples, self.alone(2), evaluations)
+
+    def judge(self, step: int, logger: RunLogger) -> dict[str, float]:
+        """The evaluator's quick numbers where they are due; a collapse is told at once."""
         evaluator, every = self.experiment.evaluator, self.experiment.evaluate_every
         if not (evaluator and every and step % every == 0):
             return {}
         with self.task.parallel.whole():
             found = distributed.from_main(evaluator.during(self.task, self.device, self.experiment.seed))
+        if found.get("collapsed"):
+            covered = (
+                f": its samples cover {100 * found['coverage']:.1f} % of the real ones" if "coverage" in found else ""
+            )
+            logger.message(f"step {step}: the student may be collapsing{covered}")
         return {f"evaluation/{name}": value for name, value in found.items()}
 
     def loop(self, done: int, samples: int, logger: RunLogger, preemption: Preemption) -> None:
@@ -233,7 +251,7 @@ class _Run:
                 self.checkpoints.poll()
                 # Asked once: a signal between here and the end of the step waits for the next one.
                 last = preemption.join(distributed.any_rank(bool(preemption.received))) or step == experiment.steps
-                judged = self.judge(step)
+                judged = self.judge(step, logger)
                 saving = self.checkpoints.improves(step, judged) or last or step % experiment.checkpoint_every == 0
                 if saving or judged or step % experiment.log_every == 0:
                     now = time.perf_counter()
@@ -258,6 +276,9 @@ class _Run:
         metrics, bad = means.read()
         metrics = distributed.average_metrics(metrics, self.device)
         faults = guard.read()
+        rewards = [name.removeprefix("reward/") for name in bad if name.startswith("reward/")]
+        if rewards:  # whose gradient may have been finite all the same
+            logger.message(f"step {step}: log R of {', '.join(rewards)} was NaN or infinite for some samples")
         logger.log(step, metrics | measured | ({"faults/skipped_steps": faults.skipped} if faults.skipped else {}))
         if not faults.new:
             return
@@ -280,6 +301,8 @@ class _Run:
             gathered = parallel.Gathered(module)
             if distributed.is_main():
                 weight_files.save_weights(self.workdir / f"{name}.safetensors", gathered, metadata)
+        if self.experiment.teacher_evaluations and getattr(self.task, "teacher", None) is not None:
+            self.draw_teacher(logger)
         if self.experiment.evaluator:
             logger.message("evaluating")
             stored = self.workdir / "before.json"
@@ -298,7 +321,7 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
         experiment: what to run.
         workdir: folder of the run; see ``WORKSPACE.md`` for the files it leaves.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        mode: how several processes hold the networks, "auto", "none", "ddp" or "fsdp"; see `parallel.choose`.
+        mode: how several processes hold the networks, "auto", "none", "ddp", "fsdp" or "hsdp"; see `parallel.choose`.
 
     Returns:
         The path of ``report.html``.
@@ -312,7 +335,8 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
     if distributed.is_main():
         picture = graph.to_svg(graph.describe(experiment), title=run.workdir.resolve().name)
         write_atomically(run.workdir / "graph.svg", picture.encode())
-    messages: list[str] = []
+    short = shortage(run.task, experiment.precision, run.device, run.task.parallel.parts)
+    messages = [short] if short else []
     with Preemption() as preemption, run.checkpoints:
         done, samples = run.start(messages.append)
         with run.logger(done) as logger:

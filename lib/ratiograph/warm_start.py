@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ratiograph.checkpoints import latest, load_strict
+from ratiograph.parallel import spread_like
 
 __all__ = ["WarmStart"]
 
@@ -44,6 +45,6 @@ class WarmStart:
                 f"WarmStart.nodes: this graph has {', '.join(networks)}, that run {', '.join(saved)}; "
                 + (f"{unknown[0]!r} is not in this graph" if unknown else "they share none")
             )
-        kept = {name: saved[name] for name in taken if name in saved}
+        kept = {name: spread_like(networks[name], saved[name]) for name in taken if name in saved}
         load_strict({name: networks[name] for name in taken}, kept, source=f"{self.run}'s checkpoint")
         return taken

@@ -61,6 +61,13 @@ class ClipScore(ImageScore):
     """
 
     label, needs_captions = "CLIP score", True
+    files = (
+        ("config.json",),
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("preprocessor_config.json", "processor_config.json"),
+        ("tokenizer.json", "vocab.json"),
+    )
+    """Of each group one must be there."""
 
     def __init__(self, *, folder: str, repository: str = "openai/clip-vit-large-patch14"):
         self.folder, self.repository = Path(folder).expanduser(), repository
@@ -68,10 +75,12 @@ class ClipScore(ImageScore):
     def load(self):
         if hasattr(self, "network"):
             return self
-        if not (self.folder / "config.json").is_file():
+        has = [any((self.folder / name).is_file() for name in names) for names in self.files]
+        if not all(has):
             raise FileNotFoundError(
                 f"'{self.label}' needs {self.folder}/model.safetensors (1,711 MB for clip-vit-large-patch14) with its "
-                f"tokenizer, and there is none. Fetch it once: hf download {self.repository} --local-dir {self.folder}"
+                f"tokenizer, and there is no {self.files[has.index(False)][0]}. Fetch it once: hf download "
+                f"{self.repository} --local-dir {self.folder}"
             )
         try:
             from transformers import CLIPModel, CLIPProcessor

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ratiograph.captions import unpack
@@ -27,6 +27,7 @@ from ratiograph.data.captioned import CaptionedStream
 from ratiograph.data.coloured_digits import COLOURS, DIGITS
 from ratiograph.data.embedded import resolve
 from ratiograph.files import write_atomically
+from ratiograph.guidance import Guided
 from ratiograph.networks.classifier import DigitClassifier, classify_all
 from ratiograph.networks.ink_colour import InkColour
 from ratiograph.rewards import ClassReward, Reward
@@ -35,11 +36,13 @@ from ratiograph.sampling import SampleDraws
 from ratiograph.text_encoders import CaptionEncoder
 from ratiograph.types import Condition
 
-from .frechet import FeatureStatistics, frechet_distance
+from .frechet import FeatureStatistics, fit, frechet_distance
+from .makers import AveragedStudent, marked_best, students_of
 from .prompt_readings import Readings, prompts, to_grey
 from .prompt_sheet import prompt_sheet
 from .rows import RowCache, component_identity, weights_identity
 from .samples import class_histogram
+from .small_images import check_sizes, gaussian_of, levels_of, spelt, tilted
 
 if TYPE_CHECKING:
     from ratiograph.distillation import Distillation
@@ -55,13 +58,16 @@ METRICS = {
     "log_reward": {"label": "mean log R", "better": None},
     "open_log_reward": {"label": "mean log R where the colour is open", "better": None},
     "frechet_distance": {"label": "Fréchet distance (digit features)", "better": "lower"},
+    "teacher_distance": {"label": "Fréchet distance to the teacher's samples", "better": "lower"},
+    "diversity": {"label": "feature distance within a caption / that of real digits", "better": None},
+    "red_share": {"label": "red where the colour is open", "better": None},
     "smallest_digit_share": {"label": "smallest share of a digit where open", "better": "higher"},
 }
 DURING = ("prompt_accuracy", "log_reward", "frechet_distance")
-PROTOCOL = 1  # of a row; a new number leaves rows measured by the old definition unread
+PROTOCOL = 2  # of a row; a new number leaves rows measured by the old definition unread
 SHOWN = (
     *("a red seven", "a blue three", "a green zero", "a yellow five", "a purple two"),
-    *("an eight", "a four", "a blue digit", "a yellow digit", "a digit"),
+    *("an eight", "a four", "a seven", "a blue digit", "a yellow digit"),
 )
 COLUMNS = 6
 
@@ -97,11 +103,7 @@ class CaptionsEvaluator:
         batch_size: int = 250,
         during_samples: int = 400,
     ):
-        if min(samples, during_samples) < 4 or batch_size < 1 or min(teacher_evaluations, default=1) < 1:
-            raise ValueError(
-                "CaptionsEvaluator needs samples >= 4, during_samples >= 4, batch_size >= 1 and teacher_evaluations "
-                f">= 1, got {samples}, {during_samples}, {batch_size} and {list(teacher_evaluations)}"
-            )
+        check_sizes(self, samples, during_samples, batch_size, teacher_evaluations)
         self.encoder, self.reference, self.reward = encoder, reference, reward
         self.samples, self.during_samples, self.batch_size = samples, during_samples, batch_size
         self.teacher_evaluations = tuple(teacher_evaluations)
@@ -123,7 +125,7 @@ class CaptionsEvaluator:
                 if part is not None:
                     part.load()
             self.real = self._read_reference()
-            self.statistics = FeatureStatistics(self.real.features.shape[1]).update(self.real.features)
+            self.statistics, self.spreads = fit(self.real.features), self.real.spreads()
         for module in (self.classifier, self.colour, self.reward):
             if module is not None:
                 module.to(device)
@@ -160,8 +162,9 @@ class CaptionsEvaluator:
             seed: of the noise.
 
         Returns:
-            ``{"name", "evaluations", "samples", "open_colours": [5 shares], "open_digits": [10 shares]}`` and the keys
-            of ``METRICS``, those about log R only with a reward.
+            ``{"name", "evaluations", "samples", "open_colours": [5 shares], "open_digits": [10 shares], "fitted": the
+            features' Gaussian, ``spelt``}`` and the keys of ``METRICS``, those about log R only with a reward, but for
+            "teacher_distance", which ``after`` adds.
 
         Raises:
             ValueError: the sampler's images have another shape, or are not finite.
@@ -171,7 +174,7 @@ class CaptionsEvaluator:
         parts = []
         for first in range(0, samples, self.batch_size):
             draws = SampleDraws(seed, range(first, min(first + self.batch_size, samples)), self.device)
-            images = self._sampled(name, sampler, draws, conditions)
+            images = sampled(name, sampler, draws, conditions)
             parts.append(self._read(images, conditions.sampled(draws, None)))
         readings = Readings(
             [caption for part in parts for caption in part.captions],
@@ -180,24 +183,11 @@ class CaptionsEvaluator:
         )
         return self._row(name, evaluations, readings, self.statistics)
 
-    @staticmethod
-    def _sampled(name: str, sampler: Sampler, draws: SampleDraws, conditions: Conditions) -> Tensor:
-        with torch.no_grad():
-            images = sampler(draws, conditions).float()
-        if images.shape != (len(draws), 3, 28, 28):
-            raise ValueError(f"'{name}' returned images {tuple(images.shape)}, expected {(len(draws), 3, 28, 28)}")
-        if not images.isfinite().all():
-            raise ValueError(
-                f"images of '{name}' hold NaN or infinity: its weights are broken. Resume from an earlier checkpoint, "
-                "and lower the learning rate or set precision = 'fp32'"
-            )
-        return ((images.clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1)
-
-    @staticmethod
-    def _row(name: str, evaluations: int, readings: Readings, reference: FeatureStatistics) -> dict:
-        fitted = FeatureStatistics(readings.features.shape[1]).update(readings.features)
+    def _row(self, name: str, evaluations: int, readings: Readings, reference: FeatureStatistics) -> dict:
+        fitted = fit(readings.features)
         digits = class_histogram(readings.digits[readings.where_open(0)], len(DIGITS))
         open_colour = readings.where_open(1)
+        colours = class_histogram(readings.colours[open_colour], len(COLOURS))
         rewards = {}
         if readings.log_rewards is not None:
             rewards = {
@@ -211,18 +201,18 @@ class CaptionsEvaluator:
             **readings.accuracies(),
             **rewards,
             "frechet_distance": frechet_distance(fitted, reference),
+            "diversity": readings.diversity(self.spreads),
             "smallest_digit_share": min(digits),
+            "red_share": colours[list(COLOURS).index("red")],
             "open_digits": digits,
-            "open_colours": class_histogram(readings.colours[open_colour], len(COLOURS)),
+            "open_colours": colours,
+            "fitted": spelt(fitted),
         }
 
     def real_row(self) -> dict:
         """The real digits with their own captions; the Fréchet distance is of one random half to the other."""
         order = torch.randperm(len(self.real.captions), generator=torch.Generator().manual_seed(0))
-        halves = [
-            FeatureStatistics(self.real.features.shape[1]).update(self.real.features[half])
-            for half in order.tensor_split(2)
-        ]
+        halves = [fit(self.real.features[half]) for half in order.tensor_split(2)]
         row = self._row("real digits", 0, self.real, self.statistics)
         return {**row, "frechet_distance": frechet_distance(*halves)}
 
@@ -234,22 +224,33 @@ class CaptionsEvaluator:
         return [self.measure("student before training", student_of(task), evaluations=1, seed=seed)]
 
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
-        """The metrics of ``DURING`` of a student in training, from ``during_samples`` images."""
+        """The metrics of ``DURING`` of a student in training, from ``during_samples`` images.
+
+        Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``.
+        """
         self.prepare(device)
-        row = self.measure(
-            "student in training", student_of(task), evaluations=1, samples=self.during_samples, seed=seed
-        )
-        return {name: float(row[name]) for name in DURING if name in row}
+        found = {}
+        for maker in students_of(task):
+            sampler = student_of(task, maker)
+            row = self.measure("student in training", sampler, evaluations=1, samples=self.during_samples, seed=seed)
+            found |= {maker.prefix + name: float(row[name]) for name in DURING if name in row}
+        return found
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         """The document of ``evaluation.json``: real digits, teacher, and student before and after training."""
         self.prepare(device)
         teacher = [self.teacher_row(task, n) for n in self.teacher_evaluations] if task.teacher is not None else []
-        student = self.measure("student, one evaluation", student_of(task), evaluations=1, seed=seed)
-        student["highlight"] = True
-        figures = [self.picture(task, seed, Path(workdir))]
+        makers = students_of(task)
+        students = [self.measure(each.name, student_of(task, each), evaluations=1, seed=seed) for each in makers]
+        students = marked_best(students, METRICS)
+        real, figures = self.real_row(), [self.picture(task, seed, Path(workdir))]
+        if teacher:
+            fitted = gaussian_of(teacher[-1]["fitted"])
+            for row in (real, *before, *students):
+                if "fitted" in row:  # a resumed run may have begun with rows that lack it
+                    row["teacher_distance"] = frechet_distance(gaussian_of(row["fitted"]), fitted)
         p = (teacher or before)[-1]["open_colours"]
-        return self.document([self.real_row(), *teacher, *before, student], figures, tilted_shares(task, p))
+        return self.document([real, *teacher, *before, *students], figures, tilted_shares(task, p))
 
     def teacher_row(self, task: Distillation, evaluations: int) -> dict:
         """A row of the many-step teacher, kept for later runs: it can cost as much as a training."""
@@ -265,9 +266,7 @@ class CaptionsEvaluator:
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         row = self.cache.get(key)
         if row is None:
-            row = self.measure(
-                f"teacher, {evaluations} evaluations", teacher_of(task, evaluations), evaluations=evaluations
-            )
+            row = self.measure(teacher_name(task, evaluations), teacher_of(task, evaluations), evaluations=evaluations)
             self.cache.put(key, row)
         return row
 
@@ -275,24 +274,17 @@ class CaptionsEvaluator:
 
     def picture(self, task: Distillation, seed: int, workdir: Path) -> dict:
         """Draws samples of the prompts ``SHOWN`` into the run's folder; the figure's entry in the document."""
-        captions = [prompt for prompt in SHOWN for _ in range(COLUMNS)]
-        conditions = Prompts(captions=captions, encoder=self.encoder)
-        draws = [SampleDraws(seed, range(len(captions)), self.device) for _ in range(2)]
         samplers = {"student, one evaluation": student_of(task)}
         if task.teacher is not None:
             evaluations = max(self.teacher_evaluations, default=25)
-            samplers = {f"teacher, {evaluations} evaluations": teacher_of(task, evaluations), **samplers}
-        images = {
-            name: self._sampled(name, sampler, draw, conditions)
-            for (name, sampler), draw in zip(samplers.items(), draws, strict=False)
-        }
+            samplers = {teacher_name(task, evaluations): teacher_of(task, evaluations), **samplers}
+        sheet = sheet_of(samplers, SHOWN, COLUMNS, encoder=self.encoder, seed=seed, device=self.device)
         path = workdir / "figures" / "captions.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet = prompt_sheet(images, SHOWN)
         write_atomically(path, lambda file: sheet.save(file, "PNG"))
         return {
             "file": str(path.relative_to(workdir)),
-            "caption": f"{' and '.join(images)}: each prompt with {COLUMNS} noises, the same on both sides.",
+            "caption": f"{' and '.join(samplers)}: each prompt with {COLUMNS} noises, the same on both sides.",
         }
 
     def document(
@@ -308,7 +300,7 @@ class CaptionsEvaluator:
             figures: as `picture` gives them.
             expected: further series of colour shares to show, such as ``{"p*(colour)": [...]}``.
         """
-        hidden = ("open_colours", "open_digits")
+        hidden = ("open_colours", "open_digits", "fitted")
         colours = [{"name": row["name"], "values": list(row["open_colours"])} for row in rows]
         colours += [{"name": name, "values": list(shares)} for name, shares in (expected or {}).items()]
         digits = [{"name": row["name"], "values": list(row["open_digits"])} for row in rows]
@@ -328,13 +320,40 @@ class CaptionsEvaluator:
                 "An evaluation of a guided teacher is two passes of its network. The Fréchet distance is between "
                 f"{self.real.features.shape[1]} digit features and not comparable with FID values; that of the real "
                 "digits is of one half to the other.",
+                "Feature distances within a caption are below 1 where samples are more alike than real digits, above 1 "
+                "where digits are wrong or badly drawn.",
             ],
         }
 
 
-def student_of(task: Distillation) -> Sampler:
-    """The averaged student of ``task``."""
-    return lambda draws, conditions: task.average(task.average.noise_of(draws), conditions.sampled(draws, task.average))
+def sampled(name: str, sampler: Sampler, draws: SampleDraws, conditions: Conditions) -> Tensor:
+    """Images [n, 3, 28, 28] of ``draws``, of 256 levels; errors as of ``levels_of``."""
+    with torch.no_grad():
+        return levels_of(name, sampler(draws, conditions), (len(draws), 3, 28, 28))
+
+
+def sheet_of(
+    samplers: Mapping[str, Sampler],
+    shown: Sequence[str],
+    columns: int,
+    *,
+    encoder: CaptionEncoder,
+    seed: int,
+    device: torch.device,
+) -> Image.Image:
+    """Samples of the prompts ``shown``, each with ``columns`` noises, which are the same for all ``samplers``."""
+    conditions = Prompts(captions=[prompt for prompt in shown for _ in range(columns)], encoder=encoder)
+    indices = range(len(conditions.captions))
+    return prompt_sheet(
+        {name: sampled(name, one, SampleDraws(seed, indices, device), conditions) for name, one in samplers.items()},
+        shown,
+    )
+
+
+def student_of(task: Distillation, maker: AveragedStudent | None = None) -> Sampler:
+    """The student of ``task`` by the weights of ``maker``, its main average by default."""
+    network = (maker or AveragedStudent()).network(task)
+    return lambda draws, conditions: network(network.noise_of(draws), conditions.sampled(draws, network))
 
 
 def teacher_of(task: Distillation, evaluations: int) -> Sampler:
@@ -345,16 +364,23 @@ def teacher_of(task: Distillation, evaluations: int) -> Sampler:
     )
 
 
+def teacher_name(task: Distillation, evaluations: int) -> str:
+    """'teacher, 25 evaluations', or 'teacher at guidance 2, 25 evaluations'."""
+    scales = [part.guidance_scale for part in task.teacher.modules() if isinstance(part, Guided)]
+    told = "".join(f" at guidance {scale:g}" for scale in scales)
+    return f"teacher{told}, {evaluations} evaluation{'s' if evaluations > 1 else ''}"
+
+
 def tilted_shares(task: Distillation, shares: Sequence[float]) -> dict[str, list[float]]:
     """p*(c), proportional to R(c) p(c), where the objective tilts by colours; nothing where it does not.
 
     Args:
         task: whose objective.
-        shares: p(c) of the five colours where they are open.
+        shares: p(c) of the five colours where they are open, over all captions: p* is that of one caption if no
+            caption's shares differ.
     """
     for term in task.objective.terms.values():
         reward = getattr(term.target, "reward", None)
         if isinstance(reward, ClassReward) and isinstance(reward.classifier, InkColour):
-            tilted = [share * math.exp(b) for share, b in zip(shares, reward.log_rewards, strict=True)]
-            return {"p*(colour), tilted": [share / math.fsum(tilted) for share in tilted]}
+            return {"p*(colour), tilted": tilted(shares, reward.log_rewards)}
     return {}

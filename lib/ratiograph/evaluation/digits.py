@@ -12,7 +12,6 @@ reference digits are, before anything is measured.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,12 @@ from ratiograph.networks.classifier import SHIPPED_WEIGHTS, DigitClassifier, cla
 
 from .collapse import Collapse, mean_pairwise_distance
 from .frechet import FeatureStatistics, frechet_distance
-from .manifold import Manifold
+from .makers import marked_best, students_of
+from .manifold import Manifold, expected_coverage
 from .rows import RowCache, file_identity
 from .samples import class_histogram
 from .scores import inception_score
+from .small_images import check_sizes, levels_of, tilted
 
 if TYPE_CHECKING:
     from ratiograph.distillation import Distillation
@@ -62,19 +63,12 @@ def _batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"evaluation/{seed}/{batch}".encode()).digest()[:6], "big")
 
 
-def _to_levels(images: Tensor) -> Tensor:
-    """[-1, 1] => the nearest of the 256 values that uint8 pixels stand for."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1)
-
-
 def _tilted_shares(task: Distillation, shares: Sequence[float]) -> dict[str, list[float]]:
     """p(y) and p*(y), proportional to R(y) p(y), for a task whose objective tilts by a class reward; else nothing."""
     for term in task.objective.terms.values():
         log_rewards = getattr(getattr(term.target, "reward", None), "log_rewards", None)
         if log_rewards is not None:
-            tilted = [share * math.exp(b) for share, b in zip(shares, log_rewards, strict=True)]
-            total = sum(tilted)
-            return {"p(y), the teacher's": list(shares), "p*(y), tilted": [share / total for share in tilted]}
+            return {"p(y), the teacher's": list(shares), "p*(y), tilted": tilted(shares, log_rewards)}
     return {}
 
 
@@ -122,6 +116,8 @@ class DigitsEvaluator:
         teacher_evaluations: numbers of network evaluations at which the teacher is measured.
         batch_size: images a call of a sampler.
         during_samples: images of an evaluation while training.
+        least_coverage: while training, a coverage below this share of what as many real digits would have on average
+            is called a collapse too, unless the student's distribution is tilted.
 
     Raises:
         ValueError: ``samples``, ``during_samples``, ``batch_size`` or a number of evaluations is too small.
@@ -136,14 +132,11 @@ class DigitsEvaluator:
         teacher_evaluations: Sequence[int] = (1, 5, 35),
         batch_size: int = 500,
         during_samples: int = 1000,
+        least_coverage: float = 0.1,
     ):
-        if min(samples, during_samples) < 4 or batch_size < 1 or min(teacher_evaluations, default=1) < 1:
-            raise ValueError(
-                f"DigitsEvaluator needs samples >= 4, during_samples >= 4, batch_size >= 1 and teacher_evaluations "
-                f">= 1, got {samples}, {during_samples}, {batch_size} and {list(teacher_evaluations)}"
-            )
+        check_sizes(self, samples, during_samples, batch_size, teacher_evaluations)
         self.reference, self.samples, self.batch_size = reference, samples, batch_size
-        self.during_samples = during_samples
+        self.during_samples, self.least_coverage = during_samples, least_coverage
         self.teacher_evaluations = tuple(teacher_evaluations)
         self.classifier = DigitClassifier() if classifier is None else classifier
         self.cache = RowCache(SHIPPED_WEIGHTS.with_name("mnist_teacher.evaluations.json"))
@@ -220,22 +213,9 @@ class DigitsEvaluator:
             generator = torch.Generator(self.device).manual_seed(_batch_seed(seed, batch))
             with torch.no_grad():
                 images = sampler(n, generator)
-            self._check(name, images, n)
-            images = _to_levels(images)
+            images = levels_of(name, images, (n, 1, 28, 28))
             parts.append((images.cpu(), *classify_all(self.classifier, images, self.batch_size)))
         return _Digits(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    @staticmethod
-    def _check(name: str, images: Tensor, n: int) -> None:
-        if images.shape != (n, 1, 28, 28):
-            raise ValueError(f"'{name}' returned images {tuple(images.shape)}, expected {(n, 1, 28, 28)}")
-        broken = int((~images.isfinite()).flatten(1).any(1).sum())
-        if broken:
-            raise ValueError(
-                f"{broken} of {n} images of '{name}' hold NaN or infinity: its weights are broken. Resume "
-                f"from an "
-                "earlier checkpoint, and lower the learning rate or set precision = 'fp32'"
-            )
 
     @staticmethod
     def _row(
@@ -286,15 +266,19 @@ class DigitsEvaluator:
         return [self.measure("student before training", task.student_sampler, evaluations=1, seed=seed)]
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
-        """The document of ``evaluation.json``: real digits, teacher, and student before and after training."""
+        """The document of ``evaluation.json``: real digits, teacher, and student before and after training.
+
+        Where a run keeps several averages, each has a row, and so have the weights of the last step.
+        """
         self.prepare(device)
         teacher = self.teacher_rows(task) if task.teacher is not None else []
         expected = _tilted_shares(task, (teacher or before)[-1]["class_shares"])
-        student = self.measure(
-            "student, one evaluation", task.student_sampler, evaluations=1, seed=seed, expected_shares=_last(expected)
-        )
-        student["highlight"] = True
-        return self.document([*self.real_rows(), *teacher, *before, student], expected_shares=expected)
+        students = [
+            self.measure(maker.name, maker.sampler(task), evaluations=1, seed=seed, expected_shares=_last(expected))
+            for maker in students_of(task)
+        ]
+        rows = [*self.real_rows(), *teacher, *before, *marked_best(students, METRICS)]
+        return self.document(rows, expected_shares=expected)
 
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
         """A light evaluation of a student in training; draws from no generator but its own.
@@ -307,21 +291,28 @@ class DigitsEvaluator:
         Returns:
             The metrics of ``DURING`` by name, ``collapsed`` as 0 or 1. They come from ``during_samples`` images:
             Fréchet distance, recall and coverage compare among themselves, not with the larger rows of the table.
+            Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``.
 
         Raises:
             ValueError: the student's images are not finite.
         """
         self.prepare(device)
         shares = class_histogram(self.real.digits.logits.argmax(1), self.real.digits.logits.shape[1])
-        row = self.measure(
-            "student in training",
-            task.student_sampler,
-            evaluations=1,
-            samples=self.during_samples,
-            seed=seed,
-            expected_shares=_last(_tilted_shares(task, shares)),
-        )
-        return {name: float(row[name]) for name in DURING}
+        wanted = _tilted_shares(task, shares)
+        bound = 0 if wanted else self.least_coverage * expected_coverage(len(self.real.digits), self.during_samples)
+        found = {}
+        for maker in students_of(task):
+            row = self.measure(
+                "student in training",
+                maker.sampler(task),
+                evaluations=1,
+                samples=self.during_samples,
+                seed=seed,
+                expected_shares=_last(wanted),
+            )
+            row["collapsed"] |= row["coverage"] < bound
+            found |= {maker.prefix + name: float(row[name]) for name in DURING}
+        return found
 
     def teacher_rows(self, task: Distillation) -> list[dict]:
         """One row for each number of evaluations; kept for later runs, as 35 evaluations cost more than a training."""

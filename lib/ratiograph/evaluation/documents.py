@@ -32,7 +32,7 @@ def merged(old: Mapping, new: Mapping, suffix: str) -> dict:
     """``old`` with the numbers of ``new``: a row of the same name and samples takes them up, other rows follow.
 
     A number that ``old`` has under the same name with another label, as of other features, keeps it; the new one is
-    called ``<name>_<suffix>``.
+    called ``<name>_<suffix>``. Which row is ``best`` is for ``new`` to say where it does.
     """
     clash = {
         key: f"{key}_{suffix}"
@@ -43,7 +43,8 @@ def merged(old: Mapping, new: Mapping, suffix: str) -> dict:
     for about in labels.values():
         if about.get("of") in clash:
             about["of"] = clash[about["of"]]
-    rows = [dict(row) for row in old["rows"]]
+    judged = any("best" in row for row in new["rows"])
+    rows = [{key: value for key, value in row.items() if not (judged and key == "best")} for row in old["rows"]]
     for row in new["rows"]:
         renamed = {clash.get(key, key): value for key, value in row.items()}
         same = [r for r in rows if (r.get("name"), r.get("samples")) == (row["name"], row["samples"])]

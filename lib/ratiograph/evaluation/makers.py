@@ -1,4 +1,4 @@
-"""What of a task is judged: the average of its student, the student's last weights, or the teacher by many steps.
+"""What of a task is judged: the averages of its student, the student's last weights, or the teacher by many steps.
 
 Notation: a *maker* turns the draws of samples into x0 [n, ...], images or latents, under the task's own conditions or
 under given ones. The same draws give all makers the same noise.
@@ -6,10 +6,11 @@ under given ones. The same draws give all makers the same noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ratiograph.samplers import ManyStepSampler
@@ -21,7 +22,7 @@ from .rows import component_identity, weights_identity
 if TYPE_CHECKING:
     from ratiograph.distillation import Distillation
 
-__all__ = ["AveragedStudent", "LastStudent", "Maker", "Teacher"]
+__all__ = ["AveragedStudent", "LastStudent", "Maker", "Teacher", "marked_best", "students_of"]
 
 
 class Maker(Protocol):
@@ -52,12 +53,32 @@ def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class AveragedStudent:
-    """The average of the student's weights, which is what a run leaves."""
+    """An average of the student's weights; the main one is what a run leaves.
 
-    name, evaluations = "student, one evaluation", 1
+    Args:
+        average: one of ``Distillation.averages``; None is the main one.
+    """
+
+    evaluations = 1
+
+    def __init__(self, average: str | None = None):
+        self.average = average
+        self.name = "student, one evaluation" if average is None else f"student, average '{average}'"
+        self.prefix = "" if average is None else f"{average}/"
 
     def network(self, task: Distillation) -> nn.Module:
-        return task.average
+        return task.average if self.average is None else task.averaged[self.average]
+
+    def sampler(self, task: Distillation) -> Callable[[int, torch.Generator], Tensor]:
+        """``sampler(n, generator)`` -> x0 [n, ...] under the task's own conditions."""
+        if not self.prefix:
+            return task.student_sampler
+
+        def sample(samples: int, generator: torch.Generator) -> Tensor:
+            with _evaluating(self.network(task)) as student:
+                return task.student_sampler(samples, generator, student)
+
+        return sample
 
     def samples(self, task: Distillation, draws: SampleDraws) -> Tensor:
         with _evaluating(self.network(task)) as student:
@@ -74,7 +95,9 @@ class AveragedStudent:
 class LastStudent(AveragedStudent):
     """The student's weights of the last step."""
 
-    name = "student, last weights"
+    def __init__(self):
+        super().__init__()
+        self.name, self.prefix = "student, last weights", "raw/"
 
     def network(self, task):
         return task.student
@@ -99,6 +122,30 @@ class Teacher:
 
     def identity(self, task: Distillation) -> dict[str, object]:
         return {**_identity(task.teacher), "sampler": component_identity(self.sampler)}
+
+
+def students_of(task: Distillation, *, raw: bool = False) -> list[AveragedStudent]:
+    """The student by its main average, by each further one and, where there are such or with ``raw``, as it is."""
+    further = [AveragedStudent(name) for name in getattr(task, "averaged", ())]
+    return [AveragedStudent(), *further, *([LastStudent()] if raw or further else [])]
+
+
+def marked_best(rows: Sequence[Mapping[str, object]], metrics: Mapping[str, Mapping[str, object]]) -> list[dict]:
+    """The rows of one student's several weights, the first marked ``highlight`` and the best one ``best``.
+
+    Args:
+        rows: the main average's first.
+        metrics: what is known of the numbers, as in ``evaluation.json``; the first that all rows have and of which less
+            or more is better decides.
+    """
+    marked = [{**row, **({} if number else {"highlight": True})} for number, row in enumerate(rows)]
+    for name, about in metrics.items():
+        values = [row.get(name) for row in rows]
+        if len(rows) > 1 and about.get("better") in ("lower", "higher") and None not in values:
+            best = (min if about["better"] == "lower" else max)(values)
+            marked[values.index(best)]["best"] = True
+            break
+    return marked
 
 
 def _identity(network: nn.Module) -> dict[str, object]:

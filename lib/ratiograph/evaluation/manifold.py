@@ -18,10 +18,12 @@ in float64, so that the rates are those of exact arithmetic at the speed and mem
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["Manifold", "nearest_distances"]
+__all__ = ["Manifold", "expected_coverage", "nearest_distances"]
 
 TILE = 4096  # rows and columns of a tile of distances: 64 MB
 MARGIN = 1e-5  # error of a float32 squared distance, in units of |x|^2 + |y|^2: some 10 times the largest
@@ -124,6 +126,15 @@ def nearest_distances(features: Tensor, k: int) -> Tensor:
     rows = torch.arange(n, device=features.device)[:, None].expand_as(nearest.indices)
     exact = _exact(features, features, rows.flatten(), nearest.indices.flatten())
     return exact.view_as(nearest.indices).sort(1).values[:, :k]
+
+
+def expected_coverage(real: int, samples: int, k: int = 5) -> float:
+    """Mean coverage of M samples that have the distribution of the N real ones (Naeem et al. 2020).
+
+    A ball up to the k-th of N - 1 neighbours holds a share of a continuous distribution that is Beta(k, N - k), so that
+    the mean is 1 - (N - 1) ... (N - k) / ((M + N - 1) ... (M + N - k)), whatever the distribution.
+    """
+    return 1 - math.prod((real - j) / (samples + real - j) for j in range(1, k + 1))
 
 
 class Manifold:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ratiograph.evaluation.makers import marked_best, students_of
 from ratiograph.evaluation.samples import class_histogram, energy_distance
 from ratiograph.teachers.mixture import GaussianMixture, tilt
 from ratiograph.types import Condition, Noisy
@@ -54,17 +55,28 @@ class MixtureEvaluator:
         ]
 
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
-        """Energy distance and smallest relative mode of the student, over that of its target's own samples."""
+        """Energy distance and smallest relative mode of the student, over that of its target's own samples.
+
+        Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``.
+        """
         target = self._target(task)
-        own, student = (self.measure("", s, target, device, seed) for s in (target.sample, task.student_sampler))
-        return {
-            "relative_energy_distance": student["energy_distance"] / own["energy_distance"],
-            "smallest_relative_mode": student["smallest_relative_mode"],
-        }
+        own, found = self.measure("", target.sample, target, device, seed), {}
+        for maker in students_of(task):
+            student = self.measure("", maker.sampler(task), target, device, seed)
+            found[f"{maker.prefix}relative_energy_distance"] = student["energy_distance"] / own["energy_distance"]
+            found[f"{maker.prefix}smallest_relative_mode"] = student["smallest_relative_mode"]
+        return found
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         target = self._target(task)
-        rows = [*before, self.measure("student", task.student_sampler, target, device, seed)]
+        makers = students_of(task)
+        names = ["student", *(maker.name for maker in makers[1:])]
+        students = [
+            self.measure(name, maker.sampler(task), target, device, seed)
+            for name, maker in zip(names, makers, strict=True)
+        ]
+        students = marked_best(students, METRICS)
+        rows = [*before, *students]
         for row in rows:
             row["relative_energy_distance"] = row["energy_distance"] / rows[0]["energy_distance"]
         figure = Path(workdir) / "figures" / "samples.png"
@@ -74,13 +86,13 @@ class MixtureEvaluator:
             draw_samples(figure, self._sets(task.student_sampler, device, seed, 1)[0], target)
             captions = {"figures": [{"file": "figures/samples.png", "caption": "Student samples over the target."}]}
         exact = target.log_weights.exp().tolist()
-        series = [{"name": "target, exact", "values": exact}, {"name": "student", "values": rows[-1]["mode_shares"]}]
+        series = [{"name": "target, exact", "values": exact}, {"name": "student", "values": students[0]["mode_shares"]}]
         return {
             "title": "One-step student of an exact mixture",
             "rows": rows,
             "metrics": METRICS,
             "histograms": {"labels": [f"mode {k}" for k in range(len(exact))], "series": series},
-            "class_shares": {"exact": target.class_masses().tolist(), "student": rows[-1]["class_shares"]},
+            "class_shares": {"exact": target.class_masses().tolist(), "student": students[0]["class_shares"]},
             **captions,
             "notes": [
                 f"Energy distances are means over {self.repeats} pairs of sets of {self.samples:,} samples. Two sets "

@@ -6,13 +6,15 @@ A caption names a digit, a colour, both or neither; what it does not name is *op
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ratiograph.data.coloured_digits import COLOURS, DIGITS, caption_of, named
+
+from .collapse import mean_pairwise_distance
 
 __all__ = ["Readings", "prompts", "to_grey"]
 
@@ -60,6 +62,31 @@ class Readings:
             "digit_accuracy": _share([digit for digit, _ in right if digit is not None]),
             "colour_accuracy": _share([colour for _, colour in right if colour is not None]),
         }
+
+    def spreads(self) -> dict[str, tuple[int, float]]:
+        """Of each caption of n >= 2 images, (n, the mean distance of the features of two of them)."""
+        found: dict[str, list[int]] = {}
+        for place, caption in enumerate(self.captions):
+            found.setdefault(caption, []).append(place)
+        return {
+            caption: (len(places), mean_pairwise_distance(self.features[places]))
+            for caption, places in found.items()
+            if len(places) > 1
+        }
+
+    def diversity(self, real: Mapping[str, tuple[int, float]]) -> float:
+        """Mean distance between the features of two images of one caption, over that of two real ones.
+
+        Args:
+            real: ``spreads`` of the real digits; captions that they lack do not count.
+
+        Returns:
+            1 for real digits, 0 for a sampler that makes one image a caption, more than 1 where digits are wrong or
+            badly drawn; NaN if no caption is there twice.
+        """
+        own = [(n, distance, real[caption][1]) for caption, (n, distance) in self.spreads().items() if caption in real]
+        expected = math.fsum(n * distance for n, _, distance in own)
+        return math.fsum(n * distance for n, distance, _ in own) / expected if expected else math.nan
 
     def where_open(self, part: int) -> Tensor:
         """Which captions [N] leave the digit (0) or the colour (1) open."""

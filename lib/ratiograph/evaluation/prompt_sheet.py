@@ -35,7 +35,8 @@ def prompt_sheet(samples: Mapping[str, Tensor], prompts: Sequence[str]) -> Image
     blocks = {name: Image.fromarray(_block(images, columns)) for name, images in samples.items()}
     font = ImageFont.load_default(TEXT)
     left = MARGIN + round(max(font.getlength(prompt) for prompt in prompts)) + MARGIN
-    width = left + sum(block.width + GAP for block in blocks.values())
+    widths = {name: max(block.width, round(font.getlength(name)) + 2) for name, block in blocks.items()}
+    width = left + sum(each + GAP for each in widths.values())
     height = HEAD + max(block.height for block in blocks.values())
     sheet = Image.new("RGB", (width, height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
@@ -45,7 +46,7 @@ def prompt_sheet(samples: Mapping[str, Tensor], prompts: Sequence[str]) -> Image
     for name, block in blocks.items():
         draw.text((left + 2, HEAD / 2), name, fill="black", font=font, anchor="lm")
         sheet.paste(block, (left, HEAD))
-        left += block.width + GAP
+        left += widths[name] + GAP
     return sheet
 
 

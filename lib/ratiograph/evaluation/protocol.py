@@ -35,7 +35,8 @@ from .alignment import ImageScore
 from .extraction import Extracted, extract, from_main
 from .feature_sets import FeatureSet, read_statistics
 from .features import EfficientNetLite0Features, FeatureExtractor
-from .makers import AveragedStudent, LastStudent, Maker, Teacher
+from .makers import AveragedStudent, Maker, Teacher, marked_best, students_of
+from .manifold import expected_coverage
 from .metrics import FeatureMetric, Frechet, InceptionScore, KernelDistance, NearestNeighbours, with_errors
 from .rows import RowCache, component_identity, file_identity, weights_identity
 from .sources import Images, Made, StudentSamples, stream_images, stream_size
@@ -92,8 +93,10 @@ class ImageEvaluator:
             that is.
         during_samples: images of an evaluation while training, and of the student before it.
         batch_size: images at a time.
-        raw: also evaluate the student's weights of the last step, not only their average.
-        least_coverage: a coverage below this is called a collapse while training.
+        raw: also evaluate the student's weights of the last step, not only their average; done anyway where a run keeps
+            several averages, each of which is evaluated.
+        least_coverage: while training, a coverage below this share of what as many real images would have on average
+            is called a collapse.
 
     Raises:
         ValueError: numbers out of range; features, and both or neither of ``data`` and ``statistics``.
@@ -114,7 +117,7 @@ class ImageEvaluator:
         during_samples: int = 2_000,
         batch_size: int = 64,
         raw: bool = False,
-        least_coverage: float = 0.05,
+        least_coverage: float = 0.1,
     ):
         if min(samples, during_samples, real_samples or 4) < 4 or batch_size < 1:
             raise ValueError(
@@ -316,11 +319,6 @@ class ImageEvaluator:
 
         return images
 
-    @property
-    def students(self) -> list[Maker]:
-        """The student by its average and, with ``raw``, by its last weights."""
-        return [AveragedStudent(), *([LastStudent()] if self.raw else [])]
-
     def finished_row(self, task: Distillation, maker: Maker, seed: int) -> dict:
         """The row of ``samples`` images of a maker that trains no more; measured once."""
         conditions = [component_identity(task.conditions), weights_identity(task.conditions.state_dict())]
@@ -331,9 +329,9 @@ class ImageEvaluator:
         return {**row, "evaluations": maker.evaluations}
 
     def student_rows(self, task: Distillation, seed: int) -> list[dict]:
-        """The finished student; its average is the row to look at."""
-        rows = [self.finished_row(task, maker, seed) for maker in self.students]
-        return [{**rows[0], "highlight": True}, *rows[1:]]
+        """The finished student by each of its weights; its main average is the row to look at."""
+        rows = [self.finished_row(task, maker, seed) for maker in students_of(task, raw=self.raw)]
+        return marked_best(rows, self.labels())
 
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:
         """The row of the student before its first step, from ``during_samples`` images."""
@@ -342,23 +340,24 @@ class ImageEvaluator:
         return [{**self.measure("student before training", images, samples=self.during_samples), "evaluations": 1}]
 
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
-        """Numbers of ``during_samples`` images of the averaged student, without errors; with ``raw``, also ``raw/...``.
+        """Numbers of ``during_samples`` images of the averaged student, without errors.
 
-        Where coverage is measured, ``collapsed`` is 1 if it is below ``least_coverage``, which is also logged. Numbers
-        compare among themselves, not with those of more samples.
+        Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``. Where
+        coverage is measured, ``collapsed`` is 1 if it is too low. Numbers compare among themselves, not with those of
+        more samples.
 
         Raises:
             ValueError: the student's images are not finite.
         """
         self.prepare(device)
         found, labels = {}, self.labels()
-        for prefix, maker in zip(("", "raw/"), self.students, strict=False):
+        for maker in students_of(task, raw=self.raw):
             row = self.measure("", self.images_of(task, maker, seed), samples=self.during_samples)
-            found |= {prefix + k: v for k, v in row.items() if isinstance(v, float) and "of" not in labels[k]}
+            found |= {maker.prefix + k: v for k, v in row.items() if isinstance(v, float) and "of" not in labels[k]}
         if "coverage" in found:
-            found["collapsed"] = float(found["coverage"] < self.least_coverage)
-            if found["collapsed"]:
-                log.warning("The student may be collapsing: its samples cover %.1f%%", 100 * found["coverage"])
+            k = next(metric.density_neighbours for metric in self.metrics if isinstance(metric, NearestNeighbours))
+            attainable = expected_coverage(len(next(iter(self.real.values()))), self.during_samples, k)
+            found["collapsed"] = float(found["coverage"] < self.least_coverage * attainable)
         return found
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
@@ -378,7 +377,13 @@ class ImageEvaluator:
         if cached:
             notes.append(f"Measured in an earlier run with the same weights and protocol: {cached}.")
         labels = {key: about for key, about in self.labels().items() if key in present}
-        return {"title": title, "rows": shown, "metrics": labels, "figures": [], "notes": [*self._notes(), *notes]}
+        return {
+            "title": title,
+            "rows": shown,
+            "metrics": labels,
+            "figures": [],
+            "notes": [*self._notes(), *self.source.notes(), *notes],
+        }
 
     def _notes(self) -> list[str]:
         reference = (

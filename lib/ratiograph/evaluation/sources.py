@@ -7,6 +7,7 @@ the same whatever the batch, the rank or the device that it is made on.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import random
@@ -87,15 +88,20 @@ class StudentSamples:
         """What the images depend on beside the student, as JSON values."""
         return {"autoencoder": None if self.autoencoder is None else str(self.autoencoder.weights)}
 
+    def notes(self) -> list[str]:
+        """Sentences for ``evaluation.json`` on how the samples were asked for."""
+        return []
+
 
 class CaptionedSamples(StudentSamples):
     """Samples under the captions of a fixed list: zero-shot COCO-30k and the like.
 
-    Sample i has caption i // ``repeats`` and its own noise; images larger than ``size`` are resized as clean-fid does,
-    in floating point from 256 levels, and rounded to 256 levels again.
+    Sample i has caption i // ``repeats`` and its own noise, that of (seed of the evaluation, i); images of another size
+    are resized as clean-fid does, in floating point from 256 levels, and rounded to 256 levels again.
 
     Args:
-        captions: COCO's ``captions_val2014.json``, or a text file with a caption a line.
+        captions: COCO's ``captions_val2014.json``, or a text file in UTF-8 with a caption a line, whose first lines are
+            the list. ``notes`` tell the list's SHA-256, by which two evaluations can be seen to share it.
         encoder: of captions.
         autoencoder: decodes the samples.
         prompts: length of the list; 30,000 of COCO's 202,654 captions are drawn by ``seed``.
@@ -136,9 +142,21 @@ class CaptionedSamples(StudentSamples):
         pixels = resized(to_pixels(self.decoded(x0)), (self.size, self.size))
         return Made(pixels.round() / 127.5 - 1, captions_format.pack(captions))
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the list, a caption a line; known after ``load``."""
+        return hashlib.sha256("".join(f"{text}\n" for text in self.texts).encode()).hexdigest()
+
     def settings(self):
-        own = {name: getattr(self, name) for name in ("list", "prompts", "repeats", "seed", "size")}
+        own = {"captions": self.digest, "repeats": self.repeats, "size": self.size}
         return {**super().settings(), **own, "encoder": str(self.encoder.weights)}
+
+    def notes(self):
+        each = "a sample" if self.repeats == 1 else f"{self.repeats} samples"
+        return [
+            f"Samples are of {len(self.texts):,} captions of '{self.list}' (SHA-256 of the list: {self.digest}), "
+            f"{each} each, judged at {self.size} x {self.size}."
+        ]
 
 
 def coco_captions(path: Path, prompts: int, seed: int = 0) -> list[str]:
@@ -153,7 +171,7 @@ def coco_captions(path: Path, prompts: int, seed: int = 0) -> list[str]:
         ValueError: there is no such file, it is of another kind, or it has fewer captions.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"no captions at {path} ({type(error).__name__}). COCO's are annotations/captions_val2014.json (39 MB) in "
