@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import together
 from test_distillation import adversarial, matching, task_of
 from torch import nn
 
@@ -57,19 +56,16 @@ def trained(name: str, part: int, parts: int) -> dict:
 
 
 def run_rank(rank: int, ranks: int, folder: str):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     torch.save({name: trained(name, rank, ranks) for name in GRAPHS}, f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
 
 
 def flat(state) -> dict[str, torch.Tensor]:
     return {f"{node}.{key}": value for node, tensors in state["networks"].items() for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_take_the_steps_of_one_process(ranks, tmp_path):
-    mp.start_processes(run_rank, (ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
+    together(run_rank, ranks, ranks, str(tmp_path))
     found = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name in GRAPHS:
         expected = trained(name, 0, 1)
@@ -84,7 +80,6 @@ def test_ranks_take_the_steps_of_one_process(ranks, tmp_path):
 
 
 def average_of_rank(rank: int, folder: str):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     distributed.BUCKET = 10  # so that there are several buckets
     parameters = [nn.Parameter(torch.zeros(n, dtype=kind)) for n, kind in KINDS]
     for k, parameter in enumerate(parameters[:-1]):
@@ -93,14 +88,13 @@ def average_of_rank(rank: int, folder: str):
     metrics = distributed.average_metrics({"a": 1.0 + rank, "b": 4.0}, CPU)
     torch.save({"gradients": [p.grad for p in parameters[:-1]], "metrics": metrics}, f"{folder}/{rank}.pt")
     assert parameters[-1].grad is None
-    dist.destroy_process_group()
 
 
 KINDS = [(3, torch.float32), (9, torch.float32), (4, torch.float64), (1, torch.float64), (2, torch.float32)]
 
 
 def test_gradients_and_metrics_become_means(tmp_path):
-    mp.start_processes(average_of_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    together(average_of_rank, 2, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for k, gradient in enumerate(found["gradients"]):
@@ -124,6 +118,18 @@ def test_one_process_is_left_alone():
 )
 def test_first_of_slurms_hosts(nodes, host):
     assert distributed._first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "srun", "count"),
+    [("4", "8(x2)", 4), (None, "8(x2)", 8), (None, "3", 3), (None, "8,4", 1), (None, None, 1)],
+)
+def test_processes_of_a_machine(monkeypatch, torchrun, srun, count):
+    for name, value in {"LOCAL_WORLD_SIZE": torchrun, "SLURM_STEP_TASKS_PER_NODE": srun}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    assert distributed.ranks_here() == count
 
 
 def test_processes_that_cannot_meet_are_told_how_to_start(monkeypatch):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from absl import flags
+from tools_here import tool
 
 from ratiograph import checkpoints, config, doctor
 from ratiograph.workdir import locked
@@ -112,17 +114,20 @@ def test_a_device_that_is_not_there_is_found(tmp_path):
     assert found["data"].found == "none is needed"
 
 
-def test_the_command_ends_with_1_where_something_would_fail(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "doctor.py", f"--workdir={tmp_path / 'run'}", "--device=cpu"]
-    good = subprocess.run([*command, "--gin_file=gin/mixture2d_scores.gin"], cwd=ROOT, capture_output=True, text=True)
-    assert good.returncode == 0, good.stderr
-    assert good.stdout.endswith("the run would start\n")
-    bad = subprocess.run(
-        [*command, "--gin_file=gin/mnist_sba.gin", "--teacher=x"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert bad.returncode == 1
-    assert "fails  weights of task.student.denoiser: no weights at x: give the path" in bad.stdout
-    typo = [*command, "--gin_file=gin/mnist_sba.gin", "--gin_param=SBA.lamb=1"]
-    wrong = subprocess.run(typo, cwd=ROOT, capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stdout.count("\n")) == (1, 2)
-    assert wrong.stdout.startswith("fails  configuration: flag --gin_param 'SBA.lamb=1': SBA has no parameter 'lamb'")
+def test_the_command_ends_with_1_where_something_would_fail(tmp_path, capsys):
+    def run(*options):
+        with tool("doctor") as command:
+            flags.FLAGS(["doctor.py", f"--workdir={tmp_path / 'run'}", "--device=cpu", *options])
+            with pytest.raises(SystemExit) as end:
+                command.main(["doctor.py"])
+        return end.value.code, capsys.readouterr().out
+
+    code, told = run("--gin_file=gin/mixture2d_scores.gin")
+    assert code == 0
+    assert told.endswith("the run would start\n")
+    code, told = run("--gin_file=gin/mnist_sba.gin", "--teacher=x")
+    assert code == 1
+    assert "fails  weights of task.student.denoiser: no weights at x: give the path" in told
+    code, told = run("--gin_file=gin/mnist_sba.gin", "--gin_param=SBA.lamb=1")
+    assert (code, told.count("\n")) == (1, 2)
+    assert told.startswith("fails  configuration: flag --gin_param 'SBA.lamb=1': SBA has no parameter 'lamb'")

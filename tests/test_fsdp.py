@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from pathlib import Path
+import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import together
 from test_accumulation import over_the_batch, teacher_training
 from test_distillation import adversarial, matching, task_of
 
@@ -25,7 +24,7 @@ from ratiograph.teachers.stable_diffusion import StableDiffusion
 from ratiograph.types import Batch, Condition, Noisy
 
 CPU = torch.device("cpu")
-BATCH, STEPS = 8, 3
+BATCH, STEPS = 8, 2
 GRAPHS = {
     "teacher's features": lambda: task_of(
         {"matching": matching(), "normalised": over_the_batch(lambda held: MeanNormalized(weighting=held))},
@@ -40,6 +39,7 @@ GRAPHS = {
     ),
     "a teacher's training": teacher_training,
 }  # fmt: skip
+FIRST = "teacher's features"
 
 
 def prepared(name: str, how: parallel.Parallel, accumulation: int = 1, dtype: torch.dtype | None = None):
@@ -61,38 +61,42 @@ def advance(task, steps: range, part: int = 0, parts: int = 1) -> dict:
     return metrics
 
 
-def sharded_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def in_each_mode(name: str, rank: int, ranks: int) -> dict:
+    """By mode, the state and the gradients' norms after some steps of one graph."""
     found = {}
-    for name in GRAPHS:
-        for mode in ("fsdp", "ddp"):
-            task = prepared(name, parallel.choose(mode, GRAPHS[name](), CPU))
-            norms = advance(task, range(STEPS), rank, 2)
-            found[name, mode] = task.training_state(), {k: v for k, v in norms.items() if "gradient" in k}
-    for mode in ("fsdp", "ddp"):
-        task = prepared(
-            "teacher's features", parallel.choose(mode, GRAPHS["teacher's features"](), CPU), 1, torch.bfloat16
-        )
-        found["bf16", mode] = advance(task, range(STEPS), rank, 2)
-    found["seen"] = check_shards(rank)
-    found["captioned"] = captioned_error(rank)
-    found["refused"] = refusals()
-    task = prepared("teacher's features", parallel.Sharded(CPU), accumulation=2)
-    advance(task, range(STEPS), rank, 2)
-    found["accumulated"] = task.training_state()
+    os.environ["LOCAL_WORLD_SIZE"] = "2"  # as of two machines, where there are four processes
+    for mode in ("fsdp", "ddp", "hsdp")[: ranks // 2 + 1]:
+        task = prepared(name, parallel.choose(mode, GRAPHS[name](), CPU))
+        norms = advance(task, range(STEPS), rank, ranks)
+        found[mode] = task.training_state(), {k: v for k, v in norms.items() if "gradient" in k}
+    return found
+
+
+def sharded_rank(rank: int, folder: str) -> None:
+    found = {FIRST: in_each_mode(FIRST, rank, 2), "seen": check_shards(rank), "refused": refusals()}
     before = torch.load(f"{folder}/one.pt", weights_only=True)
-    task = prepared("teacher's features", parallel.Sharded(CPU))
+    task = prepared(FIRST, parallel.Sharded(CPU))
     task.load_training_state(before)
     advance(task, range(STEPS, 2 * STEPS), rank, 2)
     found["went on"] = task.training_state()
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def captioned_error(rank: int) -> float | None:
+def every_graph(rank: int, ranks: int, folder: str) -> None:
+    found = {name: in_each_mode(name, rank, ranks) for name in GRAPHS}
+    for mode in ("fsdp", "ddp"):
+        task = prepared(FIRST, parallel.choose(mode, GRAPHS[FIRST](), CPU), 1, torch.bfloat16)
+        found["bf16", mode] = advance(task, range(STEPS), rank, ranks)
+    task = prepared(FIRST, parallel.Sharded(CPU), accumulation=2)
+    advance(task, range(STEPS), rank, ranks)
+    found["accumulated"] = task.training_state()
+    found["captioned"] = captioned_error(rank, ranks)
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+
+
+def captioned_error(rank: int, ranks: int) -> float | None:
     """Largest relative error of a sharded, checkpointed SD 1.5's gradients; None without diffusers."""
     if importlib.util.find_spec("diffusers") is None:
         return None
@@ -106,14 +110,14 @@ def captioned_error(rank: int) -> float | None:
     t, alpha, sigma = (torch.full((4,), value, dtype=torch.float64) for value in (400.0, 0.6, 0.8))
     noisy, condition = Noisy(x, t, alpha, sigma), Condition(text=text)
     alone.denoise(noisy, condition).square().mean().backward()
-    sharded.denoise(noisy.split(2)[rank], condition.split(2)[rank]).square().mean().backward()
+    sharded.denoise(noisy.split(ranks)[rank], condition.split(ranks)[rank]).square().mean().backward()
     pairs = zip(sharded.parameters(), alone.parameters(), strict=True)
     return max(float((p.grad.full_tensor() - q.grad).abs().max() / q.grad.abs().max()) for p, q in pairs)
 
 
 def check_shards(rank: int) -> dict:
     """What a process holds, and what it makes alone."""
-    task = prepared("teacher's features", parallel.Sharded(CPU))
+    task = prepared(FIRST, parallel.Sharded(CPU))
     advance(task, range(1), rank, 2)
     parameters = list(task.student.parameters())
     held = sum(p.to_local().numel() for p in parameters)
@@ -145,6 +149,7 @@ def refusals() -> list[str]:
         lambda: parallel.choose("fsdp", alone, CPU),
         lambda: parallel.choose("none", r1, CPU),
         lambda: parallel.choose("fsdb", r1, CPU),
+        lambda: parallel.choose("hsdp", r1, CPU),
     ):
         try:
             refused()
@@ -172,48 +177,68 @@ def assert_same(found: dict, expected: dict, context: str) -> None:
 def found(tmp_path_factory):
     """What two processes found, with one process's checkpoint to go on from."""
     folder = tmp_path_factory.mktemp("fsdp")
-    task = prepared("teacher's features", parallel.Replicated())
+    task = prepared(FIRST, parallel.Replicated())
     advance(task, range(STEPS))
     torch.save(task.training_state(), folder / "one.pt")
-    mp.start_processes(sharded_rank, (str(folder),), nprocs=2, start_method="spawn")
-    return torch.load(Path(folder) / "found.pt", weights_only=True)
+    together(sharded_rank, 2, str(folder))
+    return torch.load(folder / "found.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
-@pytest.mark.parametrize("name", GRAPHS)
-def test_two_processes_take_the_steps_of_one(found, name, mode):
+@pytest.fixture(scope="module", params=[2, 4])
+def graphs(request, tmp_path_factory):
+    """What so many processes found of every graph."""
+    folder = tmp_path_factory.mktemp("graphs")
+    together(every_graph, request.param, request.param, str(folder))
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def assert_steps_of_one(name: str, found: dict) -> None:
     task = prepared(name, parallel.Replicated())
     metrics = advance(task, range(STEPS))
-    state, norms = found[name, mode]
-    assert_same(state, task.training_state(), f"{name}, {mode}")
-    for key, norm in norms.items():
-        torch.testing.assert_close(norm, metrics[key], rtol=1e-9, atol=0)
+    for mode, (state, norms) in found.items():
+        assert_same(state, task.training_state(), f"{name}, {mode}")
+        for key, norm in norms.items():
+            torch.testing.assert_close(norm, metrics[key], rtol=1e-9, atol=0)
+    assert set(found) >= {"fsdp", "ddp"}
 
 
-def test_shards_in_bf16_follow_copies_in_bf16(found):
+def test_two_processes_take_the_steps_of_one(found):
+    assert_steps_of_one(FIRST, found[FIRST])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRAPHS)
+def test_two_and_four_processes_take_the_steps_of_one(graphs, name):
+    assert_steps_of_one(name, graphs[name])
+
+
+@pytest.mark.slow
+def test_shards_in_bf16_follow_copies_in_bf16(graphs):
     """Weights travel in bf16 and gradients in float32; norms' weights are rounded too, so it is close, not equal."""
-    shards, copies = (found["bf16", mode] for mode in ("fsdp", "ddp"))
+    shards, copies = (graphs["bf16", mode] for mode in ("fsdp", "ddp"))
     for name in ("loss/student_score", "loss/ratio", "gradient/student"):
         torch.testing.assert_close(shards[name], copies[name], rtol=0.05, atol=0)
         assert shards[name].dtype == torch.float32
 
 
-def test_a_captioned_network_that_recomputes_its_blocks(found):
-    if found["captioned"] is None:
+@pytest.mark.slow
+def test_a_captioned_network_that_recomputes_its_blocks(graphs):
+    if graphs["captioned"] is None:
         pytest.skip("needs diffusers")
-    assert found["captioned"] < 1e-9
+    assert graphs["captioned"] < 1e-9
 
 
-def test_accumulation_of_shards(found):
-    assert_same(found["accumulated"], found["teacher's features", "ddp"][0], "accumulated")
+@pytest.mark.slow
+def test_accumulation_of_shards(graphs):
+    assert_same(graphs["accumulated"], graphs[FIRST]["ddp"][0], "accumulated")
 
 
 def test_a_checkpoint_moves_from_one_process_to_shards_and_back(found):
-    task = prepared("teacher's features", parallel.Replicated())
+    task = prepared(FIRST, parallel.Replicated())
     advance(task, range(2 * STEPS))
     assert_same(found["went on"], task.training_state(), "one => fsdp")
     advance(task, range(2 * STEPS, 3 * STEPS))
-    back = prepared("teacher's features", parallel.Replicated())
+    back = prepared(FIRST, parallel.Replicated())
     back.load_training_state(found["went on"])
     advance(back, range(2 * STEPS, 3 * STEPS))
     assert_same(back.training_state(), task.training_state(), "fsdp => one")
@@ -222,7 +247,7 @@ def test_a_checkpoint_moves_from_one_process_to_shards_and_back(found):
 def test_a_process_holds_its_share_and_makes_samples_alone(found):
     seen = found["seen"]
     assert all(0.45 < share < 0.55 for share in seen["shares"]), seen["shares"]
-    task = prepared("teacher's features", parallel.Replicated())
+    task = prepared(FIRST, parallel.Replicated())
     advance(task, range(1))
     torch.testing.assert_close(seen["samples"], task.preview(4, torch.Generator().manual_seed(7)))
     # Weights that were gathered for the samples are not those of the next step.
@@ -237,12 +262,13 @@ def test_what_cannot_be_sharded_says_what_to_use(found):
         "shares weights with another network",
         "--parallel=fsdp: a RatioTraining is not sharded; use --parallel=ddp",
         "--parallel=none is for one process, and 2 were started",
-        "--parallel=fsdb: choose one of auto, none, ddp, fsdp",
+        "--parallel=fsdb: choose one of auto, none, ddp, fsdp, hsdp",
+        "more than one; here 2 of 2 processes are on this machine: use --parallel=fsdp",
     )
     for told, part in zip(found["refused"], wanted, strict=True):
         assert part in told
 
 
 def test_one_process_is_never_sharded():
-    for mode in ("auto", "none", "ddp", "fsdp"):
+    for mode in ("auto", "none", "ddp", "fsdp", "hsdp"):
         assert type(parallel.choose(mode, GRAPHS["an encoder of its own"](), CPU)) is parallel.Replicated

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ratiograph.captions import unpack
-from ratiograph.data.latents import LatentStream, picture, write_latents
+from ratiograph.data.latents import CachedCaptionStream, LatentStream, picture, write_latents
 from ratiograph.data.shards import INDEX, count_samples, write_shards
 
 
@@ -51,6 +51,42 @@ def test_values_come_back_in_half_precision(shards):
         assert np.array_equal(found.numpy(), written[part][order].astype(np.float16).astype(np.float32)), part
     assert np.array_equal(condition.sizes.numpy(), written["sizes"][order])
     assert condition.labels is None
+
+
+def test_captions_alone_are_those_of_the_latents_in_the_same_order(shards):
+    for pooled in (False, True):
+        whole = take(LatentStream(urls=shards, pooled=pooled), 4, 5)
+        alone = take(CachedCaptionStream(urls=shards, pooled=pooled), 4, 5)
+        for one, other in zip(whole, alone, strict=True):
+            assert other.images.shape == (4, 0)
+            assert len(other) == 4
+            parts, found = one.condition.parts(), other.condition.parts()
+            assert parts.keys() == found.keys()
+            assert all(torch.equal(parts[name], found[name]) for name in parts)
+    later = take(CachedCaptionStream(urls=shards), 4, 2, start=8)
+    assert all(torch.equal(a.condition.text, b.condition.text) for a, b in zip(later, alone[2:4], strict=True))
+    assert "latents" not in CachedCaptionStream(urls=shards).describe()
+
+
+def test_shards_without_latents_are_read_as_captions_only(tmp_path):
+    parts, texts = arrays(6), [f"caption {k}" for k in range(6)]
+    samples = []
+    for k, text in enumerate(texts):
+        buffer = io.BytesIO()
+        np.save(buffer, parts["text"][k].astype(np.float16))
+        samples.append({"__key__": str(k), "text.npy": buffer.getvalue(), "txt": text.encode()})
+    write_shards(tmp_path / "data", "set", samples, 2)
+    urls = f"{tmp_path}/data/set-{{000000..000001}}.tar"
+    batches = take(CachedCaptionStream(urls=urls), 3, 2)
+    told = [text for batch in batches for text in unpack(batch.condition.caption)]
+    assert sorted(told) == texts
+    states = torch.cat([batch.condition.text for batch in batches]).numpy()
+    order = [texts.index(text) for text in told]
+    assert np.array_equal(states, parts["text"][order].astype(np.float16).astype(np.float32))
+    with pytest.raises(ValueError, match=r"'\d' of shard .* has no latent \('\d\.latent\.npy'\).*CachedCaptionStream"):
+        take(LatentStream(urls=urls), 3, 1)
+    with pytest.raises(ValueError, match=r"has no pooled .*LatentStream\.pooled"):
+        take(CachedCaptionStream(urls=urls, pooled=True), 3, 1)
 
 
 def test_only_what_is_asked_for_is_decoded(shards):

@@ -60,6 +60,21 @@ def perturbed(module, seed=7):
     return module
 
 
+def test_a_base_without_weights_is_drawn_and_the_adapters_stay():
+    torch.manual_seed(0)
+    adapted = LoRA(network=SD15UNet(**SIZES, random_weights=False), rank=4)
+    before = {name: parameter.clone() for name, parameter in adapters(adapted).items()}
+    with pytest.raises(ValueError, match="no weights yet"):
+        adapted.encode(noisy()[0].x_t, torch.tensor([5.0, 5.0]), noisy()[1])
+    StableDiffusion(network=adapted).load()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapters(adapted).items())
+    assert all(bool((parameter == 0).all()) == (".lora_B." in name) for name, parameter in before.items())
+    weight = adapted.unet.mid_block.resnets[0].conv1.base_layer.weight
+    bound = 1 / weight[0].numel() ** 0.5  # torch draws uniformly up to one over the root of the fan-in
+    assert 0.95 * bound < float(weight.abs().max()) <= bound
+    assert bool((adapted.unet.conv_norm_out.weight == 1).all())
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_begins_as_its_base_to_the_bit(folder, dtype):
     plain, adapted = denoiser(folder), denoiser(folder, lora=True, seed=1)

@@ -1,12 +1,13 @@
 """Precision, recall, density and coverage against brute force in float64, and the inception score's definition."""
 
 import math
+import statistics
 
 import pytest
 import torch
 
 from ratiograph.evaluation import manifold
-from ratiograph.evaluation.manifold import Manifold, nearest_distances
+from ratiograph.evaluation.manifold import Manifold, expected_coverage, nearest_distances
 from ratiograph.evaluation.scores import inception_score
 
 
@@ -65,6 +66,16 @@ def test_rates_are_those_of_brute_force(case, small_tiles):
     assert Manifold(real).compare(fake) == pytest.approx(brute(real, fake), abs=1e-9)
 
 
+def test_precision_and_recall_are_torch_fidelitys():
+    prc = pytest.importorskip("torch_fidelity.metric_prc")
+    real, fake = normal(0, 600, 16), 0.9 * normal(1, 500, 16)
+    settings = {"prc_neighborhood": 3, "prc_batch_size": 1000, "verbose": False, "save_cpu_ram": False}
+    theirs = prc.prc_features_to_metric(fake, real, **settings)
+    ours = Manifold(real).compare(fake)
+    assert 0.5 < ours["recall"] < ours["precision"] < 0.9
+    assert [ours["precision"], ours["recall"]] == pytest.approx([theirs["precision"], theirs["recall"]], rel=1e-6)
+
+
 @pytest.mark.parametrize(("k", "k_density"), [(1, 1), (5, 3), (20, 2)])
 def test_other_neighbourhoods(k, k_density, small_tiles):
     real, fake = CASES["same distribution"]
@@ -88,6 +99,17 @@ def test_every_other_sample_may_be_a_neighbour():
     features = normal(2, 7, 3)
     expected = distances(features, features).sort(1).values[:, 1:]
     torch.testing.assert_close(nearest_distances(features, 6).sqrt(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("real", "samples", "k"), [(60, 30, 5), (30, 90, 2), (200, 20, 5)])
+def test_coverage_of_the_same_distribution_has_its_exact_mean(real, samples, k, monkeypatch):
+    found = [
+        Manifold(normal(2 * n, real, 2), density_neighbours=k).compare(normal(2 * n + 1, samples, 2))["coverage"]
+        for n in range(60)
+    ]
+    mean, error = statistics.fmean(found), statistics.stdev(found) / 60**0.5
+    assert abs(mean - expected_coverage(real, samples, k)) < 3.5 * error
+    assert error < 0.02
 
 
 def test_identical_sets(small_tiles):
@@ -165,6 +187,14 @@ def test_score_is_its_definition(n, splits):
     else:
         variance = sum((part - mean) ** 2 for part in parts) / (splits - 1)
         assert error == pytest.approx(math.sqrt(variance / splits), rel=1e-9)
+
+
+def test_score_is_torch_fidelitys():
+    """Of one part: theirs are of shuffled samples."""
+    isc = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * normal(0, 400, 7)
+    theirs = isc.isc_features_to_metric(logits, splits=1)["inception_score_mean"]
+    assert inception_score(logits, splits=1)[0] == pytest.approx(theirs, rel=1e-6)
 
 
 def test_score_of_known_cases():

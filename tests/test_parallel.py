@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ratiograph import checkpoints
+from ratiograph import checkpoints, config, distributed, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [
@@ -69,6 +69,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         torch.testing.assert_close(students[1][name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_then_one_take_the_steps_of_one(alone, tmp_path):
     worker = "--gin_param=ShardStream.workers = 1"
     shown = run(2, tmp_path, "--steps=2", worker)
@@ -77,6 +78,7 @@ def test_two_processes_then_one_take_the_steps_of_one(alone, tmp_path):
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_one_process_then_two_with_shards_and_micro_batches_take_the_steps_of_one(alone, tmp_path):
     run(1, tmp_path, "--steps=2", "--gin_param=Experiment.accumulation = 4")
     shown = run(2, tmp_path, "--steps=4", "--parallel=fsdp", "--gin_param=Experiment.accumulation = 2")
@@ -87,15 +89,22 @@ def test_one_process_then_two_with_shards_and_micro_batches_take_the_steps_of_on
     ).read_bytes()
 
 
-def test_micro_batches_must_divide_a_process_share(tmp_path):
-    done = subprocess.run(
-        command(1, f"--workdir={tmp_path}", "--gin_param=Experiment.accumulation = 3"),
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "Experiment.accumulation=3 must divide the 8 samples that a process has of a step" in done.stderr
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("batch_size = 5", "batch_size=5 is of all 2 processes together and must be a multiple of 2"),
+        ("accumulation = 3", "accumulation=3 must divide the 4 samples that a process has of a step"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch, line, message):
+    lines = ["Experiment.batch_size = 8", f"Experiment.{line}", "Experiment.steps = 1", "Experiment.evaluator = None"]
+    experiment = config.build(config.parse(["gin/mixture2d_scores.gin"], lines))
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(experiment, workdir=tmp_path, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint(tmp_path):
     process = subprocess.Popen(
         command(2, f"--workdir={tmp_path}", "--steps=100000"),
@@ -115,11 +124,3 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(tmp_path):
         process.kill()
     (step,) = checkpoints.steps(tmp_path / "checkpoints")
     assert checkpoints.latest(tmp_path / "checkpoints")[0] == step >= 2
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
-    done = subprocess.run(
-        command(2, f"--workdir={tmp_path}", "--batch_size=5"), cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "batch_size=5 is of all 2 processes together and must be a multiple of 2" in done.stderr

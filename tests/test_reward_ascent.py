@@ -32,11 +32,12 @@ from test_field import full
 from torch import Tensor
 
 from ratiograph.directions import ScoreDifference
-from ratiograph.objective import Objective, RewardAscent, Term
+from ratiograph.objective import AbsorbedTerm, Objective, RewardAscent, Term
 from ratiograph.rewards import BlackBoxReward, ClassReward, LinearReward, Reward, ScaledReward
-from ratiograph.teachers.mixture import GaussianMixture, MixtureClassifier, tilt
-from ratiograph.types import Condition, Noisy
-from ratiograph.weightings import KL
+from ratiograph.targets import RewardTilted
+from ratiograph.teachers.mixture import ExactRatio, GaussianMixture, MixtureClassifier, tilt
+from ratiograph.types import Condition, Nodes, Noisy
+from ratiograph.weightings import KL, LR
 
 FREE = Condition()
 REWARDS = {
@@ -254,6 +255,26 @@ def test_both_terms_rest_at_the_tilted_gaussian():
         totals[name] = float(torch.stack(list(objective.fields(evaluation).values())).sum(0).mean())
     assert totals["p*"] == pytest.approx(0, abs=1e-6)
     assert totals["p"] == pytest.approx(-g * slope, rel=1e-6)
+
+
+@pytest.mark.parametrize(("make", "row", "moved"), [(Term, LR, True), (AbsorbedTerm, LR, False), (Term, KL, False)])
+def test_one_normaliser_for_all_captions_moves_the_rest_of_the_subtracted_tilt_alone(make, row, moved):
+    """The field at q = p*, p Gaussian and R = e^(bx), at every x_t: with the Z of p and with another."""
+    mean, std, slope, sigma = 0.3, 0.7, 0.8, 0.5
+    teacher, reward = GaussianMixture(means=[[mean]], std=std), LinearReward(slope=[slope])
+    student = tilt(reward, teacher)[0]
+    hidden = std**2 * sigma**2 / (std**2 + sigma**2)  # variance of x0 given x_t, of which first order knows nothing
+    log_z = slope * mean + slope**2 * (std**2 - hidden) / 2
+    noisy = at(torch.linspace(-3, 3, 41, dtype=torch.float64), sigma)
+    largest = {}
+    for shift in (0.0, 1.0):
+        target = RewardTilted(reward=reward, log_normalizer=log_z + shift).double()
+        term = make(direction=ScoreDifference(), weighting=row(), target=target)
+        evaluation = evaluate(noisy, noisy.x_t, term.needs, student)
+        evaluation.nodes = Nodes(teacher, student, ExactRatio(student=student))
+        largest[shift] = float(term.velocity(evaluation).abs().max())
+    assert largest[0.0] < 1e-6
+    assert largest[1.0] > 0.05 if moved else largest[1.0] < 1e-6
 
 
 def test_it_asks_no_network_and_leaves_no_graph():

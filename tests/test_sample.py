@@ -24,7 +24,7 @@ from ratiograph.samplers import DDIMSampler, HeunSampler
 from ratiograph.sampling import SampleDraws
 from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 from ratiograph.types import Condition
-from ratiograph.weight_files import save_weights
+from ratiograph.weight_files import load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "sample.py"
@@ -94,9 +94,9 @@ def run(workdir, capsys):
             for name in set(flags.FLAGS):
                 if flags.FLAGS.find_module_defining_flag(name) == sample.__name__:
                     flags.FLAGS[name].unparse()
-            flags.FLAGS(["sample", f"--workdir={folder}", "--precision=fp32", "--device=cpu", *arguments])
+            rest = flags.FLAGS(["sample", f"--workdir={folder}", "--precision=fp32", "--device=cpu", *arguments])
             try:
-                sample.main(["sample"])
+                sample.main(rest)
             except SystemExit as stop:
                 return stop.code, capsys.readouterr().err
             return 0, capsys.readouterr().err
@@ -198,13 +198,8 @@ LatentStream.urls = 'nowhere.tar'
 """
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_prompts_become_images(run, workdir, tmp_path, kind):
-    pytest.importorskip("diffusers")
-    import tiny_pipelines
-
-    pipeline, folder = tmp_path / kind, tmp_path / "run"
-    getattr(tiny_pipelines, kind)(pipeline)
+def captioned_run(folder, pipeline):
+    """A run's configuration, with a student that differs from its teacher."""
     folder.mkdir()
     kept = [line for line in RUN.splitlines() if "UNet." not in line and "EDM" not in line]
     (folder / "run.gin").write_text("\n".join(kept))
@@ -214,7 +209,23 @@ def test_prompts_become_images(run, workdir, tmp_path, kind):
     config.save(cfg, folder / "config.gin")
     student = config.build(cfg).task.student
     student.denoiser.load()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_weights(folder / "student.safetensors", student)
+    return cfg
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_prompts_become_images(run, tmp_path, kind):
+    pytest.importorskip("diffusers")
+    import tiny_pipelines
+
+    pipeline, folder = tmp_path / kind, tmp_path / "run"
+    getattr(tiny_pipelines, kind)(pipeline)
+    student = config.build(captioned_run(folder, pipeline)).task.student
+    load_weights(folder / "student.safetensors", student)
     (tmp_path / "prompts.txt").write_text("ab cab\n\nTwo CATS\n")
     given = [f"--prompts={tmp_path}/prompts.txt", f"--pipeline={pipeline}", "--samples=3"]
     assert run(*given, f"--out={tmp_path}/x.npz", folder=folder)[0] == 0
@@ -229,8 +240,41 @@ def test_prompts_become_images(run, workdir, tmp_path, kind):
     assert list(found) == ["x0", "indices"]
     assert found["x0"].shape == (3, 3, 16, 16)
     np.testing.assert_allclose(found["x0"], expected.numpy(), atol=1e-5)
-    code, error = run(*given[:1], f"--out={tmp_path}/y.npz", folder=folder)
-    assert (code, "give --pipeline=FOLDER" in error) == (1, True)
+    assert run(given[0], given[2], f"--out={tmp_path}/own.npz", folder=folder)[0] == 0  # the run's own pipeline
+    assert np.array_equal(arrays(tmp_path / "own.npz")["x0"], found["x0"])
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_teacher_above_the_student_with_captions(run, tmp_path, kind):
+    pytest.importorskip("diffusers")
+    import tiny_pipelines
+
+    pipeline, folder = tmp_path / kind, tmp_path / "run"
+    getattr(tiny_pipelines, kind)(pipeline)
+    cfg = captioned_run(folder, pipeline)
+    prompts = ["ab cab", "Two CATS"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    given = [f"--prompts={tmp_path}/prompts.txt", "--compare", "--sampler=ddim", "--steps=3"]
+    assert run(*given, f"--out={tmp_path}/sheet.png", folder=folder)[0] == 0
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    task = config.build(cfg).task
+    encoder = {"sd15": SD15CaptionEncoder, "sdxl": SDXLCaptionEncoder}[kind](weights=str(pipeline))
+    autoencoder = Autoencoder(weights=str(pipeline))
+    for part in (task.teacher, encoder, autoencoder):
+        part.load()
+    load_weights(folder / "student.safetensors", task.student)
+    z = SampleDraws(0, range(2)).normal((4, 8, 8))
+    with torch.no_grad():
+        made = DDIMSampler(steps=3).sample(task.teacher, z, encoder.encode(prompts))
+        shown = [levels(autoencoder.decode(x0).numpy()) for x0 in (made, task.student(z, encoder.encode(prompts)))]
+    assert np.abs(shown[0].astype(int) - shown[1]).max() > 10
+    side, left = 112, sheet.shape[1] - 2 * 114 - 10  # two cells of 16 pixels seven times as large, and the margin
+    for row, images in enumerate(shown):
+        for k, image in enumerate(images.astype(int)):
+            top, x = 10 + 114 * row, left + 114 * k
+            assert np.abs(sheet[top : top + side : 7, x : x + side : 7] - image).max() <= 1, (row, k)
+    captions, names = sheet[10 + 2 * 114 :, left:], sheet[:, :left]
+    assert all(float((part < 100).mean()) > 0.005 for part in (captions[:, :114], captions[:, 114:], names))
 
 
 # ---------------------------------------------------------------------------------------------- the files
@@ -312,7 +356,10 @@ def test_two_processes_leave_the_same_bytes(run, workdir, tmp_path):
     ("given", "message"),
     [
         (["--class_label=3"], "class 3 was asked for, but the student's network has classes 0 to 2"),
-        (["--steps=4"], "give --sampler=heun too"),
+        (["--steps=4"], "give --sampler=heun too, or --compare"),
+        (["--compare", "--out=x.npz"], "--compare draws a picture: give --out=NAME.png"),
+        (["--prompts=/dev/null"], "--prompts=/dev/null holds no caption: write one a line"),
+        (["runs/other"], "'runs/other' is no flag: give one folder"),
         (["--out=x.tar"], "--out=x.tar: a name ends in .png or .npz"),
         (["--out=x.png", "--shards=2"], "--shards fills a folder"),
         (["--out=x.png", "--uint8"], "--uint8 is of arrays"),

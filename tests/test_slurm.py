@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from slurm_cluster import Cluster, missing
 
 from ratiograph import checkpoints
@@ -25,11 +26,25 @@ def cluster():
         yield cluster
 
 
-def submit(cluster, script, workdir, *options, steps=200):
-    flags = ["--gin_file=gin/mixture2d_scores.gin", *(f"--gin_param={line}" for line in LINES)]
-    flags += [f"--steps={steps}", "--seed=7", f"--workdir={workdir}", "--device=cpu"]
+def flags(workdir, steps, precision="fp32"):
+    lines = ["--gin_file=gin/mixture2d_scores.gin", *(f"--gin_param={line}" for line in LINES)]
+    return [*lines, f"--steps={steps}", "--seed=7", f"--workdir={workdir}", "--device=cpu", f"--precision={precision}"]
+
+
+def submit(cluster, script, workdir, *options, steps=200, precision="fp32"):
     output = workdir.with_suffix(".out")
-    return cluster.submit(f"--output={output}", *options, SCRIPTS / script, *flags, cwd=ROOT), output
+    wanted = flags(workdir, steps, precision)
+    return cluster.submit(f"--output={output}", *options, SCRIPTS / script, *wanted, cwd=ROOT), output
+
+
+def under_way(cluster, job, workdir, output):
+    """Returns once the job has logged a step."""
+
+    def logged():
+        assert cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), output.read_text()
+        return steps_logged(workdir)
+
+    cluster.until(logged, 180)
 
 
 def steps_logged(workdir):
@@ -41,7 +56,7 @@ def steps_logged(workdir):
 def test_asked_to_end_a_run_is_requeued_and_completes(cluster, tmp_path, script):
     workdir = tmp_path / "run"
     job, output = submit(cluster, script, workdir, "--nodes=1")
-    cluster.until(lambda: steps_logged(workdir), 120)
+    under_way(cluster, job, workdir, output)
     cluster("scancel", "--batch", "--signal=USR1", job)
     ended = cluster.ended(job)
     text = output.read_text()
@@ -60,16 +75,43 @@ def test_a_signal_to_the_run_itself_requeues_too(cluster, tmp_path):
     """As where a cluster signals the steps of a job and not its script."""
     workdir = tmp_path / "run"
     job, output = submit(cluster, "multi_node.sbatch", workdir, "--nodes=1")
-    cluster.until(lambda: steps_logged(workdir), 120)
+    under_way(cluster, job, workdir, output)
     cluster("scancel", "--signal=USR1", job)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output.read_text()
 
 
+def test_two_tasks_of_srun_train_together_are_requeued_and_take_the_steps_of_one(cluster, tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    command = [sys.executable, "launch/main.py", *flags(alone, 60, "fp64")]
+    one = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    tasks = ["--nodes=1", "--ntasks-per-node=2"]
+    job, output = submit(cluster, "multi_node.sbatch", together, *tasks, steps=60, precision="fp64")
+    under_way(cluster, job, together, output)
+    cluster("scancel", "--batch", "--signal=USR1", job)
+    ended = cluster.ended(job)
+    text = output.read_text()
+    assert (ended["JobState"], ended["Restarts"], ended["NumTasks"]) == ("COMPLETED", "1", "2"), text
+    assert text.count("2 processes, each a copy of the weights, cpu, networks in fp64") == 1
+    stopped = int(text.split("stopped by SIGUSR1 after step ")[1].split()[0])
+    assert text.count(f"resumed from step {stopped} of 60") == 1
+    found, expected = networks(together, 60), networks(alone, 60)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def networks(workdir, step):
+    done, state = checkpoints.latest(workdir / "checkpoints")
+    assert done == step
+    return {f"{node}.{key}": v for node, held in state["task"]["networks"].items() for key, v in held.items()}
+
+
 def test_a_cancelled_run_saves_and_stays_cancelled(cluster, tmp_path):
     workdir = tmp_path / "run"
     job, output = submit(cluster, "single_node.sbatch", workdir, steps=100_000)
-    cluster.until(lambda: steps_logged(workdir), 120)
+    under_way(cluster, job, workdir, output)
     cluster("scancel", job)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), output.read_text()

@@ -21,9 +21,11 @@ from diffusers import DDIMScheduler
 from ratiograph import config, trainer
 from ratiograph.data.latents import write_latents
 from ratiograph.denoisers import Encoding
+from ratiograph.differentiation import twice_differentiable
 from ratiograph.guidance import EmptyPrompt, Guided, NoCaption
 from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet, UNetFromFolder
 from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
+from ratiograph.pipeline_files import fit, read_part
 from ratiograph.ratio_losses import LogisticLoss, R1Penalized
 from ratiograph.students import OneStepDDPM
 from ratiograph.teachers.stable_diffusion import (
@@ -139,6 +141,21 @@ def test_r1_on_the_features_is_differentiable():
     (gradient,) = torch.autograd.grad(penalty, w)
     assert penalty > 1e-4
     torch.testing.assert_close((gradient * w).sum(), 2 * penalty, rtol=1e-3, atol=0)
+
+
+def test_blocks_run_again_have_the_same_second_derivatives():
+    """Of |grad_x |features|^2|^2, in a context that computes attention and frozen convolutions in other ways."""
+    found = []
+    for again in (False, True):
+        unet = small(gradient_checkpointing=again).requires_grad_(False).double()
+        x = latents().double().requires_grad_()
+        told = Condition(text=captions().text.double())
+        with twice_differentiable():
+            features = unet.encode(x, torch.tensor([5.0, 700.0]), told).features
+        (slope,) = torch.autograd.grad(sum(each.square().sum() for each in features), x, create_graph=True)
+        found += torch.autograd.grad(slope.square().sum(), x)
+    assert found[0].abs().max() > 1
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=0)
 
 
 def test_without_its_decoder_it_still_encodes():
@@ -389,6 +406,50 @@ def test_missing_weights_say_what_to_get(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"unet/diffusion_pytorch_model.safetensors.*GB.*hf download") as caught:
         denoiser.load()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("network", [SD15UNet, SDXLUNet])
+def test_weights_are_drawn_where_no_file_gives_them(network):
+    bare, like = small(network, random_weights=False), small(network)
+    with pytest.raises(ValueError, match=r"no weights yet: call its load\(\) or draw\(\) first"):
+        bare.encode(latents(), torch.tensor([5.0, 5.0]), captions(sized=network is SDXLUNet))
+    torch.manual_seed(5)
+    StableDiffusion(network=bare).load()
+    found, expected = bare.unet.state_dict(), like.unet.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        constant = tensor.unique().numel() == 1  # scales and shifts of norms
+        assert torch.equal(found[name], tensor) if constant else not torch.equal(found[name], tensor)
+        bound = float(tensor.abs().max())
+        assert 0.5 * bound <= float(found[name].abs().max()) <= 2 * bound or tensor.numel() < 20
+    torch.testing.assert_close(
+        *(torch.cat([t.flatten() for t in state.values()]).std() for state in (found, expected)), rtol=0.02, atol=0
+    )
+    before = {name: tensor.clone() for name, tensor in found.items()}
+    bare.draw()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bare.unet.state_dict().items())
+
+
+def test_weights_become_the_pages_of_their_file(tmp_path):
+    source = tiny_pipelines.unet(seed=7)
+    source.save_pretrained(tmp_path / "unet")
+    unet = small(random_weights=False).unet
+    parameters = dict(unet.named_parameters())
+    tensors = read_part([tmp_path / "unet" / "diffusion_pytorch_model.safetensors"], "unet", {})
+    fit("SD15UNet", unet.state_dict(keep_vars=True), tensors, "here")
+    for name, parameter in unet.named_parameters():
+        assert parameter is parameters[name]  # those that share it, or an optimiser that has it, see the new weights
+        assert parameter.requires_grad
+        assert parameter.data_ptr() == tensors[name].data_ptr()
+        assert torch.equal(parameter, source.state_dict()[name])
+    with torch.no_grad():
+        unet.conv_in.weight.zero_()
+    again = read_part([tmp_path / "unet" / "diffusion_pytorch_model.safetensors"], "unet", {})
+    assert torch.equal(again["conv_in.weight"], source.conv_in.weight)  # what is written stays in this process
+    half = {name: tensor.half() for name, tensor in again.items()}
+    fit("SD15UNet", unet.state_dict(keep_vars=True), half, "here")
+    assert unet.conv_in.weight.dtype == torch.float32
+    assert torch.equal(unet.conv_in.weight, half["conv_in.weight"].float())
 
 
 def test_a_pickle_is_not_opened(tmp_path):

@@ -54,6 +54,8 @@ def test_long_captions_are_cut():
 class Captions:
     """A stream of one batch, over and over."""
 
+    urls = "shards.tar"
+
     def __init__(self, condition):
         self.condition = condition
 
@@ -73,6 +75,7 @@ def test_an_encoded_stream_adds_states_and_keeps_the_rest():
     assert torch.equal(batch.condition.caption, pack(captions))
     assert torch.equal(batch.condition.text, WordEncoder().encode(captions).text)
     assert stream.describe() == "captions, encoded by WordEncoder"
+    assert stream.urls == "shards.tar"
 
 
 def test_a_stream_without_captions_is_refused():

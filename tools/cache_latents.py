@@ -9,6 +9,8 @@ IN are shards of images and captions as img2dataset writes them (jpg, txt, json)
 shard for each: latents in float16 times the scaling factor, text states, the caption, for SDXL the pooled caption and
 sizes; 0.15 MB a sample for SD 1.5. The teacher says which of the two it is. Interrupted in any way, the same command
 continues at the first shard that is lacking. Images are resized to the resolution and cropped to the centre.
+With --caption_only there are no latents: a generator whose objective asks for no real samples is fed such shards by
+Experiment.data = @CachedCaptionStream().
 """
 
 import shlex
@@ -96,7 +98,9 @@ def cache(source, folder):
     made = sum(entry["samples"] for entry in shards.values())
     urls = f"{folder}/shard-{{000000..{len(shards) - 1:06d}}}.tar"
     told = f"{made:,} samples in {len(shards):,} shards, {samples.skipped:,} filtered out"
-    return f"{told}, {getattr(samples, 'damaged', 0):,} damaged\ntrain with --data={shlex.quote(urls)}"
+    fed = " --gin_param='Experiment.data = @CachedCaptionStream()' --gin_param='CachedCaptionStream.urls = %DATA'"
+    way = f"--data={shlex.quote(urls)}{fed if FLAGS.caption_only else ''}"
+    return f"{told}, {getattr(samples, 'damaged', 0):,} damaged\ntrain with {way}"
 
 
 def main(argv):

@@ -1,10 +1,11 @@
-"""Writes a finished text-to-image student as files that plain diffusers loads, safetensors only.
+"""Writes a finished student as files for others, safetensors only: of Stable Diffusion what plain diffusers loads.
 
   python tools/export.py runs/sd15_reward_tilt students/cat               a pipeline's folder
   python tools/export.py runs/sd15_reward_tilt students/cat --half        the U-Net in float16
   python tools/export.py runs/sd15_lora students/cat-lora --lora          the adapters of a LoRA student alone
+  python tools/export.py runs/captions_reward_tilt students/red           any other student: weights, config.gin, card
 
-and then, anywhere:
+The last is sampled by tools/sample.py students/red, the others anywhere:
 
   pipeline = DiffusionPipeline.from_pretrained("students/cat")
   image = pipeline("a cat", num_inference_steps=1, guidance_scale=1.0).images[0]
@@ -35,6 +36,10 @@ def main(argv):
         workdir, out = map(Path, argv[1:])
         if FLAGS.lora:
             print(export.export_lora(workdir, out))
+        elif not export.is_pipeline(export.finished(workdir)[1]):
+            if FLAGS.half or FLAGS.teacher:
+                raise ValueError(f"{workdir} trained no student of Stable Diffusion: drop --half and --teacher")
+            print(export.export_plain(workdir, out))
         else:
             print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half))
     except (ValueError, OSError) as error:

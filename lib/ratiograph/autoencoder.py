@@ -6,12 +6,15 @@ sample of it, times the scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL). d
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ratiograph.differentiation import recomputed_alike
 from ratiograph.frozen import save_only
-from ratiograph.pipeline_files import config_of, fit, folder_of, missing_package, read_part, weights_of
+from ratiograph.pipeline_files import Missing, config_of, fit, folder_of, missing_package, read_part, weights_of
 
 __all__ = ["Autoencoder"]
 
@@ -89,25 +92,38 @@ class Autoencoder(nn.Module):
         """Pixels of a latent's side, 8."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @staticmethod
+    def locate(*, weights: str | None) -> list[Path]:
+        """The files that ``load`` will read, without reading them; those of the hub are fetched.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none; says how to get them.
+        """
+        if weights is None:
+            return []
+        folder = folder_of(weights, PART, "Autoencoder.weights")
+        files = weights_of(folder)
+        if not files:
+            raise Missing(
+                weights,
+                f"no autoencoder at Autoencoder.weights={weights!r}: {folder} holds no safetensors file; fetch it "
+                f"with `hf download OWNER/NAME --include '{PART}/*' --local-dir FOLDER` (0.3 GB)",
+            )
+        return files
+
     def load(self) -> None:
         """Reads the weights. Never called in a dry run.
 
         Raises:
             FileNotFoundError, ValueError: there are none, or they do not fit; says how to get them.
         """
-        if self.weights is None:
-            return
-        folder = folder_of(self.weights, PART, "Autoencoder.weights")
-        files = weights_of(folder)
+        files = self.locate(weights=self.weights)
         if not files:
-            raise FileNotFoundError(
-                f"no autoencoder at Autoencoder.weights={self.weights!r}: {folder} holds no safetensors file; fetch it "
-                f"with `hf download OWNER/NAME --include '{PART}/*' --local-dir FOLDER` (0.3 GB)"
-            )
+            return
         config = config_of(self.weights, PART)
         if config is not None and {k: v for k, v in config.items() if not k.startswith("_")} != self.config:
             self._build(config)  # a model of the hub, whose configuration came with the weights
-        fit("Autoencoder", self.vae.state_dict(), read_part(files, PART, self.config), str(folder))
+        fit("Autoencoder", self.vae.state_dict(keep_vars=True), read_part(files, PART, self.config), str(files[0]))
 
     def train(self, mode: bool = True) -> Autoencoder:
         """Stays in evaluation mode: it is frozen."""
@@ -142,7 +158,8 @@ class Autoencoder(nn.Module):
         )
 
     def _decode_again(self, latents: Tensor) -> Tensor:
-        return checkpoint(self._decode, latents, use_reentrant=False, preserve_rng_state=False)
+        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputed_alike}
+        return checkpoint(self._decode, latents, **again)
 
     def _decode(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.compilation import compile_blocks
+from ratiograph.pipeline_files import Missing
 from ratiograph.types import Condition, Noisy, expand
 from ratiograph.weight_files import load_weights, read_header
 
@@ -116,6 +117,17 @@ class EDM(Denoiser):
         if compiled:
             compile_blocks(network)
 
+    @classmethod
+    def locate(cls, *, weights: str | None) -> None:
+        """Raises a FileNotFoundError, which says how to get them, if there are no ``weights``; reads nothing."""
+        shipped = weights is None or (ASSETS / f"{weights}.safetensors").is_file()
+        if not shipped and not Path(weights).expanduser().exists():
+            raise Missing(
+                weights,
+                f"no weights at {weights}. Give --teacher a safetensors file, a converted folder or an official EDM "
+                f"file, from {SOURCE}",
+            )
+
     def load(self) -> None:
         """Loads the weights.
 
@@ -125,12 +137,8 @@ class EDM(Denoiser):
         """
         if self.weights is None:
             return
+        self.locate(weights=self.weights)
         path = locate_weights(self.weights, type(self).__name__)
-        if path.suffix in OFFICIAL and not path.is_file():
-            raise FileNotFoundError(
-                f"no weights at {path}. Give --teacher a safetensors file, a converted folder or an official EDM file, "
-                f"from {SOURCE}"
-            )
         described = read_header(path).get("denoiser")
         if described is not None:
             self._check_made_for(path, json.loads(described))

@@ -1,4 +1,5 @@
-"""A finished text-to-image student as files that diffusers loads: a pipeline's folder, or a LoRA.
+"""A finished student as files for others: of Stable Diffusion a pipeline's folder or a LoRA, which diffusers loads; of
+anything else a plain folder of weights, configuration and model card, which tools/sample.py samples.
 
 Notation: T is the step that the student is asked at; G(z) = mu(x_T = z). The exported scheduler is DDIM on the
 process that ends at T, whose one step from T is x0 = mu exactly, in the arithmetic of `teachers.stable_diffusion`: in
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ratiograph import config
+from ratiograph import model_card, student_files
+from ratiograph.files import write_atomically
 from ratiograph.lora import LoRA
 from ratiograph.pipeline_files import HUB, SMALL_FILES, folder_of, weights_of
-from ratiograph.students import OneStepDDPM
+from ratiograph.student_files import CONDITIONS, WEIGHTS
+from ratiograph.students import OneStep, OneStepDDPM
 from ratiograph.teachers.stable_diffusion import StableDiffusion
-from ratiograph.weight_files import load_weights
 
-__all__ = ["export_lora", "export_pipeline", "scheduler_config"]
-
-CARD = """---
-library_name: diffusers
-tags: [text-to-image, one-step, distillation]
----
-# {name}
-
-A one-step student of `{teacher}`, distilled by ratiograph. The licence of those weights applies.
-
-```python
-{usage}
-```
-
-One network evaluation at step {timestep}; guidance is part of the student, so `guidance_scale` stays 1.
-
-## Numbers
-{numbers}
-
-## Recipe
-`config.gin` beside this file repeats the run: `python launch/main.py --gin_file=config.gin`.
-
-```
-{tree}
-```
-"""
-USE_PIPELINE = """import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float16).to("cuda")
-image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
-USE_LORA = """import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", torch_dtype=torch.float16).to("cuda")
-pipeline.scheduler = DDIMScheduler.from_pretrained("{out}", subfolder="scheduler")
-pipeline.load_lora_weights("{out}")
-image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
+__all__ = ["export_lora", "export_pipeline", "export_plain", "is_pipeline", "scheduler_config"]
 
 
 def scheduler_config(student: OneStepDDPM) -> dict[str, Any]:
@@ -82,25 +46,37 @@ def scheduler_config(student: OneStepDDPM) -> dict[str, Any]:
 # --- the student ------------------------------------------------------------------------------------------------------
 
 
+def finished(workdir: Path) -> tuple[object, OneStep]:
+    """(experiment, student) of the finished run in ``workdir``, all of it still without memory.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds no finished run of a one-step student.
+    """
+    for name in ("config.gin", WEIGHTS):
+        if not (workdir / name).is_file():
+            raise FileNotFoundError(f"{workdir} has no {name}: give the workdir of a finished run")
+    experiment = student_files.read_experiment(workdir, memory=False)
+    student = getattr(experiment.task, "student", None)
+    if student is None:
+        raise ValueError(f"{workdir} trained a {type(experiment.task).__name__}, which has no one-step student")
+    return experiment, student
+
+
+def is_pipeline(student: OneStep) -> bool:
+    """Whether diffusers has a pipeline for ``student``."""
+    return isinstance(student, OneStepDDPM) and isinstance(student.denoiser, StableDiffusion)
+
+
 def load_student(workdir: Path) -> tuple[object, OneStepDDPM]:
     """(experiment, averaged student) of the finished run in ``workdir``; the rest of the graph stays without memory.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no finished run of a text-to-image student.
     """
-    for name in ("config.gin", "student.safetensors"):
-        if not (workdir / name).is_file():
-            raise FileNotFoundError(f"{workdir} has no {name}: give the workdir of a finished run")
-    with torch.device("meta"):
-        experiment = config.build(config.parse([str(workdir / "config.gin")]))
-    student = getattr(experiment.task, "student", None)
-    if not isinstance(student, OneStepDDPM) or not isinstance(student.denoiser, StableDiffusion):
+    experiment, student = finished(workdir)
+    if not is_pipeline(student):
         raise ValueError(f"{workdir} trained no student of Stable Diffusion: diffusers has no pipeline for others")
-    student.denoiser.network.unet.to_empty(device="cpu")
-    if isinstance(student.denoiser.network, LoRA):
-        student.denoiser.load()
-    load_weights(workdir / "student.safetensors", student)
-    return experiment, student.requires_grad_(False).eval()
+    return experiment, student_files.load_student(student, workdir / WEIGHTS)
 
 
 def plain_unet(student: OneStepDDPM) -> nn.Module:
@@ -143,7 +119,7 @@ def export_pipeline(workdir: Path, out: Path, *, teacher: str | None = None, hal
         (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         unet = plain_unet(student)
         (unet.half() if half else unet).save_pretrained(made / "unet", safe_serialization=True)
-        _write_rest(made, workdir, experiment, student, out, USE_PIPELINE)
+        _write_rest(made, workdir, experiment, student, out, model_card.USE_PIPELINE)
     return Path(out)
 
 
@@ -174,7 +150,45 @@ def export_lora(workdir: Path, out: Path) -> Path:
             unet_lora_adapter_metadata=network.unet.peft_config["default"].to_dict(),
             safe_serialization=True,
         )
-        _write_rest(made, workdir, experiment, student, out, USE_LORA)
+        _write_rest(made, workdir, experiment, student, out, model_card.USE_LORA)
+    return Path(out)
+
+
+def export_plain(workdir: Path, out: Path) -> Path:
+    """Writes a student that is not Stable Diffusion's as a folder that ``tools/sample.py`` samples as it does the run.
+
+    The weights, the configuration, a model card, and what the run's previews were told, where that came from its data.
+
+    Args:
+        workdir: of a finished run.
+        out: folder to make; must not exist, or be empty.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        FileNotFoundError, ValueError: no finished run, weights of another network, or ``out`` is taken.
+    """
+    workdir = Path(workdir)
+    experiment, student = finished(workdir)
+    student_files.load_student(student, workdir / WEIGHTS)
+    told = student_files.remembered(experiment.task.conditions, workdir).state_dict()
+    with _made_whole(out) as made:
+        for name in (WEIGHTS, "config.gin"):
+            shutil.copyfile(workdir / name, made / name)
+        if told:
+            write_atomically(made / CONDITIONS, safetensors.torch.save({k: v.contiguous() for k, v in told.items()}))
+        source = getattr(student.denoiser, "weights", None)
+        usage = model_card.USE_PLAIN + (model_card.USE_PROMPTS if student.captioned else "")
+        card = model_card.PLAIN_CARD.format(
+            name=Path(out).name,
+            teacher="" if source is None else f" of `{source}`",
+            usage=usage.format(out=Path(out).name),
+            parameters=sum(parameter.numel() for parameter in student.parameters()),
+            numbers=model_card.numbers(workdir),
+            tree=model_card.tree(experiment),
+        )
+        (made / "README.md").write_text(card)
     return Path(out)
 
 
@@ -238,39 +252,15 @@ def _copy_part(source: Path, target: Path) -> bool:
 def _write_rest(made: Path, workdir: Path, experiment: object, student: OneStepDDPM, out: Path, usage: str) -> None:
     from diffusers import DDIMScheduler
 
-    from ratiograph import graph
-
     DDIMScheduler(**scheduler_config(student)).save_pretrained(made / "scheduler")
     shutil.copyfile(Path(workdir) / "config.gin", made / "config.gin")
     teacher = student.denoiser.weights or "the teacher"
-    card = CARD.format(
+    card = model_card.CARD.format(
         name=Path(out).name,
         teacher=teacher,
         usage=usage.format(out=Path(out).name, teacher=teacher),
         timestep=student.timestep,
-        numbers=_numbers(Path(workdir)),
-        tree=graph.render_tree(graph.describe(experiment)).strip(),
+        numbers=model_card.numbers(Path(workdir)),
+        tree=model_card.tree(experiment),
     )
     (made / "README.md").write_text(card)
-
-
-def _numbers(workdir: Path) -> str:
-    """The run's evaluation as a list, or what its last logged step says."""
-    lines = []
-    if (workdir / "evaluation.json").is_file():
-        lines = list(_flat("", json.loads((workdir / "evaluation.json").read_text())))
-    elif (workdir / "metrics.jsonl").is_file():
-        logged = (workdir / "metrics.jsonl").read_text().splitlines()
-        lines = list(_flat("", json.loads(logged[-1]))) if logged else []
-    return "\n".join(lines) or "None were measured."
-
-
-def _flat(prefix: str, value: object):
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(f"{prefix}{name}.", inner)
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _flat(f"{prefix}{number}.", inner)
-    elif isinstance(value, int | float | str):
-        yield f"- {prefix[:-1]}: {value:.6g}" if isinstance(value, float) else f"- {prefix[:-1]}: {value}"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ratiograph.denoisers import Denoiser, Encoding
+from ratiograph.pipeline_files import Missing
 from ratiograph.types import Condition, Noisy
 
 __all__ = ["Clipped", "EmptyPrompt", "Guided", "NoCaption", "NoLabel", "Unconditional"]
@@ -76,19 +77,25 @@ class EmptyPrompt(_NoText):
         self.register_buffer("text", None, persistent=False)
         self.register_buffer("pooled", None, persistent=False)
 
+    @staticmethod
+    def locate(*, file: str) -> None:
+        """Raises a FileNotFoundError, which says how to make it, if there is no such file."""
+        if not Path(file).expanduser().is_file():
+            raise Missing(
+                file,
+                f"no file at EmptyPrompt.file={file!r}: save the text encoder's states of the prompt '' there, "
+                "with tools/cache_latents.py --empty_prompt=FILE ('text' [L, E], safetensors, 77 x 768 for SD 1.5)",
+            )
+
     def load(self) -> None:
         """As ``Unconditional.load``.
 
         Raises:
             FileNotFoundError, ValueError: there is no such file, or it does not hold the states.
         """
+        self.locate(file=self.file)
         try:
             tensors = load_file(Path(self.file).expanduser())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"no file at EmptyPrompt.file={self.file!r}: save the text encoder's states of the prompt '' there, "
-                "with tools/cache_latents.py --empty_prompt=FILE ('text' [L, E], safetensors, 77 x 768 for SD 1.5)"
-            ) from error
         except (SafetensorError, OSError) as error:
             raise ValueError(f"EmptyPrompt.file={self.file!r} is not a safetensors file: {error}") from error
         if "text" not in tensors or tensors["text"].ndim != 2:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ratiograph.denoisers import Encoding
 from ratiograph.frozen import save_only
+from ratiograph.networks.stable_diffusion import TextUNet, draw_weights
 from ratiograph.pipeline_files import fit, missing_package
 from ratiograph.teachers.stable_diffusion import StableDiffusion
 from ratiograph.types import Condition
@@ -80,8 +82,20 @@ class LoRA(nn.Module):
 
     def load(self, weights: str) -> None:
         """Loads the base's weights; as the base's own ``load``."""
-        here = {name: owner._parameters[key].detach() for name, owner, key in base_slots(self.unet)}
+        here = {name: owner._parameters[key] for name, owner, key in base_slots(self.unet)}
         fit(type(self.network).__name__, here, self.network.read(weights), weights)
+        self.network.filled = True
+
+    def draw(self) -> None:
+        """Random weights of a base that has none yet; the adapters stay."""
+        if not self.network.filled:
+            draw_weights(layer for path, layer in self.unet.named_modules() if ADAPTER not in f".{path}.")
+            self.network.filled = True
+
+    @staticmethod
+    def find(weights: str) -> list[Path]:
+        """The files that ``load`` reads, as the base's own ``find``."""
+        return TextUNet.find(weights)
 
     def drop_decoder(self) -> None:
         """Leaves only what ``encode`` needs."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ratiograph.weight_files import differences, listed
 
-__all__ = ["HUB", "config_of", "fit", "folder_of", "missing_package", "read_part", "weights_of"]
+__all__ = ["HUB", "Missing", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
 
 HUB = "hf://"
 WHOLE_FILES = ("diffusion_pytorch_model", "model")
@@ -28,11 +28,32 @@ SMALL_FILES = ("*.json", "*.txt")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+class Missing(FileNotFoundError):
+    """A file or folder that a run needs is not there.
+
+    Args:
+        source: how the user named it.
+        message: what is missing and how to get it, one line.
+    """
+
+    def __init__(self, source: str, message: str):
+        super().__init__(message)
+        self.source = source
+
+
 def missing_package(package: str, asked_by: str) -> ValueError:
     """The error that says which package ``asked_by`` lacks."""
     return ValueError(
         f"{asked_by} needs the package {package}: pip install 'ratiograph[text2image]' "
         "(in a checkout: pip install -e '.[text2image]')"
+    )
+
+
+def gated(source: str, then: str) -> ValueError:
+    """The error that says how to be let at the model ``source`` of the hub, and what to do ``then``."""
+    return ValueError(
+        f"{source} is gated: accept its licence at https://huggingface.co/{source.removeprefix(HUB)}, run `hf auth "
+        f"login`, then {then}"
     )
 
 
@@ -85,16 +106,17 @@ def folder_of(source: str, part: str, asked_by: str, *, weights: bool = True) ->
         weights: whether safetensors files are wanted, and not only configurations and vocabularies.
 
     Raises:
-        FileNotFoundError: nothing is there; says how to get it.
+        Missing: nothing is there; says how to get it.
         ValueError: the hub does not give it (gated, absent, unreachable).
     """
     if source.startswith(HUB):
         return _downloaded(source.removeprefix(HUB), part, asked_by, weights)
     found = _local(source, part)
     if found is None:
-        raise FileNotFoundError(
+        raise Missing(
+            source,
             f"no {part} at {asked_by}={source!r}: give a folder in diffusers' format, fetched with "
-            f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`, or {HUB}OWNER/NAME"
+            f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`, or {HUB}OWNER/NAME",
         )
     return found
 
@@ -121,10 +143,7 @@ def _downloaded(name: str, part: str, asked_by: str, weights: bool) -> Path:
                 if (root / part).is_dir() and (not weights or weights_of(root / part)):
                     return root / part
     except GatedRepoError as error:
-        raise ValueError(
-            f"{HUB}{name} is gated: accept its licence at https://huggingface.co/{name}, run `hf auth login`, then "
-            f"{command}"
-        ) from error
+        raise gated(f"{HUB}{name}", command) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"cannot fetch {HUB}{name} ({type(error).__name__}): check the name and the connection, or on a machine "
@@ -180,11 +199,13 @@ def _renamed(name: str) -> str:
 
 @torch.no_grad()
 def fit(kind: str, here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies ``tensors`` into those of the same names ``here``: every one with its shape, or nothing.
+    """Fills those of the same names ``here`` with ``tensors``: every one with its shape, or nothing.
+
+    Where nothing has to be converted or moved, they become the very memory of ``tensors``, the pages of a mapped file.
 
     Args:
         kind: what the tensors belong to, for errors.
-        here: a module's own tensors; they keep their precision and device.
+        here: a module's own parameters and buffers; they keep their precision and device.
         tensors: as `read_part` gives them.
         source: where they come from, for errors.
 
@@ -198,4 +219,7 @@ def fit(kind: str, here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], so
             "network as the weights' own config.json does"
         )
     for name, tensor in here.items():
-        tensor.copy_(tensors[name])
+        if (tensor.device, tensor.dtype) == (tensors[name].device, tensors[name].dtype):
+            tensor.data = tensors[name]
+        else:
+            tensor.copy_(tensors[name])

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ratiograph import captions
 from ratiograph.autoencoder import Autoencoder
-from ratiograph.networks.edm_blocks import same_attention
-from ratiograph.pipeline_files import HUB, missing_package
+from ratiograph.differentiation import recomputed_alike
+from ratiograph.pipeline_files import HUB, Missing, gated, missing_package
 from ratiograph.rewards import Reward
 from ratiograph.types import Condition
 from ratiograph.weight_files import differences, listed
@@ -118,15 +118,17 @@ def place_of(source: str, asked_by: str, hint: str, patterns: Sequence[str]) -> 
     if not source.startswith(HUB):
         path = Path(source).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"nothing at {asked_by}={source!r}: {hint}")
+            raise Missing(source, f"nothing at {asked_by}={source!r}: {hint}")
         return path
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise missing_package("huggingface_hub", asked_by) from error
     try:
         return Path(snapshot_download(source.removeprefix(HUB), allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise gated(source, f"rerun, or {hint}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"cannot fetch {asked_by}={source!r} ({type(error).__name__}): check the name and the connection, or on a "
@@ -262,5 +264,5 @@ class DecodedReward(Reward):
         return images[rows], condition.map(lambda part: part[rows])
 
     def _judge_again(self, images: Tensor, condition: Condition) -> Tensor:
-        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_attention}
+        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputed_alike}
         return checkpoint(self.reward, images, condition, **again)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratiograph.pipeline_files import HUB, missing_package, weights_of
+from ratiograph.pipeline_files import HUB, Missing, missing_package, weights_of
 from ratiograph.reward_images import (
     PretrainedReward,
     Remembered,
@@ -106,17 +106,27 @@ class _CLIPTowers(PretrainedReward):
             raise missing_package("transformers", type(self).__name__) from error
         return empty(lambda: CLIPModel(CLIPConfig.from_dict(dict(self.config))))
 
+    @classmethod
+    def locate(cls, *, weights: str) -> None:
+        """Looks for what ``load`` will read, and fetches a model of the hub. Errors as of ``load``."""
+        cls._folder(weights)
+
+    @classmethod
+    def _folder(cls, weights: str) -> Path:
+        asked_by = f"{cls.__name__}.weights"
+        folder = place_of(weights, asked_by, cls._hint(), (*CONFIG_FILES, "model*.safetensors"))
+        if not weights_of(folder):
+            raise Missing(weights, f"no safetensors file in {asked_by}={weights!r}: {cls._hint()}")
+        return folder
+
     def load(self) -> None:
         """Reads the weights.
 
         Raises:
             FileNotFoundError, ValueError: there are none, or they are not a CLIP model's; says how to get them.
         """
-        asked_by = f"{type(self).__name__}.weights"
-        folder = place_of(self.weights, asked_by, self._hint(), (*CONFIG_FILES, "model*.safetensors"))
+        folder = self._folder(self.weights)
         files = weights_of(folder)
-        if not files:
-            raise FileNotFoundError(f"no safetensors file in {asked_by}={self.weights!r}: {self._hint()}")
         config = self._config(folder)
         if config is not None and config != self.config:  # a model of the hub, whose config.json came with the weights
             self.config, like = config, next(self.network.parameters())
@@ -125,10 +135,11 @@ class _CLIPTowers(PretrainedReward):
         fill(self.network, {k: v for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
         self.embed_captions, self.loaded = Remembered(self._embed_captions), True
 
-    def _hint(self) -> str:
+    @classmethod
+    def _hint(cls) -> str:
         return (
-            f"`hf download {self.repository} --local-dir FOLDER` ({self.size}), then {type(self).__name__}.weights = "
-            f"'FOLDER' (or '{HUB}{self.repository}')"
+            f"`hf download {cls.repository} --local-dir FOLDER` ({cls.size}), then {cls.__name__}.weights = "
+            f"'FOLDER' (or '{HUB}{cls.repository}')"
         )
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -212,6 +223,11 @@ class AestheticReward(_CLIPTowers):
         super().__init__(weights=weights)
         self.head = head
         self.layers = score_head(self.network.config.projection_dim).requires_grad_(False).eval()
+
+    @classmethod
+    def locate(cls, *, weights: str, head: str) -> None:
+        place_of(head, "AestheticReward.head", cls.source, ())
+        cls._folder(weights)
 
     def load(self) -> None:
         path = place_of(self.head, "AestheticReward.head", self.source, ())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ratiograph.pipeline_files import HUB, missing_package
+from ratiograph.pipeline_files import HUB, Missing, missing_package
 from ratiograph.reward_images import (
     PretrainedReward,
     Remembered,
@@ -30,7 +30,7 @@ def _file(source: str, asked_by: str, hint: str, name: str) -> Path:
     path = place_of(source, asked_by, hint, (name,))
     path = path / name if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"no {name} in {asked_by}={source!r}: {hint}")
+        raise Missing(source, f"no {name} in {asked_by}={source!r}: {hint}")
     return path
 
 
@@ -66,13 +66,18 @@ class HPSv2Reward(PretrainedReward):
         self.tokenizer = open_clip.get_tokenizer(model)
         self.embed_captions = Remembered(self._embed_captions)
 
+    @classmethod
+    def locate(cls, *, weights: str) -> Path:
+        """The file that ``load`` will read; that of a model of the hub is fetched. Errors as of ``load``."""
+        return _file(weights, "HPSv2Reward.weights", cls.hint, cls.published)
+
     def load(self) -> None:
         """Reads the weights.
 
         Raises:
             FileNotFoundError, ValueError: there are none, or they do not fit; says how to get them.
         """
-        path = _file(self.weights, "HPSv2Reward.weights", self.hint, self.published)
+        path = self.locate(weights=self.weights)
         fill(self.network, read_tensors(path), path)
         self.embed_captions, self.loaded = Remembered(self._embed_captions), True
 
@@ -166,6 +171,12 @@ class ImageReward(PretrainedReward):
         )
         return empty(lambda: BlipVisionModel(vision)), empty(lambda: BlipTextModel(text, add_pooling_layer=False))
 
+    @classmethod
+    def locate(cls, *, weights: str, tokenizer: str) -> tuple[Path, Path]:
+        """The files that ``load`` will read; those of a model of the hub are fetched. Errors as of ``load``."""
+        words = _file(tokenizer, "ImageReward.tokenizer", cls.words_hint, "vocab.txt")
+        return _file(weights, "ImageReward.weights", cls.hint, cls.published), words
+
     def load(self) -> None:
         """Reads the weights and the vocabulary.
 
@@ -174,8 +185,7 @@ class ImageReward(PretrainedReward):
         """
         from transformers import BertTokenizer
 
-        words = _file(self.tokenizer, "ImageReward.tokenizer", self.words_hint, "vocab.txt")
-        path = _file(self.weights, "ImageReward.weights", self.hint, self.published)
+        path, words = self.locate(weights=self.weights, tokenizer=self.tokenizer)
         tensors = published_names(read_tensors(path))
         for name, module in (("vision", self.vision), ("text", self.text), ("layers", self.layers)):
             part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}

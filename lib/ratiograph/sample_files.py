@@ -1,4 +1,4 @@
-"""The files that generated samples are left in: a grid, an array, a folder of images or shards.
+"""The files that generated samples are left in: a grid, a sheet with captions, an array, a folder of images or shards.
 
 Notation: sample i has the index i, whatever batch or rank made it. x0 [n, ...] are samples, images of them [n, C, H, W]
 in [-1, 1], C = 1 or 3; pixels are uint8 rint((x0 + 1) 127.5).
@@ -18,12 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 from ratiograph import distributed
+from ratiograph.caption_sheet import caption_sheet
 from ratiograph.data.latents import picture
 from ratiograph.data.shards import encode_png, write_shards
 from ratiograph.files import clear_storage_errors, write_atomically
 from ratiograph.logs import make_grid
 
-__all__ = ["ArrayFile", "GridFile", "ImageFolder", "SampleFiles", "ShardFolder", "batches", "fill", "pixels"]
+__all__ = [
+    "ArrayFile",
+    "CaptionSheet",
+    "GridFile",
+    "ImageFolder",
+    "SampleFiles",
+    "ShardFolder",
+    "batches",
+    "fill",
+    "pixels",
+]
 
 SETTINGS = "samples.json"
 
@@ -93,6 +104,38 @@ class GridFile(SampleFiles):
     def finish(self):
         grid = Image.fromarray(make_grid(torch.cat(self.parts), self.columns))
         write_atomically(self.path, lambda file: grid.save(file, "PNG"))
+
+
+class CaptionSheet(SampleFiles):
+    """One picture of all samples with their captions under them, those of several makers one under another.
+
+    Takes x0 [n, R, ...], R images of each sample.
+
+    Args:
+        path: a ``.png``.
+        rows: names of the R makers, such as teacher and student.
+        captions: of the samples, in turn by their indices; without any, a sample's class or its index is written.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[str], captions: Sequence[str] = ()):
+        self.path, self.rows, self.captions = path, list(rows), list(captions)
+        self.cells: list[np.ndarray] = []
+        self.texts: list[str] = []
+
+    def add(self, indices, x0, labels):
+        shown = pixels(picture(x0.flatten(0, 1)))
+        self.cells.append(shown.reshape(len(indices), len(self.rows), *shown.shape[1:]))
+        classes = [None] * len(indices) if labels is None else labels.tolist()
+        self.texts += [self._text(index, label) for index, label in zip(indices, classes, strict=True)]
+
+    def _text(self, index: int, label: int | None) -> str:
+        if self.captions:
+            return self.captions[index % len(self.captions)]
+        return f"sample {index}" if label is None else f"class {label}"
+
+    def finish(self):
+        sheet = caption_sheet(np.concatenate(self.cells), self.rows, self.texts)
+        write_atomically(self.path, lambda file: sheet.save(file, "PNG"))
 
 
 class ArrayFile(SampleFiles):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ratiograph.pipeline_files import folder_of, missing_package
+from ratiograph.pipeline_files import Missing, folder_of, missing_package, weights_of
 from ratiograph.types import Condition
 
 __all__ = ["CaptionEncoder", "SD15CaptionEncoder", "SDXLCaptionEncoder"]
@@ -49,18 +49,31 @@ class CaptionEncoder(nn.Module):
             raise missing_package("transformers", type(self).__name__) from error
         tokenizers, encoders = [], []
         for model, encoder, tokenizer in self.parts:
-            words = self._folder(tokenizer, weights=False)
+            words = self._folder(self.weights, tokenizer, weights=False)
             tokenizers.append(transformers.CLIPTokenizer.from_pretrained(words, local_files_only=True))
-            encoders.append(_read(getattr(transformers, model), self._folder(encoder, weights=True)))
+            encoders.append(_read(getattr(transformers, model), self._folder(self.weights, encoder, weights=True)))
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
 
-    def _folder(self, part: str, weights: bool) -> Path:
-        asked_by = f"{type(self).__name__}.weights"
-        folder = folder_of(self.weights, part, asked_by, weights=weights)
-        if folder.name != part:
-            raise FileNotFoundError(
-                f"no {part} at {asked_by}={self.weights!r}: give the whole pipeline in diffusers' format, fetched with "
-                f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`"
+    @classmethod
+    def locate(cls, *, weights: str = "") -> None:
+        """Looks for the folders that ``load`` will read, without reading them; those of the hub are fetched.
+
+        Raises:
+            FileNotFoundError, ValueError: one is not there; says how to get it.
+        """
+        for _, encoder, tokenizer in cls.parts:
+            cls._folder(weights, tokenizer, weights=False)
+            cls._folder(weights, encoder, weights=True)
+
+    @classmethod
+    def _folder(cls, source: str, part: str, weights: bool) -> Path:
+        asked_by = f"{cls.__name__}.weights"
+        folder = folder_of(source, part, asked_by, weights=weights)
+        if folder.name != part or (weights and not weights_of(folder)):
+            raise Missing(
+                source,
+                f"no {part} at {asked_by}={source!r}: give the whole pipeline in diffusers' format, fetched with "
+                f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`",
             )
         return folder
 

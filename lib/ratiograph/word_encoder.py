@@ -72,6 +72,11 @@ class EncodedStream:
     def __init__(self, *, stream: DataStream, encoder: CaptionEncoder):
         self.stream, self.encoder = stream, encoder
 
+    @property
+    def urls(self) -> str:
+        """The held stream's shards, for whoever counts samples."""
+        return self.stream.urls
+
     def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """As the held stream's, whose errors it raises; each ``condition`` has the encoder's parts too."""
         self.encoder.load()

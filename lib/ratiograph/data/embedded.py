@@ -19,7 +19,7 @@ from .coloured_digits import coloured_digits_samples
 from .shards import encode_png, verify_shard, write_shards
 from .urls import RemoteShard, cache_folder, fetch_indexes, is_remote, local
 
-__all__ = ["EMBEDDED", "cache_folder", "resolve", "sources"]
+__all__ = ["EMBEDDED", "cache_folder", "check_local", "resolve", "sources"]
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,19 @@ def _intact(paths: list[Path]) -> bool:
         return False
 
 
+def _named(urls: str) -> list[Path | RemoteShard]:
+    names = [name for part in urls.split("::") for name in braceexpand.braceexpand(part)]
+    return [RemoteShard(name) if is_remote(name) else Path(name).expanduser() for name in names]
+
+
+def check_local(urls: str) -> None:
+    """Raises a ValueError if a local shard of ``urls``, as of `sources`, is not there; reads and fetches nothing."""
+    shards = [] if urls in EMBEDDED else _named(urls)
+    missing = [shard for shard in shards if isinstance(shard, Path) and not shard.is_file()]
+    if missing:
+        raise ValueError(_missing_message(urls, missing, len(shards)))
+
+
 def sources(urls: str) -> list[Path | RemoteShard]:
     """The shards named by ``urls``, local ones as paths, remote ones not yet fetched.
 
@@ -102,11 +115,8 @@ def sources(urls: str) -> list[Path | RemoteShard]:
     """
     if urls in EMBEDDED:
         return list(_embedded_shards(urls))
-    names = [name for part in urls.split("::") for name in braceexpand.braceexpand(part)]
-    shards = [RemoteShard(name) if is_remote(name) else Path(name).expanduser() for name in names]
-    missing = [shard for shard in shards if isinstance(shard, Path) and not shard.is_file()]
-    if missing:
-        raise ValueError(_missing_message(urls, missing, len(shards)))
+    check_local(urls)
+    shards = _named(urls)
     fetch_indexes(shards)
     return shards
 

@@ -2,7 +2,8 @@
 
 Members of a sample: ``<key>.latent.npy`` float16 [C, H, W], the autoencoder's latent times its scaling
 factor; ``<key>.text.npy`` float16 [L, E]; and for SDXL ``<key>.pooled.npy`` float16 [P] and ``<key>.sizes.npy`` [6].
-A sample may also hold its caption as text, ``<key>.txt``, for rewards and evaluations that read it.
+A sample may also hold its caption as text, ``<key>.txt``, for rewards and evaluations that read it. Shards of prompts
+hold all but the latent.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .shards import DamagedSample, damaged_sample, write_shards
 from .stream import SampleStream
 from .tars import shown
 
-__all__ = ["LatentStream"]
+__all__ = ["CachedCaptionStream", "LatentStream"]
 
 CAPTION = ("text",)
 SIZED_CAPTION = ("text", "pooled", "sizes")
@@ -53,8 +54,8 @@ class RawLatent:
         """
         if part not in self.arrays:
             raise DamagedSample(
-                f"{self.place} has no {part} ('{shown(self.key)}.{part}.npy'): encode the captions into the shards, or "
-                "read them as what they hold (LatentStream.captions, LatentStream.pooled)"
+                f"{self.place} has no {part} ('{shown(self.key)}.{part}.npy'): encode it into the shards, or read them "
+                "as what they hold (LatentStream.captions, LatentStream.pooled; CachedCaptionStream for no latents)"
             )
         try:
             found = _array(self.arrays[part])
@@ -95,7 +96,60 @@ def _finite(array: np.ndarray) -> bool:
     return bool(((array.view(np.uint16) & 0x7C00) != 0x7C00).all())  # an exponent of ones is infinity or NaN
 
 
-class LatentStream(SampleStream):
+class CachedCaptionStream(SampleStream):
+    """Batches of captions alone with the text encoder's states, for a generator that needs no real latents.
+
+    ``Batch.images`` is empty [B, 0]; shards may hold latents too, which are not decoded. ``tools/cache_latents.py
+    --caption_only`` makes such shards of a list of prompts. Arguments not listed are those of `ShardStream`.
+
+    Args:
+        urls: as in `LatentStream`.
+        pooled: whether samples also carry SDXL's pooled caption and sizes.
+        shuffle_buffer: undecoded samples held to draw from, 0.12 MB each for SD 1.5 and 0.32 MB for SDXL.
+
+    Raises:
+        ValueError: an argument outside its domain.
+    """
+
+    def __init__(
+        self,
+        *,
+        urls: str,
+        pooled: bool = False,
+        shuffle_buffer: int = 1000,
+        workers: int = 0,
+        prefetch: int = 4,
+        memory_megabytes: int = 64,
+        max_damaged: float = 0.0,
+    ) -> None:
+        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
+        self.pooled = pooled
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The members that are decoded."""
+        return SIZED_CAPTION if self.pooled else CAPTION
+
+    def raw(self, path: Path, members: Mapping[str, object]) -> RawLatent:
+        arrays = {part: members[f"{part}.npy"] for part in self.parts if f"{part}.npy" in members}
+        return RawLatent(str(path), str(members["__key__"]), arrays, members.get("txt"))
+
+    def prepared(self, raw: RawLatent) -> tuple[dict[str, np.ndarray], str | None]:
+        return {part: raw.array(part) for part in self.parts}, raw.text()
+
+    def collated(self, raw, prepared, positions, seed) -> Batch:
+        """Latents, where they are read, and their condition in float32; ``caption`` if the samples hold texts."""
+        arrays, texts = zip(*prepared, strict=True)
+        stacked = {part: _stack(raw, [sample[part] for sample in arrays], part) for part in arrays[0]}
+        images = stacked.pop("latent", torch.zeros(len(raw), 0))
+        return Batch(images, Condition(**stacked, caption=_captions(raw, texts)))
+
+    def describe(self) -> str:
+        """One line for people, from the arguments alone."""
+        return f"{self.urls}: encoded captions{', sizes' if self.pooled else ''}"
+
+
+class LatentStream(CachedCaptionStream):
     """Batches of latents and captions from webdataset shards, shuffled anew every epoch, without end.
 
     Nothing is read before ``batches`` is called. Arguments not listed are those of `ShardStream`.
@@ -124,26 +178,20 @@ class LatentStream(SampleStream):
     ) -> None:
         if pooled and not captions:
             raise ValueError("LatentStream.pooled is part of the caption: set LatentStream.captions = True too")
-        super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
-        self.captions, self.pooled = captions, pooled
+        super().__init__(
+            urls=urls,
+            pooled=pooled,
+            shuffle_buffer=shuffle_buffer,
+            workers=workers,
+            prefetch=prefetch,
+            memory_megabytes=memory_megabytes,
+            max_damaged=max_damaged,
+        )
+        self.captions = captions
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The members that become the condition."""
-        return (SIZED_CAPTION if self.pooled else CAPTION) if self.captions else ()
-
-    def raw(self, path: Path, members: Mapping[str, object]) -> RawLatent:
-        arrays = {part: members[f"{part}.npy"] for part in RANKS if f"{part}.npy" in members}
-        return RawLatent(str(path), str(members["__key__"]), arrays, members.get("txt"))
-
-    def prepared(self, raw: RawLatent) -> tuple[dict[str, np.ndarray], str | None]:
-        return {part: raw.array(part) for part in ("latent", *self.parts)}, raw.text()
-
-    def collated(self, raw, prepared, positions, seed) -> Batch:
-        """Latents and their condition in float32; ``caption`` if the samples hold texts (member ``<key>.txt``)."""
-        arrays, texts = zip(*prepared, strict=True)
-        stacked = {part: _stack(raw, [sample[part] for sample in arrays], part) for part in arrays[0]}
-        return Batch(stacked.pop("latent"), Condition(**stacked, caption=_captions(raw, texts)))
+        return ("latent", *(super().parts if self.captions else ()))
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""

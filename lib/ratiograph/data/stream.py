@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ratiograph.types import Batch, Condition
 
-from .embedded import resolve, sources
+from .embedded import check_local, resolve, sources
 from .images import PILLOW_MODES, to_tensor
 from .loader import Account, Batches, deliver
 from .order import Order, mix
@@ -94,6 +94,11 @@ class SampleStream:
         """
         account = self._account
         return {"used": account.used, "damaged": account.damaged, **dict(sorted(account.rejected.items()))}
+
+    @staticmethod
+    def locate(*, urls: str) -> None:
+        """Raises a ValueError if a local shard does not exist; nothing is read or fetched."""
+        check_local(urls)
 
     def raw(self, path: Path, members: Mapping[str, object]) -> object:
         """The undecoded sample of a shard's members by suffix; DamagedSample where one is missing."""

@@ -144,7 +144,9 @@ def fetch_indexes(shards: Iterable[Path | RemoteShard]) -> None:
                 _fetch(RemoteShard(f"{place}/{INDEX}"), index, {})
             except FileNotFoundError:
                 index.unlink(missing_ok=True)
-                log.info("No %s beside the shards of %s: they are counted by reading them.", INDEX, shard)
+                log.warning(
+                    "No %s beside the shards of %s: runs that resume read them all to count them.", INDEX, shard
+                )
             except ValueError:
                 if not index.is_file():
                     raise

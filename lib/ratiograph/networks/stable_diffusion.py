@@ -7,14 +7,18 @@ diffusers is imported when such a network is built and not before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ratiograph.denoisers import Encoding
-from ratiograph.pipeline_files import HUB, config_of, fit, folder_of, missing_package, read_part, weights_of
+from ratiograph.differentiation import recomputed_alike
+from ratiograph.pipeline_files import HUB, Missing, config_of, fit, folder_of, missing_package, read_part, weights_of
 from ratiograph.types import Condition
 
 __all__ = ["SD15UNet", "SDXLUNet", "UNetFromFolder"]
@@ -25,21 +29,53 @@ NEEDED = ("sample_size", "in_channels", "block_out_channels", "cross_attention_d
 FOREIGN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim", "center_input_sample")
 
 
-def build_unet(config: Mapping[str, object], asked_by: str) -> nn.Module:
-    """diffusers' ``UNet2DConditionModel`` of ``config``, with random weights and in training mode.
+def build_unet(config: Mapping[str, object], asked_by: str, random_weights: bool) -> nn.Module:
+    """diffusers' ``UNet2DConditionModel`` of ``config`` in training mode; its memory as it lies, or random weights.
 
     Raises:
         ValueError: diffusers is not installed, or it refuses the configuration.
     """
     try:
+        from diffusers.models.modeling_utils import no_init_weights
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     except ImportError as error:
         raise missing_package("diffusers", asked_by) from error
     known = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        return UNet2DConditionModel(**known).train()
+        with nullcontext() if random_weights else no_init_weights():
+            return UNet2DConditionModel(**known).train()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{asked_by}: diffusers cannot build this U-Net: {error}") from error
+
+
+def standard_config(
+    *,
+    resolution: int,
+    down_block_types: Sequence[str],
+    block_out_channels: Sequence[int],
+    layers_per_block: int,
+    cross_attention_dim: int,
+    norm_groups: int,
+) -> dict[str, object]:
+    """What Stable Diffusion's U-Nets share, in diffusers' names: four latent channels, levels up as they are down."""
+    return {
+        "sample_size": resolution,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": tuple(down_block_types),
+        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down_block_types)),
+        "block_out_channels": tuple(block_out_channels),
+        "layers_per_block": layers_per_block,
+        "cross_attention_dim": cross_attention_dim,
+        "norm_num_groups": norm_groups,
+    }
+
+
+def draw_weights(layers: Iterable[nn.Module]) -> None:
+    """Gives each of ``layers`` with weights the random ones that torch builds it with."""
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
 
 
 def explicit_attention() -> Callable:
@@ -62,7 +98,7 @@ class TextUNetEncoding(Encoding):
         return replace(detached, skips=skips, embedding=self.embedding.detach(), text=self.text.detach())
 
 
-class _TextUNet(nn.Module):
+class TextUNet(nn.Module):
     """Base class: a ``UNet2DConditionModel`` run in two halves.
 
     Args:
@@ -70,6 +106,8 @@ class _TextUNet(nn.Module):
         gradient_checkpointing: keep only each block's input for the backward and run the block again there.
         double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
             asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+        random_weights: whether weights are drawn; if not, memory is left as it lies until ``load`` or ``draw``, which
+            spares a full-size network, whose weights come from a file, half a minute and its memory.
     """
 
     classes = 0
@@ -77,7 +115,9 @@ class _TextUNet(nn.Module):
     sized = False
     """Whether the condition holds SDXL's ``pooled`` and ``sizes`` too."""
 
-    def __init__(self, config: Mapping[str, object], gradient_checkpointing: bool, double_backward: bool):
+    def __init__(
+        self, config: Mapping[str, object], gradient_checkpointing: bool, double_backward: bool, random_weights: bool
+    ):
         super().__init__()
         widths, resolution = tuple(config["block_out_channels"]), config["sample_size"]
         if resolution % 2 ** (len(widths) - 1):
@@ -86,12 +126,18 @@ class _TextUNet(nn.Module):
                 f"must be a multiple of {2 ** (len(widths) - 1)}, not {resolution}"
             )
         self.gradient_checkpointing, self.double_backward = gradient_checkpointing, double_backward
+        self.random_weights = self.filled = random_weights
+        self.text_width = config["cross_attention_dim"]
+        self.resolution, self.block_out_channels, self.cross_attention_dim = resolution, widths, self.text_width
+        self.layers_per_block, self.norm_groups = config.get("layers_per_block"), config.get("norm_num_groups")
         self.shape = (config["in_channels"], resolution, resolution)
         self.feature_channels = (*widths, widths[-1])
-        self.text_width = config["cross_attention_dim"]
-        self.unet = build_unet(config, type(self).__name__)
+        self.unet = build_unet(config, type(self).__name__, random_weights)
+        self.register_load_state_dict_post_hook(_now_filled)
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, context_fn=recomputed_alike)
+            )
         if double_backward:
             self.unet.set_attn_processor(explicit_attention())
 
@@ -102,22 +148,31 @@ class _TextUNet(nn.Module):
             FileNotFoundError: there are none; says which file is meant, its size and how to get it.
             ValueError: they do not fit, or the hub does not give them.
         """
-        fit(type(self).__name__, self.unet.state_dict(), self.read(weights), weights)
+        fit(type(self).__name__, self.unet.state_dict(keep_vars=True), self.read(weights), weights)
+        self.filled = True
 
     def read(self, weights: str) -> dict[str, Tensor]:
         """The tensors that ``load`` takes, by diffusers' names."""
-        files = [] if not weights.startswith(HUB) and not Path(weights).expanduser().exists() else self._files(weights)
-        if not files:
-            size = 4 * sum(parameter.numel() for parameter in self.parameters()) / 1e9
-            raise FileNotFoundError(
-                f"no U-Net weights at {weights}: give --teacher a .safetensors file, or a folder with unet/{WEIGHTS} "
-                f"(about {size:.1f} GB in float32, half of it in float16). {self.source}"
-            )
-        return read_part(files, PART, self.unet.config)
+        return read_part(self.find(weights), PART, self.unet.config)
 
-    @staticmethod
-    def _files(weights: str) -> list[Path]:
-        return weights_of(folder_of(weights, PART, "the U-Net's weights"))
+    def draw(self) -> None:
+        """Random weights, for a network that has none yet."""
+        if not self.filled:
+            draw_weights(self.unet.modules())
+            self.filled = True
+
+    @classmethod
+    def find(cls, weights: str) -> list[Path]:
+        """The files that ``load`` reads; those of the hub are fetched. Errors as of ``load``, as far as these go."""
+        there = weights.startswith(HUB) or Path(weights).expanduser().exists()
+        files = weights_of(folder_of(weights, PART, "the U-Net's weights")) if there else []
+        if not files:
+            raise Missing(
+                weights,
+                f"no U-Net weights at {weights}: give --teacher a .safetensors file, or a folder with unet/{WEIGHTS}. "
+                f"{cls.source}",
+            )
+        return files
 
     source = "Copy it from the model's own repository"
     """How to get the weights, a sentence."""
@@ -134,8 +189,10 @@ class _TextUNet(nn.Module):
         """As ``UNet.encode``.
 
         Raises:
-            ValueError: the condition has no caption.
+            ValueError: the condition has no caption, or the network no weights yet.
         """
+        if not (self.filled or x.is_meta):
+            raise ValueError(f"{type(self).__name__} has no weights yet: call its load() or draw() first")
         if condition.text is None:
             raise ValueError(f"{type(self).__name__} needs captions: bind Distillation.conditions = @BatchConditions()")
         unet, text = self.unet, condition.text.to(x.dtype)
@@ -159,12 +216,17 @@ class _TextUNet(nn.Module):
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
 
+def _now_filled(network: TextUNet, keys: object) -> None:
+    """After a strict load of a whole state."""
+    network.filled = True
+
+
 def _captions(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
     """The argument by which a block with cross-attention takes the captions; {} for one without."""
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
-class SD15UNet(_TextUNet):
+class SD15UNet(TextUNet):
     """Stable Diffusion 1.5's U-Net, 859,520,964 parameters at the defaults. Conditioned on ``text``.
 
     Args:
@@ -177,10 +239,11 @@ class SD15UNet(_TextUNet):
         gradient_checkpointing: keep only each block's input for the backward and run the block again there.
         double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
             asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+        random_weights: whether weights are drawn; if not, memory is left as it lies until ``load`` or ``draw``.
     """
 
     source = (
-        "With the CLI of huggingface_hub: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 "
+        "3.4 GB, with the CLI of huggingface_hub: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 "
         f"unet/{WEIGHTS} --local-dir FOLDER"
     )
 
@@ -195,27 +258,22 @@ class SD15UNet(_TextUNet):
         norm_groups: int = 32,
         gradient_checkpointing: bool = False,
         double_backward: bool = False,
+        random_weights: bool = True,
     ):
-        attended = len(block_out_channels) - 1
-        config = {
-            "sample_size": resolution,
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": attended * ("CrossAttnDownBlock2D",) + ("DownBlock2D",),
-            "up_block_types": ("UpBlock2D",) + attended * ("CrossAttnUpBlock2D",),
-            "block_out_channels": tuple(block_out_channels),
-            "layers_per_block": layers_per_block,
-            "cross_attention_dim": cross_attention_dim,
-            "attention_head_dim": attention_heads,  # diffusers' name for the number of heads
-            "norm_num_groups": norm_groups,
-        }
-        super().__init__(config, gradient_checkpointing, double_backward)
-        self.resolution, self.block_out_channels = resolution, tuple(block_out_channels)
-        self.layers_per_block, self.cross_attention_dim = layers_per_block, cross_attention_dim
-        self.attention_heads, self.norm_groups = attention_heads, norm_groups
+        config = standard_config(
+            resolution=resolution,
+            down_block_types=(len(block_out_channels) - 1) * ("CrossAttnDownBlock2D",) + ("DownBlock2D",),
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            cross_attention_dim=cross_attention_dim,
+            norm_groups=norm_groups,
+        )
+        config |= {"attention_head_dim": attention_heads}  # diffusers' name for the number of heads
+        super().__init__(config, gradient_checkpointing, double_backward, random_weights)
+        self.attention_heads = attention_heads
 
 
-class _SizedUNet(_TextUNet):
+class _SizedUNet(TextUNet):
     """A U-Net conditioned on ``text``, ``pooled`` and ``sizes``, as SDXL's."""
 
     sized = True
@@ -245,10 +303,11 @@ class SDXLUNet(_SizedUNet):
         gradient_checkpointing: keep only each block's input for the backward and run the block again there.
         double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
             asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+        random_weights: whether weights are drawn; if not, memory is left as it lies until ``load`` or ``draw``.
     """
 
     source = (
-        "With the CLI of huggingface_hub: hf download stabilityai/stable-diffusion-xl-base-1.0 "
+        "10.3 GB, with the CLI of huggingface_hub: hf download stabilityai/stable-diffusion-xl-base-1.0 "
         f"unet/{WEIGHTS} --local-dir FOLDER"
     )
 
@@ -266,30 +325,27 @@ class SDXLUNet(_SizedUNet):
         norm_groups: int = 32,
         gradient_checkpointing: bool = False,
         double_backward: bool = False,
+        random_weights: bool = True,
     ):
-        attended = len(block_out_channels) - 1
-        config = {
-            "sample_size": resolution,
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ("DownBlock2D",) + attended * ("CrossAttnDownBlock2D",),
-            "up_block_types": attended * ("CrossAttnUpBlock2D",) + ("UpBlock2D",),
-            "block_out_channels": tuple(block_out_channels),
-            "transformer_layers_per_block": tuple(transformer_layers),
+        config = standard_config(
+            resolution=resolution,
+            down_block_types=("DownBlock2D",) + (len(block_out_channels) - 1) * ("CrossAttnDownBlock2D",),
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            cross_attention_dim=cross_attention_dim,
+            norm_groups=norm_groups,
+        )
+        config |= {
             "attention_head_dim": tuple(attention_heads),  # diffusers' name for the number of heads
-            "layers_per_block": layers_per_block,
-            "cross_attention_dim": cross_attention_dim,
+            "transformer_layers_per_block": tuple(transformer_layers),
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": size_embedding,
             "projection_class_embeddings_input_dim": pooled_width + 6 * size_embedding,
-            "norm_num_groups": norm_groups,
         }
-        super().__init__(config, gradient_checkpointing, double_backward)
-        self.resolution, self.block_out_channels = resolution, tuple(block_out_channels)
+        super().__init__(config, gradient_checkpointing, double_backward, random_weights)
         self.transformer_layers, self.attention_heads = tuple(transformer_layers), tuple(attention_heads)
-        self.layers_per_block, self.cross_attention_dim = layers_per_block, cross_attention_dim
-        self.pooled_width, self.size_embedding, self.norm_groups = pooled_width, size_embedding, norm_groups
+        self.pooled_width, self.size_embedding = pooled_width, size_embedding
 
 
 class UNetFromFolder(_SizedUNet):
@@ -303,9 +359,32 @@ class UNetFromFolder(_SizedUNet):
         gradient_checkpointing: keep only each block's input for the backward and run the block again there.
         double_backward: compute attention in a form that can be differentiated twice, which R1 on checkpointed features
             asks for, as a block run again no longer knows that it should; holds whole attention maps in memory.
+        random_weights: whether weights are drawn; if not, memory is left as it lies until ``load`` or ``draw``.
     """
 
-    def __init__(self, *, folder: str, gradient_checkpointing: bool = False, double_backward: bool = False):
+    def __init__(
+        self,
+        *,
+        folder: str,
+        gradient_checkpointing: bool = False,
+        double_backward: bool = False,
+        random_weights: bool = True,
+    ):
+        config = self.locate(folder=folder)
+        strange = [name for name in NEEDED if name not in config] + [name for name in FOREIGN if config.get(name)]
+        if strange:
+            raise ValueError(f"{folder} is not a U-Net that runs on time and captions alone: see its {strange[0]!r}")
+        super().__init__(config, gradient_checkpointing, double_backward, random_weights)
+        self.folder = folder
+        self.sized = config.get("addition_embed_type") == "text_time"
+
+    @staticmethod
+    def locate(*, folder: str) -> dict[str, object]:
+        """The network's ``config.json``; that of a model of the hub is fetched.
+
+        Raises:
+            ValueError: there is none.
+        """
         if folder.startswith(HUB) and config_of(folder, PART) is None:
             folder_of(folder, PART, "UNetFromFolder.folder", weights=False)
         config = config_of(folder, PART)
@@ -313,12 +392,7 @@ class UNetFromFolder(_SizedUNet):
             raise ValueError(
                 f"UNetFromFolder.folder={folder!r} holds no config.json: give a model in diffusers' format"
             )
-        strange = [name for name in NEEDED if name not in config] + [name for name in FOREIGN if config.get(name)]
-        if strange:
-            raise ValueError(f"{folder} is not a U-Net that runs on time and captions alone: see its {strange[0]!r}")
-        super().__init__(config, gradient_checkpointing, double_backward)
-        self.folder = folder
-        self.sized = config.get("addition_embed_type") == "text_time"
+        return config
 
     def added(self, condition: Condition) -> dict[str, Tensor] | None:
         return super().added(condition) if self.sized else None

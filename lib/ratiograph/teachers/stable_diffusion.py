@@ -99,14 +99,30 @@ class StableDiffusion(EDM):
         self.register_buffer("native_alpha", product.sqrt(), persistent=False)
         self.register_buffer("native_sigma", (1 - product).sqrt(), persistent=False)
 
+    @staticmethod
+    def locate(*, weights: str | None, network: type) -> None:
+        """Looks for the files that ``load`` will read, without reading them; those of the hub are fetched.
+
+        Args:
+            weights: as of the constructor.
+            network: the class of its network.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none; says how to get them.
+        """
+        if weights is not None:
+            network.find(weights)
+
     def load(self) -> None:
-        """As ``Denoiser.load``.
+        """As ``Denoiser.load``; draws random weights where there are to be none from a file.
 
         Raises:
             FileNotFoundError, ValueError: there are none, or others than the network's; says how to get them.
         """
         if self.weights is not None:
             self.network.load(self.weights)
+        else:
+            self.network.draw()
 
     def native(self, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x' [B, ...], index [B], alpha' [B, 1, ...], sigma' [B, 1, ...]) of a noisy sample."""

@@ -1,0 +1,90 @@
+"""A finished student by itself: from the config.gin and the weights in its folder, nothing else of its graph loaded.
+
+The folder is a run's workdir, or what `export` made of one.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ratiograph import checkpoints, config
+from ratiograph.lora import LoRA
+from ratiograph.weight_files import load_weights
+
+if TYPE_CHECKING:
+    from ratiograph.conditions import Conditions
+    from ratiograph.experiment import Experiment
+    from ratiograph.students import OneStep
+
+__all__ = ["CONDITIONS", "WEIGHTS", "load_student", "read_experiment", "remembered"]
+
+WEIGHTS = "student.safetensors"
+CONDITIONS = "conditions.safetensors"
+"""What the run's previews were told, in an exported folder; a workdir's checkpoint holds the same."""
+
+
+def read_experiment(folder: Path, *, memory: bool) -> Experiment:
+    """The run that ``folder`` is of.
+
+    Args:
+        folder: holds config.gin.
+        memory: whether networks have any, random numbers by the run's seed; if not, all lies on the meta device.
+
+    Raises:
+        FileNotFoundError: there is no config.gin.
+        ConfigError: it is not right.
+    """
+    if not (folder / "config.gin").is_file():
+        raise FileNotFoundError(f"{folder} has no config.gin: give the folder of a run as --workdir")
+    cfg = config.parse([str(folder / "config.gin")])
+    torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])
+    with nullcontext() if memory else torch.device("meta"):
+        return config.build(cfg)
+
+
+def _give_memory(module: nn.Module) -> None:
+    """Memory, as it lies, for what ``module`` has on the meta device; parameters stay the same objects for others."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    assert name not in part._non_persistent_buffers_set, name  # no file would fill it
+                    empty = torch.empty_like(tensor, device="cpu")
+                    held[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+
+def load_student(student: OneStep, weights: Path) -> OneStep:
+    """``student`` with ``weights``, frozen and on the CPU; of a LoRA the base is read from where it came from.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or they are another network's.
+    """
+    _give_memory(student)
+    if isinstance(getattr(student.denoiser, "network", None), LoRA):
+        student.denoiser.load()
+    load_weights(weights, student)
+    return student.requires_grad_(False).eval()
+
+
+def remembered(conditions: Conditions, folder: Path) -> Conditions:
+    """``conditions`` with what they took from the run's data, where they do.
+
+    Raises:
+        ValueError: the folder holds nothing of it.
+    """
+    if not conditions.needs_data:
+        return conditions
+    if (folder / CONDITIONS).is_file():
+        conditions.load_state_dict(load_file(folder / CONDITIONS))
+        return conditions
+    found = checkpoints.latest(folder / "checkpoints")
+    if found is None:
+        raise ValueError(f"{folder}/checkpoints, which holds the conditions that the run shows, has no checkpoint")
+    conditions.load_state_dict(found[1]["task"]["conditions"])
+    return conditions
