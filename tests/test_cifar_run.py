@@ -76,7 +76,8 @@ def test_a_missing_teacher_and_missing_shards_are_one_line(tmp_path):
     ]
     gone = run(*LAUNCH, recipe, *small, f"--workdir={tmp_path}/run", "--teacher=gone.pkl", "--batch_size=2")
     assert gone.returncode == 1
-    (line,) = gone.stderr.strip().splitlines()
-    assert line.startswith("error: no weights at gone.pkl")
-    assert "--teacher" in line
-    assert "edm-cifar10-32x32-cond-vp.pkl" in line
+    first, teacher, shards = gone.stderr.strip().splitlines()
+    assert first == "error: 2 things that this run reads are missing:"
+    assert "no weights at gone.pkl. Give --teacher " in teacher
+    assert "edm-cifar10-32x32-cond-vp.pkl" in teacher
+    assert "10 of 10 shards do not exist, the first is data/cifar10/cifar10-000000.tar" in shards

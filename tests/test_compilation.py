@@ -1,12 +1,14 @@
 """Compiled blocks give what the network gives, and torch compiles each network without a break."""
 
 import copy
+import inspect
 
 import pytest
 import torch
+from ranks import together
 from torch import nn
 
-from ratiograph import config
+from ratiograph import compilation, config, parallel
 from ratiograph.compilation import VARIANTS, compile_blocks, uncompiled
 from ratiograph.denoisers import EDM
 from ratiograph.networks.captioned_unet import CaptionedUNet
@@ -103,6 +105,7 @@ def graphs(found: list):
 
 # Two levels of one block each, both ways, and the middle's; EDM's resample too, and their decoders have one more.
 BLOCKS = {"UNet": 2 + 2 + 2, "MLP": 4, "DDPMPP": 3 + 2 + 5, "ADM": 3 + 2 + 5, "SD15UNet": 2 + 1 + 3 + 2 + 4}
+BLOCKS |= {"NCSNPP": BLOCKS["DDPMPP"], "SDXLUNet": BLOCKS["SD15UNet"], "CaptionedUNet": BLOCKS["UNet"]}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -114,7 +117,7 @@ def test_all_blocks_are_marked(name):
     assert list(network.state_dict()) == names
 
 
-@pytest.mark.parametrize("name", each(BLOCKS, ("DDPMPP", "ADM", "SD15UNet")))
+@pytest.mark.parametrize("name", each(BLOCKS, (*SLOW, "NCSNPP")))
 def test_each_block_is_compiled_once_and_does_what_it_did(name):
     network, *inputs = made(name)
     expected, found = answer(network, *inputs), []
@@ -134,6 +137,32 @@ def test_inductor_s_outputs_and_gradients(name):
     compile_blocks(network)
     for value, reference in zip(answer(network, *inputs), expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_on_the_blocks_of_diffusers():
+    """One of each kind as SDXL has them, in training and without a graph."""
+    network, condition, *_ = made("SDXLUNet")
+    modules = [module for module in network.unet.modules() if type(module).__name__ in compilation.DIFFUSERS]
+    blocks = {type(module).__name__: module for module in reversed(modules)}
+    features, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
+    given = {
+        "ResnetBlock2D": (features, embedding),
+        "BasicTransformerBlock": (torch.randn(2, 16, 16), None, condition.text),
+    }
+    assert blocks.keys() == given.keys() == set(compilation.DIFFUSERS)
+    for name, block in blocks.items():
+        weights = list(block.parameters())
+        outputs = []
+        for compiled in (False, True):
+            if compiled:
+                compile_blocks(nn.ModuleList([block]))
+            with torch.no_grad():
+                alone = block(*given[name])
+            output = block(*given[name])
+            outputs.append([alone, output, *torch.autograd.grad(output.square().mean(), weights)])
+        for value, reference in zip(*reversed(outputs), strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -192,6 +221,56 @@ def test_second_derivatives_need_the_blocks_as_they_were_written():
         penalty()
     with uncompiled():
         torch.testing.assert_close(penalty(), expected, rtol=0, atol=0)
+
+
+def test_a_torch_whose_blocks_share_a_cache(monkeypatch):
+    """Then the one cache is made as large as all blocks' variants."""
+    from torch._dynamo import config as settings
+
+    known = inspect.signature(lambda model, *, fullgraph, backend: None)
+    monkeypatch.setattr(compilation.inspect, "signature", lambda function: known)
+    network, *inputs = made("MLP")
+    expected, found = answer(network, *inputs), []
+    with settings.patch(recompile_limit=8, accumulated_recompile_limit=8):
+        compile_blocks(network, backend=graphs(found))
+        assert settings.recompile_limit == settings.accumulated_recompile_limit == 4 * VARIANTS
+        for value, reference in zip(answer(network, *inputs), expected, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)
+    assert 1 <= len(found) <= 4
+
+
+def sharded_and_compiled(rank: int) -> None:
+    """The sharded, compiled denoiser gives what it gives alone and eager, twice, and is compiled."""
+    torch.manual_seed(0)
+    denoiser, found = EDM(network=UNet(resolution=8, channels=16, multipliers=(1, 2))), []
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    alone = copy.deepcopy(denoiser)
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        found.append(graph)
+        return aot_eager(graph, inputs)
+
+    compile_blocks(denoiser.network, backend=backend)
+    parallel.Sharded(torch.device("cpu")).shard([denoiser], None)
+    for seed in range(2):
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        noisy = Noisy(x, torch.ones(4), torch.ones(4), torch.ones(4))
+        with torch.no_grad():
+            torch.testing.assert_close(denoiser(noisy, Condition()), alone(noisy, Condition()))
+        for each in (denoiser, alone):
+            each.zero_grad(set_to_none=True)
+            each(noisy, Condition()).square().mean().backward()
+        for ours, theirs in zip(denoiser.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-6)
+    assert len(found) == 2 * BLOCKS["UNet"]  # with a graph and without
+
+
+@pytest.mark.slow
+def test_sharded_and_compiled():
+    together(sharded_and_compiled, 2)
 
 
 def test_a_network_without_blocks_is_refused():

@@ -4,6 +4,7 @@ B samples a step. A pass is written (network, half, samples in units of B, wheth
 runs more often than its row says, a frozen one never holds a gradient, and nothing in a step waits for the device.
 """
 
+import itertools
 from collections import Counter
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ratiograph import config
+from ratiograph.benchmark_inputs import made_up_batch, randomised
 from ratiograph.faults import Means, StepGuard
 from ratiograph.networks.classifier import DigitClassifier
 
@@ -131,6 +133,61 @@ def test_passes_of_further_critic_updates(monkeypatch):
     fresh = {("student", half, 1, PLAIN): 2 for half in ("encode", "decode")}
     critics = {**dict.fromkeys(SCORE_UPDATE, 3), ("teacher", "encode", 2, PLAIN): 2}
     assert passes == FAMILIES["mnist_sba"] | fresh | critics
+
+
+SMALL = {"resolution": 8, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
+NETWORKS = {name: SMALL | {"dropout": 0.0} for name in ("DDPMPP", "NCSNPP")}
+NETWORKS["ADM"] = SMALL | {"channels": 16, "multipliers": (1, 1, 1, 1), "head_channels": 16, "classes": 3}
+
+
+def published(file, *lines):
+    """As ``prepared``, for a published row: its recipe with tiny networks, on made-up images."""
+    torch.manual_seed(0)
+    told = config.to_dict(config.parse([file], lines))
+    built = {name.rpartition("/")[2].partition(".")[0] for name in told} | {
+        str(value).strip("@()") for value in told.values()
+    }
+    sizes = [f"{name}.{key} = {value!r}" for name in NETWORKS.keys() & built for key, value in NETWORKS[name].items()]
+    task = randomised(config.build(config.parse([file], [*lines, *sizes])).task)
+    task.prepare(torch.device("cpu"), None)
+    generator = torch.Generator().manual_seed(0)
+    task.critic_steps = 0
+    return task, itertools.repeat(made_up_batch(task.student.denoiser.network, B, generator)), generator
+
+
+def samples(passes):
+    """Samples in units of B that each half of each network took, however many at a time."""
+    total = Counter()
+    for (name, half, size, _), count in passes.items():
+        total[name, half] += size * count
+    return dict(total)
+
+
+PUBLISHED = {
+    # Five updates of both critics: four more batches of the student's, the score five times and once for the field,
+    # the teacher's encoder on both classes at each of the ratio's updates and once for the field.
+    "f_distill/cifar10_jensen_shannon": {"student": (5, 5), "teacher": (11, 1), "score": (6, 6)},
+    "f_distill/imagenet64_jensen_shannon": {"student": (5, 5), "teacher": (11, 1), "score": (6, 6)},
+    # Score-free: the classifier for the field and on both classes.
+    "score_free/cifar10_dijs": {"student": (1, 1), "ratio": (3, 0)},
+    # Algorithm 1: the mean feature of the score's own update weighs, so that real samples alone cost an encoder more.
+    "di_bregman/cifar10_sba_lambda_3": {"student": (1, 1), "teacher": (1, 1), "score": (3, 2)},
+    # A head on the score's encoder: both classes beside each of its five updates.
+    "dmd2/imagenet64_gan": {"student": (5, 5), "teacher": (1, 1), "score": (16, 6)},
+    "dmd2/imagenet64_without_gan": {"student": (5, 5), "teacher": (1, 1), "score": (6, 6)},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_passes_of_published_rows(name, monkeypatch):
+    """Whole recipes, with R1 and several updates of the critics."""
+    task, *rest = published(f"gin/papers/{name}.gin")
+    passes = watched(task, monkeypatch)
+    step(task, *rest)
+    halves = {}
+    for node, (encoded, decoded) in PUBLISHED[name].items():
+        halves |= {(node, "encode"): encoded, (node, "decode"): decoded}
+    assert samples(passes) == {key: count for key, count in halves.items() if count}
 
 
 def test_passes_with_guidance(monkeypatch):

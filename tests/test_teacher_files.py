@@ -121,7 +121,7 @@ def test_networks_of_one_file_share_its_memory_until_one_is_changed():
     before = anonymous_memory()
     for net in nets:
         load_weights(Path("net.safetensors"), net)
-    total = [net.weight.detach().double().sum() for net in nets]
+    total = [net.weight.detach().sum() for net in nets]  # in its own type: malloc might keep a copy
     assert total[0] == total[1] == total[2]
     assert anonymous_memory() - before < size / 4
     with torch.no_grad():

@@ -1,21 +1,33 @@
-"""Times networks and training steps against what they must cost at least.
+"""Times networks, training steps and data against what they must cost at least.
 
   python tools/bench.py network                                       DDPM++ for CIFAR-10, forward and backward
   python tools/bench.py network --network=ADM --batch_size=1          the network of EDM's ImageNet-64 model
+  python tools/bench.py network --network=SD15UNet --batch_size=1 --rounds=1 --settings=bf16
   python tools/bench.py step --gin_file=gin/papers/score_free/cifar10_dijs.gin --precision=fp32     a whole step
+  python tools/bench.py precisions --gin_file=gin/papers/score_free/cifar10_dijs.gin   a step in fp32 and in bf16
+  python tools/bench.py data --gin_file=gin/mnist_sba.gin --batch_size=64      does training wait for its data?
+  python tools/bench.py data --gin_file=gin/sd15_di_bregman.gin --made_up=1000   ... of latents of its shapes, made up
   OMP_NUM_THREADS=1 python tools/bench.py scaling --gin_file=gin/mnist_js.gin --batch_size=64        1 and 2 processes
+  python tools/bench.py plan --gin_file=gin/papers/dmd2/sdxl.gin --batch_size=4   operations and memory, by arithmetic
+  python tools/bench.py compare old.jsonl new.jsonl        what became slower or larger, beyond noise
+  python tools/bench.py compare results.jsonl@5f67086a results.jsonl@2026-12      ... by revision, by date
+  python tools/bench.py table --readme=README.md           the table of everything measured
+  python tools/bench.py gpu --minutes=10                   steps of all configurations on this machine's GPU
 
-`network` runs one network of random weights forward and backward as plain eager float32 code does it, and channels-last
-and in bf16 as a training run does, in turn in one process. It prints the median of each and its ratio to the first, and
-how far its output is from the first's. Ratios carry from machine to machine, seconds do not; let nothing else run.
+`network` runs one network of random weights forward and backward as plain eager float32 code does it, and as a training
+run does (--settings: channels-last, bf16, compiled, or all), in turn in one process. It prints the median of each, its
+ratio to the first, and how far its output is from the first's. Ratios carry from machine to machine, seconds do not;
+let nothing else run.
 
 `step` runs training steps of a gin file, with random weights and images instead of files, in turn with the bare passes
 of networks that such a step cannot do without: the floor. It prints step / floor, and the step in units of one forward
-and backward pass of the student's network in plain eager float32.
+and backward pass of the student's network in plain eager float32. --gin_param='EDM.compiled = True' compiles.
 
-`scaling` compares the images a second of several processes with as many times those of one.
+`data` takes steps with the run's own data. `scaling` compares the images a second of several processes with as many
+times those of one. `plan` needs no memory and no GPU; without --gin_file it plans every configuration of the table.
+`compare` exits with 3 if something became worse. `gpu --tiny --device=cpu` tries it out without a GPU.
 
-Every result is one JSON line more, with the date and the hardware, in --out.
+Every result is one JSON line more, with date, revision, hardware and load of the machine before, in --out.
 """
 
 import sys
@@ -24,202 +36,155 @@ from pathlib import Path
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("network", "DDPMPP", "Class of the network: DDPMPP, NCSNPP, ADM or UNet, with its default sizes.")
-flags.DEFINE_multi_string("gin_file", [], "For step: a gin file; repeatable, as in launch/main.py.")
-flags.DEFINE_multi_string("gin_param", [], "For step: a line of gin; repeatable.")
-flags.DEFINE_string("precision", "auto", "For step: auto, fp32 or bf16.")
+flags.DEFINE_string("network", "DDPMPP", "For network: DDPMPP, NCSNPP, ADM, UNet, SD15UNet or SDXLUNet.")
+flags.DEFINE_string(
+    "settings", "fp32, channels-last; bf16; bf16, channels-last", "For network: settings by ';', or all."
+)
+flags.DEFINE_multi_string("size", [], "For network: an argument other than the default, e.g. channels=64; repeatable.")
+flags.DEFINE_multi_string("gin_file", [], "A gin file; repeatable, as in launch/main.py.")
+flags.DEFINE_multi_string("gin_param", [], "A line of gin; repeatable.")
+flags.DEFINE_enum("precision", "auto", ["auto", "fp32", "bf16"], "Arithmetic of the networks.")
 flags.DEFINE_integer("batch_size", 4, "Images a pass.", lower_bound=1)
-flags.DEFINE_integer("rounds", 7, "Timed runs of each variant; the median counts.", lower_bound=1)
+flags.DEFINE_integer("rounds", 7, "Timed runs of each variant, or steps; the median counts.", lower_bound=1)
+flags.DEFINE_integer("made_up", 0, "For data: latents to make up instead of reading the run's.", lower_bound=0)
+flags.DEFINE_float("tolerance", 0.05, "For compare: relative change that counts for nothing.", lower_bound=0)
+flags.DEFINE_float("minutes", 10, "For gpu: no measurement goes on for longer.", lower_bound=0)
+flags.DEFINE_bool("tiny", False, "For gpu: tiny networks, to try it out.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
 flags.DEFINE_string("out", "BENCHMARKS/results.jsonl", "File that gets one JSON line more.")
+flags.DEFINE_string("readme", None, "For table: text file to write it to, between <!-- bench --> and <!-- /bench -->.")
 
 
-def build_network(name):
-    """The network, with weights at which no layer is idle."""
-    import torch
-
-    from ratiograph.networks import edm, unet
-
-    classes = {c.__name__: c for c in (edm.DDPMPP, edm.NCSNPP, edm.ADM, unet.UNet)}
-    if name not in classes:
-        raise ValueError(f"--network={name}: choose one of {', '.join(classes)}")
-    torch.manual_seed(0)
-    network = classes[name]().train()
-    for parameter in network.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, 0.02)
-    return network
+def asked():
+    """What most measurements are told."""
+    return {"gin_file": FLAGS.gin_file, "gin_param": FLAGS.gin_param, "batch_size": FLAGS.batch_size}
 
 
-def bench_network(device):
+def sizes():
+    """The network's arguments of --size."""
+    import ast
+
+    try:
+        return {name: ast.literal_eval(value) for name, value in (each.split("=", 1) for each in FLAGS.size)}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--size={' '.join(FLAGS.size)}: write an argument and its value, e.g. channels=64") from error
+
+
+def network(device):
     """The record of one network's forward and backward passes."""
-    import copy
+    from ratiograph.benchmark_network import SETTINGS, bench_network
 
-    import torch
-
-    from ratiograph import benchmark
-    from ratiograph.types import Condition
-
-    network = build_network(FLAGS.network).to(device)
-    for module in network.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = 0.0  # so that outputs can be compared
-    size = FLAGS.batch_size
-    images = torch.randn(size, *network.shape, device=device)
-    c_noise = torch.randn(size, device=device)
-    condition = Condition(torch.arange(size, device=device) % network.classes if network.classes else None)
-    outputs = {}
-
-    def variant(name, net, x, bf16):
-        def work():
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                output = net.decode(net.encode(x, c_noise, condition))
-            output.float().square().mean().backward()
-            net.zero_grad(set_to_none=True)
-            outputs[name] = output.detach().float()
-
-        return work
-
-    plain = network, images
-    last = tuple(each.to(memory_format=torch.channels_last) for each in (copy.deepcopy(network), images))
-    settings = {
-        "fp32": (*plain, False),
-        "fp32, channels-last": (*last, False),
-        "bf16": (*plain, True),
-        "bf16, channels-last": (*last, True),
-    }
-    variants = {name: variant(name, *setting) for name, setting in settings.items()}
-    flops = benchmark.count_flops(variants["fp32"])
-    seconds = benchmark.medians(benchmark.in_turn(variants, FLAGS.rounds, device))
-    reference = outputs["fp32"]
-    rows = [
-        {
-            "variant": name,
-            "seconds": seconds[name],
-            "faster": seconds["fp32"] / seconds[name],
-            "tflops": flops / seconds[name] / 1e12,
-            "relative_difference": float((outputs[name] - reference).norm() / reference.norm()),
-        }
-        for name in variants
-    ]
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return {
-        "bench": "network",
-        "network": FLAGS.network,
-        "parameters": parameters,
-        "batch_size": size,
-        "rounds": FLAGS.rounds,
-        "rows": rows,
-        "peak_memory_gb": benchmark.peak_memory(device),
-    }
+    settings = list(SETTINGS) if FLAGS.settings == "all" else [each.strip() for each in FLAGS.settings.split(";")]
+    told = {"settings": settings, "batch_size": FLAGS.batch_size, "rounds": FLAGS.rounds, "device": device}
+    return bench_network(FLAGS.network, sizes=sizes(), **told)
 
 
-def build_bench(device):
-    """The step of the gin file on random weights, and the plain pass that is its unit."""
-    import torch
-
-    from ratiograph import benchmark_step, config, trainer
-    from ratiograph.distillation import Distillation
-
-    torch.manual_seed(0)
-    task = config.build(config.parse(FLAGS.gin_file, FLAGS.gin_param, {})).task
-    if not isinstance(task, Distillation):
-        raise ValueError(f"{FLAGS.gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
-    benchmark_step.randomised(task).prepare(device, trainer.autocast_dtype(FLAGS.precision, device))
-    return benchmark_step.StepBench(task, FLAGS.batch_size, device)
-
-
-def bench_step(device):
+def step(device):
     """The record of a training step, its floor, and the step in units of a plain pass."""
-    from ratiograph import benchmark
+    from ratiograph.benchmark_step import bench_step
 
-    if not FLAGS.gin_file:
-        raise ValueError("say which step to time: --gin_file=gin/papers/score_free/cifar10_dijs.gin")
-    bench = build_bench(device)
-    floor = bench.floor()
-    variants = {"step": bench.step, "unit": bench.unit, **{name: run for name, (_, run) in floor.items()}}
-    bench.step()
-    flops = benchmark.count_flops(bench.step)
-    peak = benchmark.peak_memory(device)  # of steps alone
-    seconds = benchmark.medians(benchmark.in_turn(variants, FLAGS.rounds, device))
-    passes = [{"pass": name, "times": times, "seconds": seconds[name]} for name, (times, _) in floor.items()]
-    least = sum(row["times"] * row["seconds"] for row in passes)
-    return {
-        "bench": "step",
-        "gin_file": FLAGS.gin_file,
-        "gin_param": FLAGS.gin_param,
-        "precision": FLAGS.precision,
-        "batch_size": FLAGS.batch_size,
-        "rounds": FLAGS.rounds,
-        "seconds": seconds["step"],
-        "images_per_second": FLAGS.batch_size / seconds["step"],
-        "floor": least,
-        "step_over_floor": seconds["step"] / least,
-        "units": seconds["step"] / seconds["unit"],
-        "tflops": flops / seconds["step"] / 1e12,
-        "passes": passes,
-        "peak_memory_gb": peak,
-    }
+    return bench_step(**asked(), precision=FLAGS.precision, rounds=FLAGS.rounds, device=device)
 
 
-def show_step(record):
-    """The record as a table."""
-    print(f"{' '.join(record['gin_file'])}, batch {record['batch_size']}, {record['precision']}")
-    for row in record["passes"]:
-        print(f"  {row['times']} x {row['pass']:44}{row['seconds']:>9.3f} s")
-    print(f"  floor {record['floor']:>51.3f} s")
-    print(f"  step  {record['seconds']:>51.3f} s   = {record['step_over_floor']:.3f} floors")
-    print(f"  = {record['units']:.2f} forward and backward passes of the student in plain eager float32")
-    print(f"  {record['images_per_second']:.2f} images/s, {record['tflops']:.3f} TFLOP/s; ", end="")
-    print(f"peak memory {record['peak_memory_gb']:.2f} GB; {record['hardware']['device']}")
+def precisions(device):
+    """The record of a step in fp32 and in bf16."""
+    from ratiograph.benchmark_step import bench_precisions
+
+    return bench_precisions(**asked(), rounds=FLAGS.rounds, device=device)
 
 
-def bench_scaling(device):
+def data(device):
+    """The record of a run's data."""
+    from ratiograph.benchmark_data import bench_data
+
+    told = {"precision": FLAGS.precision, "steps": FLAGS.rounds, "made_up": FLAGS.made_up}
+    return bench_data(**asked(), **told, device=device)
+
+
+def scaling(device):
     """The record of weak scaling."""
-    from ratiograph import benchmark_scaling
+    from ratiograph.benchmark_scaling import weak_scaling
 
     if not FLAGS.gin_file:
         raise ValueError("say which step to scale: --gin_file=gin/mnist_js.gin")
-    asked = {"gin_file": FLAGS.gin_file, "gin_param": FLAGS.gin_param, "batch_size": FLAGS.batch_size}
-    return benchmark_scaling.weak_scaling(**asked, rounds=FLAGS.rounds, device=device.type)
+    return weak_scaling(**asked(), rounds=FLAGS.rounds, device=device.type)
 
 
-def show_scaling(record):
-    """The record as a table."""
-    print(f"{' '.join(record['gin_file'])}, batch {record['batch_size']} a process")
-    for row in record["rows"]:
-        print(
-            f"  {row['processes']} processes{row['seconds']:>10.3f} s{row['images_per_second']:>10.1f} images/s"
-            f"   efficiency {row['efficiency']:.3f}"
-        )
+def plan(device):
+    """The record of a plan."""
+    from ratiograph.benchmark_plan import bench_plan
+
+    return bench_plan(**asked(), precision="bf16" if FLAGS.precision == "auto" else FLAGS.precision)
 
 
-def show_network(record):
-    """The record as a table."""
-    print(f"{record['network']}, {record['parameters']:,} parameters, batch {record['batch_size']}, forward + backward")
-    print(f"{'':22}{'seconds':>10}{'faster':>10}{'TFLOP/s':>10}{'difference':>12}")
-    for row in record["rows"]:
-        print(
-            f"{row['variant']:22}{row['seconds']:>10.3f}{row['faster']:>9.2f}x{row['tflops']:>10.3f}"
-            f"{row['relative_difference']:>12.1e}"
-        )
-    print(f"peak memory {record['peak_memory_gb']:.2f} GB; {record['hardware']['device']}")
+MEASUREMENTS = {each.__name__: each for each in (network, step, precisions, data, scaling, plan)}
+
+
+def measure(kind):
+    """Takes one measurement, writes its record and prints it."""
+    from ratiograph import benchmark, benchmark_show, trainer
+
+    before, device = benchmark.load(), trainer.choose_device(FLAGS.device)
+    record = MEASUREMENTS[kind](device) | {"load": before}
+    print(benchmark_show.shown(benchmark.append_record(Path(FLAGS.out), record, device)))
+
+
+def plans():
+    """Plans every configuration of the table, each in a process of its own."""
+    from ratiograph import benchmark_suite
+
+    benchmark_suite.run(benchmark_suite.plans(FLAGS.precision), minutes=float("inf"), common=[f"--out={FLAGS.out}"])
+
+
+def compare(old, new):
+    """Prints what changed between two runs; exits with 3 if something became worse."""
+    from ratiograph import benchmark, benchmark_compare
+
+    runs = [
+        benchmark.read_records(Path(name), start) for name, _, start in (each.partition("@") for each in (old, new))
+    ]
+    changes = benchmark_compare.compared(*runs, tolerance=FLAGS.tolerance)
+    print(benchmark_compare.render(changes))
+    sys.exit(3 if any(change.worse for change in changes) else 0)
+
+
+def table():
+    """Prints the table of everything measured, and writes it to --readme."""
+    from ratiograph import benchmark, benchmark_table
+
+    text = benchmark_table.render(benchmark.read_records(Path(FLAGS.out)))
+    print(text)
+    if FLAGS.readme:
+        benchmark_table.write(Path(FLAGS.readme), text)
+
+
+def gpu():
+    """Measures steps of all configurations until the time is up."""
+    from ratiograph import benchmark_suite, trainer
+
+    device = "cuda" if FLAGS.device == "auto" else FLAGS.device
+    trainer.choose_device(device)
+    common = [f"--device={device}", f"--out={FLAGS.out}"]
+    counts = benchmark_suite.run(benchmark_suite.steps(FLAGS.tiny), minutes=FLAGS.minutes, common=common)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def main(argv):
+    commands = {"compare": (compare, 2), "table": (table, 0), "gpu": (gpu, 0)}
     try:
-        kinds = {
-            "network": (bench_network, show_network),
-            "step": (bench_step, show_step),
-            "scaling": (bench_scaling, show_scaling),
-        }
-        if len(argv) != 2 or argv[1] not in kinds:
-            raise ValueError(f"say what to time, {', '.join(kinds)} (not {' '.join(argv[1:]) or 'nothing'})")
-        from ratiograph import benchmark, trainer
-
-        device = trainer.choose_device(FLAGS.device)
-        bench, show = kinds[argv[1]]
-        show(benchmark.append_record(Path(FLAGS.out), bench(device), device))
+        names = [*MEASUREMENTS, *commands]
+        kind = argv[1] if len(argv) > 1 else None
+        if kind not in names:
+            raise ValueError(f"say what to do, {', '.join(names)} (not {' '.join(argv[1:]) or 'nothing'})")
+        command, expected = commands.get(kind, (None, 0))
+        if len(argv) - 2 != expected:
+            raise ValueError(f"{kind} takes {expected} names beside flags, not {len(argv) - 2}")
+        if command:
+            command(*argv[2:])
+        elif kind == "plan" and not FLAGS.gin_file:
+            plans()
+        else:
+            measure(kind)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

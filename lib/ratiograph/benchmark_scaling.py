@@ -97,15 +97,13 @@ def _take_steps(
     gin_file: Sequence[str], gin_param: Sequence[str], batch_size: int, steps: int, device: str
 ) -> list[float]:
     """This process's part of ``step_seconds``."""
-    from ratiograph import benchmark_step, config, distributed, trainer
+    from ratiograph import benchmark_step, distributed, trainer
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     place = trainer.choose_device(device)
     distributed.start(place)
-    task = benchmark_step.randomised(config.build(config.parse(gin_file, gin_param, {})).task)
-    task.prepare(place, trainer.autocast_dtype("auto", place))
-    bench = benchmark_step.StepBench(task, batch_size, place)
+    bench = benchmark_step.prepared(gin_file, gin_param, "auto", batch_size, place)
     seconds = []
     for _ in range(steps + 2):
         distributed.wait_for_all()

@@ -4,44 +4,35 @@ Notation: B samples a step; F one pass forward; the *floor* is the sum of the se
 alone. A pass is written with the network's own ``encode`` and ``decode`` on random numbers, without the framework:
 no noising, no weights, no loss, no optimiser, no metrics.
 
-- student: F and backward to its weights; for each further update of a critic, one F without a graph;
+- student: F and backward to its weights; for each further update of a critic on fresh samples, F without a
+  graph;
 - teacher: F without a graph; its encoder with a graph to x_t where a ratio on its features is differentiated;
 - student score: F without a graph; for each of its updates, F and backward to its weights, and through its encoder once
   more where a ratio shares that pass;
 - ratio: F with a graph to x_t where it is differentiated; for each of its updates, F and backward on 2 B samples, or on
-  the B real ones where it shares the student score's pass.
+  the B real ones where it shares the student score's pass; penalised, on B and B, the real ones through their gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ratiograph import benchmark, config, trainer
+from ratiograph.benchmark_inputs import made_up_batch, randomised
 from ratiograph.denoisers import Denoiser
 from ratiograph.distillation import Distillation
-from ratiograph.randomness import normal
-from ratiograph.types import Batch, Evaluation, Needs, Noisy
+from ratiograph.memory import peak_memory, require_memory
+from ratiograph.memory_plan import memory_plan
+from ratiograph.ratio_losses import RatioLoss
+from ratiograph.types import Evaluation, Needs, Noisy
 
-__all__ = ["StepBench", "randomised"]
+__all__ = ["StepBench", "bench_precisions", "bench_step", "kind_of", "prepared"]
 
 Pass = Callable[[], None]
-
-
-def randomised(task: Distillation, seed: int = 0) -> Distillation:
-    """The task without any file: random weights everywhere, none of them zero, and nothing to load."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in task.modules():
-        for name in ("weights", "encoder_weights"):
-            if getattr(module, name, None) is not None:
-                setattr(module, name, None)
-    with torch.no_grad():
-        for parameter in task.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.02, generator=generator)
-    task.warm_start = None
-    return task
 
 
 class StepBench:
@@ -56,10 +47,13 @@ class StepBench:
     def __init__(self, task: Distillation, batch_size: int, device: torch.device):
         self.task, self.batch_size = task, batch_size
         self.generator = torch.Generator(device).manual_seed(0)
-        shape = (batch_size, *task.student.denoiser.shape)
-        self.condition = task.student.condition(batch_size, self.generator)
-        self.batch = Batch(normal(shape, self.generator).clamp(-1, 1), self.condition)
-        self.field = normal(shape, self.generator)
+        self.batch = made_up_batch(self.network, batch_size, torch.Generator().manual_seed(0)).to(device)
+        self.condition, self.field = self.batch.condition, torch.randn_like(self.batch.images)
+
+    @property
+    def network(self) -> nn.Module:
+        """The student's."""
+        return self.task.student.denoiser.network
 
     def step(self) -> None:
         """One training step."""
@@ -67,7 +61,7 @@ class StepBench:
 
     def unit(self) -> None:
         """Forward and backward of the student's network in plain eager float32."""
-        network = self.task.student.denoiser.network
+        network = self.network
         output = network.decode(network.encode(self.field, self.field.flatten(1)[:, 0], self.condition))
         output.square().mean().backward()
         self._clear(network)
@@ -80,7 +74,7 @@ class StepBench:
         task, needs = self.task, self.task.objective.needs
         updates = max(task.student_score_updates * (task.student_score is not None), self._ratio_updates, 1)
         yield "student, forward and backward", (1, self._student)
-        if updates > 1:
+        if updates > 1 and task.fresh_samples:
             yield "student, forward", (updates - 1, torch.no_grad()(lambda: task.student(self.field, self.condition)))
         asked = task.objective.requires
         if "teacher" in asked:
@@ -95,7 +89,13 @@ class StepBench:
             own = not (task.ratio.on_teacher or task.ratio.on_student_score)
             if own and "ratio" in asked:
                 yield "ratio, forward and backward to x_t", (1, self._ratio_asked)
-            yield "ratio, forward and backward", (self._ratio_updates, self._ratio_update)
+            losses = [task.ratio_loss.at(update) for update in range(self._ratio_updates)]
+            penalised = [loss for loss in losses if loss.needs_gradient]
+            plain = [loss for loss in losses if not loss.needs_gradient]
+            if penalised:
+                yield "ratio, penalised", (len(penalised), partial(self._ratio_update, penalised[0]))
+            if plain:
+                yield "ratio, forward and backward", (len(plain), partial(self._ratio_update, plain[0]))
 
     @property
     def _ratio_updates(self) -> int:
@@ -157,17 +157,114 @@ class StepBench:
         evaluation = self._evaluation(self.field, Needs(ratio_gradient=True))
         torch.autograd.grad(evaluation.log_ratio_output.sum(), evaluation.noisy.x_t)
 
-    def _ratio_update(self) -> None:
+    def _ratio_update(self, ratio_loss: RatioLoss) -> None:
         task = self.task
         task.ratio.train()
-        again = task.ratio_loss.needs_gradient
-        if again:
+        if ratio_loss.needs_gradient:
             real = self._evaluation(self.field, Needs(training=True, ratio_gradient=True, curvature=True))
             student = self._evaluation(self.field, Needs(training=True)).log_ratio_output
-            loss = task.ratio_loss(real.log_ratio_output, student, real.noisy.x_t)
+            loss = ratio_loss(real.log_ratio_output, student, real.noisy.x_t)
         else:
             samples = self.field if self._shared else torch.cat([self.field, self.field])
             loss = self._evaluation(samples, Needs(training=True)).log_ratio_output.sum()
         loss.backward(inputs=task.learn_from_ratio)
         for parameter in task.learn_from_ratio:
             parameter.grad = None
+
+
+def prepared(
+    gin_file: Sequence[str], gin_param: Sequence[str], precision: str, batch_size: int, device: torch.device
+) -> StepBench:
+    """The bench of the distillation that gin files describe, on random weights.
+
+    Args:
+        gin_file: files, the first of which is the run.
+        gin_param: further lines.
+        precision: "auto", "fp32" or "bf16".
+        batch_size: samples a step.
+        device: where.
+
+    Raises:
+        ValueError: no file is named, it is not a distillation, or its step would not fit.
+    """
+    if not gin_file:
+        raise ValueError("say which step to time: --gin_file=gin/papers/score_free/cifar10_dijs.gin")
+    parsed = config.parse(gin_file, gin_param, {})
+    with torch.device("meta"):
+        plan = memory_plan(config.build(parsed).task, precision)
+    require_memory(plan.held() / 1e9, device, "name a smaller network with --gin_param, or take a larger machine")
+    torch.manual_seed(0)
+    task = config.build(parsed).task
+    if not isinstance(task, Distillation):
+        raise ValueError(f"{gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
+    randomised(task).prepare(device, trainer.autocast_dtype(precision, device))
+    return StepBench(task, batch_size, device)
+
+
+def kind_of(precision: str, device: torch.device) -> str:
+    """What ``precision`` stands for on ``device``: "fp32" or "bf16"."""
+    return "bf16" if trainer.autocast_dtype(precision, device) else "fp32"
+
+
+def bench_step(
+    gin_file: Sequence[str],
+    gin_param: Sequence[str],
+    *,
+    precision: str,
+    batch_size: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, object]:
+    """The record of a training step, its floor, and the step in units of a plain pass; arguments as of ``prepared``.
+
+    Raises:
+        ValueError: as ``prepared``.
+    """
+    bench = prepared(gin_file, gin_param, precision, batch_size, device)
+    floor = bench.floor()
+    variants = {"step": bench.step, "unit": bench.unit, **{name: run for name, (_, run) in floor.items()}}
+    for _ in range(2):
+        bench.step()
+    peak = peak_memory(device)  # of steps alone
+    flops = benchmark.count_flops(bench.step)
+    rounds_seconds = benchmark.in_turn(variants, rounds, device)
+    seconds = benchmark.medians(rounds_seconds)
+    passes = [{"pass": name, "times": times, "seconds": seconds[name]} for name, (times, _) in floor.items()]
+    least = sum(row["times"] * row["seconds"] for row in passes)
+    return {
+        "bench": "step",
+        **_asked(gin_file, gin_param, batch_size, rounds),
+        "precision": kind_of(precision, device),
+        "seconds": seconds["step"],
+        "images_per_second": batch_size / seconds["step"],
+        "floor": least,
+        "step_over_floor": seconds["step"] / least,
+        "units": seconds["step"] / seconds["unit"],
+        "flops": flops,
+        "tflops": flops / seconds["step"] / 1e12,
+        "passes": passes,
+        "rounds_seconds": rounds_seconds,
+        "peak_memory_gb": peak,
+    }
+
+
+def bench_precisions(
+    gin_file: Sequence[str], gin_param: Sequence[str], *, batch_size: int, rounds: int, device: torch.device
+) -> dict[str, object]:
+    """The record of the same step in float32 and in bf16, in turn; arguments as of ``prepared``.
+
+    Raises:
+        ValueError: as ``prepared``.
+    """
+    kinds = ("fp32", "bf16")
+    benches = {kind: prepared(gin_file, gin_param, kind, batch_size, device) for kind in kinds}
+    rounds_seconds = benchmark.in_turn({kind: bench.step for kind, bench in benches.items()}, rounds, device)
+    seconds = benchmark.medians(rounds_seconds)
+    rows = [{"variant": kind, "seconds": seconds[kind], "faster": seconds["fp32"] / seconds[kind]} for kind in kinds]
+    asked = _asked(gin_file, gin_param, batch_size, rounds)
+    return {"bench": "precisions", **asked, "rows": rows, "rounds_seconds": rounds_seconds}
+
+
+def _asked(gin_file: Sequence[str], gin_param: Sequence[str], batch_size: int, rounds: int) -> dict[str, object]:
+    named = {"gin_file": list(gin_file), "gin_param": list(gin_param)}
+    return {**named, "batch_size": batch_size, "rounds": rounds}

@@ -7,6 +7,7 @@ copies of a network, such as an average of its weights, run uncompiled.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
@@ -41,9 +42,21 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
             f"{type(network).__name__} has no blocks to compile: set compiled = False, or mark the class of its blocks "
             "with `compiles = True`"
         )
+    limits = _limits(len(blocks))
     for block in blocks:
-        # Of its own cache, so that a call looks through this block's few variants and not through all blocks'.
-        block.compile(fullgraph=True, backend=backend, recompile_limit=VARIANTS, isolate_recompiles=True)
+        block.compile(fullgraph=True, backend=backend, **limits)
+
+
+def _limits(blocks: int) -> dict[str, object]:
+    """What lets each of so many blocks have its variants: a cache of its own, where torch knows them."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # A call looks through this block's few variants and not through all blocks'.
+        return {"recompile_limit": VARIANTS, "isolate_recompiles": True}
+    from torch._dynamo import config as settings  # the compiler takes seconds to import
+
+    settings.recompile_limit = max(settings.recompile_limit, VARIANTS * blocks)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, VARIANTS * blocks)
+    return {}
 
 
 def _is_block(module: nn.Module) -> bool:

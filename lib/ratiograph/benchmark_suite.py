@@ -1,0 +1,131 @@
+"""Many measurements, each in a process of its own, as many as a time limit allows: the most wanted first.
+
+A process of its own has a peak of memory of its own, and one that fails, for want of memory or of a package, costs the
+others nothing.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ratiograph.benchmark_table import CONFIGURATIONS, Configuration
+
+__all__ = ["Measurement", "plans", "run", "steps"]
+
+TOOL = Path(__file__).parents[2] / "tools" / "bench.py"
+SIZES = {
+    "UNet": ["UNet.channels = 16"],
+    "DDPMPP": ["DDPMPP.channels = 16", "DDPMPP.blocks = 1"],
+    "NCSNPP": ["NCSNPP.channels = 16", "NCSNPP.blocks = 1"],
+    "ADM": ["ADM.channels = 16", "ADM.blocks = 1", "ADM.head_channels = 16"],
+    "SD15UNet": [
+        *(
+            "SD15UNet.block_out_channels = (32, 32, 32, 32)",
+            "SD15UNet.layers_per_block = 1",
+            "SD15UNet.resolution = 16",
+        ),
+        *("SD15UNet.cross_attention_dim = 16", "SD15UNet.attention_heads = 2", "StudentScoreHeadRatio.width = 8"),
+    ],
+    "SDXLUNet": [
+        *("SDXLUNet.block_out_channels = (32, 32, 32)", "SDXLUNet.layers_per_block = 1", "SDXLUNet.resolution = 16"),
+        *("SDXLUNet.cross_attention_dim = 16", "SDXLUNet.transformer_layers = (1, 1, 1)"),
+        *("SDXLUNet.attention_heads = (2, 2, 2)", "SDXLUNet.pooled_width = 8", "SDXLUNet.size_embedding = 4"),
+        "StudentScoreHeadRatio.width = 8",
+    ],
+}
+"""What makes each network tiny, to try the suite where a full one would take hours."""
+LATENT = ("SD15UNet", "SDXLUNet")
+LARGE = ("ADM", *LATENT)
+NETWORKS = ("UNet", "DDPMPP", "DDPMPP", "NCSNPP", "ADM", "SD15UNet", "SDXLUNet")
+"""The network of each configuration."""
+
+
+LONGEST = 3600.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """``arguments`` of tools/bench.py, and the ``seconds`` that it is left out for when fewer are left."""
+
+    arguments: tuple[str, ...]
+    seconds: float
+
+
+def steps(tiny: bool = False) -> list[Measurement]:
+    """What a GPU is asked: steps in bf16 at the plan's batch, compiled too, and at eight times it; bare networks."""
+    found = []
+    for wide in (1, 8):
+        for configuration, network in zip(CONFIGURATIONS, NETWORKS, strict=True):
+            sizes = SIZES[network] if tiny else ()
+            told = ("step", *_named(configuration, sizes), "--rounds=5", "--precision=bf16")
+            told += (f"--batch_size={2 * wide if tiny else wide * configuration.batch_size}",)
+            large = network in LARGE
+            found.append(Measurement(told, 60 if large else 30))
+            if wide == 1:
+                denoiser = "StableDiffusion" if network in LATENT else "EDM"
+                compiled = (*told, f"--gin_param={denoiser}.compiled = True")
+                found.append(Measurement(compiled, 120 if large else 60))
+    for network, batch in () if tiny else (("DDPMPP", 64), ("ADM", 32), ("SD15UNet", 8), ("SDXLUNet", 2)):
+        told = ("network", f"--network={network}", f"--batch_size={batch}", "--rounds=5", "--settings=all")
+        found.append(Measurement(told, 120))
+    return found
+
+
+def plans(precision: str) -> list[Measurement]:
+    """The plan of every configuration of the table."""
+    return [
+        Measurement(("plan", *_named(each, ()), f"--batch_size={each.batch_size}", f"--precision={precision}"), 0)
+        for each in CONFIGURATIONS
+    ]
+
+
+def _named(configuration: Configuration, lines: Sequence[str]) -> tuple[str, ...]:
+    told = (*configuration.lines, *lines)
+    return (f"--gin_file={configuration.gin_file}", *(f"--gin_param={line}" for line in told))
+
+
+def run(
+    wanted: Sequence[Measurement],
+    *,
+    minutes: float,
+    common: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> dict[str, int]:
+    """Takes measurements in order until the time is up.
+
+    Args:
+        wanted: in the order of what matters.
+        minutes: the limit; a measurement that would likely pass it is left out, and none runs beyond it.
+        common: further arguments of each, such as --device.
+        say: gets a line before and after each.
+
+    Returns:
+        How many were "done", "failed" and "left out".
+    """
+    ends, counts = time.monotonic() + 60 * minutes, {"done": 0, "failed": 0, "left out": 0}
+    for measurement in wanted:
+        left = ends - time.monotonic()
+        shown = " ".join(measurement.arguments)
+        if left < measurement.seconds:
+            counts["left out"] += 1
+            say(f"left out, {left:.0f} s are left: {shown}")
+            continue
+        say(f"{left:.0f} s left: {shown}")
+        counts[_take([*measurement.arguments, *common], left, say)] += 1
+    return counts
+
+
+def _take(arguments: Sequence[str], seconds: float, say: Callable[[str], None]) -> str:
+    command = [sys.executable, str(TOOL), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=min(seconds, LONGEST))
+    except subprocess.TimeoutExpired:
+        say("failed: the time is up")
+        return "failed"
+    say(done.stdout.rstrip() if not done.returncode else f"failed: {done.stderr.strip()[-1500:]}")
+    return "failed" if done.returncode else "done"

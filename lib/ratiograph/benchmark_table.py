@@ -1,0 +1,114 @@
+"""README's table of what was measured where, from the records of the benchmark.
+
+Notation: a *configuration* is a run by its gin file; its row tells what a step costs by arithmetic (`benchmark_plan`),
+and one row more for each place, precision and batch that a step of it was measured at: the last record counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["CONFIGURATIONS", "Configuration", "render", "write"]
+
+START, END = "<!-- bench -->", "<!-- /bench -->"
+COLUMNS = (
+    *("configuration", "student", "TFLOP an image", "where", "batch", "s a step", "step / floor", "TFLOP/s"),
+    *("data wait", "memory, GB", "planned"),
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A row. ``batch_size``: samples that the plan is made for; ``lines``: of gin beside the file."""
+
+    name: str
+    gin_file: str
+    batch_size: int
+    lines: tuple[str, ...] = ()
+
+
+CONFIGURATIONS = (
+    Configuration("digits, Di-Bregman", "gin/mnist_sba.gin", 64),
+    Configuration("CIFAR-10 DDPM++, f-distill JS", "gin/papers/f_distill/cifar10_jensen_shannon.gin", 4),
+    Configuration("CIFAR-10 DDPM++, DiJS", "gin/papers/score_free/cifar10_dijs.gin", 4),
+    Configuration("CIFAR-10 NCSN++, Di-Bregman", "gin/papers/di_bregman/cifar10_sba_lambda_3.gin", 4),
+    Configuration("ImageNet-64 ADM, f-distill JS", "gin/papers/f_distill/imagenet64_jensen_shannon.gin", 4),
+    Configuration("SD 1.5 512², Di-Bregman", "gin/sd15_di_bregman.gin", 8),
+    Configuration("SDXL 1024², DMD2", "gin/papers/dmd2/sdxl.gin", 4),
+)
+
+Record = Mapping[str, object]
+
+
+def render(records: Sequence[Record]) -> str:
+    """The Markdown table of all configurations, in their order."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for configuration in CONFIGURATIONS:
+        lines += [f"| {' | '.join(row)} |" for row in _rows(configuration, records)]
+    return "\n".join(lines)
+
+
+def _rows(configuration: Configuration, records: Sequence[Record]) -> Iterator[list[str]]:
+    own = [record for record in records if record.get("gin_file") == [configuration.gin_file]]
+    plans = [record for record in own if record["bench"] == "plan"]
+    steps = {_place(record): record for record in own if record["bench"] == "step"}
+    data = {_device(record): record for record in own if record["bench"] == "data"}
+    plan = plans[-1] if plans else None
+    first = [configuration.name, _millions(plan), _number(plan and plan["flops"] / plan["batch_size"] / 1e12)]
+    for step in steps.values() or [None]:
+        yield [*first, *_measured(step, data, plans)]
+        first = ["", "", ""]
+
+
+def _measured(step: Record | None, data: Mapping[str, Record], plans: Sequence[Record]) -> list[str]:
+    """The columns from ``where`` on."""
+    if step is None:
+        last = plans[-1] if plans else None
+        told = f"{last['planned_memory_gb']:.2f}, {last['precision']}" if last else ""
+        return ["–", str(last["batch_size"]) if last else "", *5 * [""], told]
+    told = " ".join([_device(step), str(step["precision"]), *map(str, step["gin_param"])])
+    wait = data.get(_device(step))
+    same = [each for each in plans if all(each[k] == step[k] for k in ("batch_size", "precision", "gin_param"))]
+    return [
+        told,
+        str(step["batch_size"]),
+        _number(step["seconds"]),
+        _number(step["step_over_floor"]),
+        _number(step["tflops"]),
+        f"{100 * wait['wait_share']:.1f} %" if wait else "",
+        f"{step['peak_memory_gb']:.2f}",
+        f"{same[-1]['planned_memory_gb']:.2f}" if same else "",
+    ]
+
+
+def _place(record: Record) -> str:
+    return repr([_device(record), record.get("precision"), record.get("batch_size"), record.get("gin_param")])
+
+
+def _device(record: Record) -> str:
+    hardware = record["hardware"]
+    device = str(hardware["device"])
+    return device if not hardware["instructions"] else f"{device}, {hardware['threads']} threads"
+
+
+def _millions(plan: Record | None) -> str:
+    return "" if plan is None else f"{plan['parameters']['student'] / 1e6:,.1f} M"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def write(path: Path, table: str) -> None:
+    """Writes ``table`` between the markers of a text file.
+
+    Raises:
+        ValueError: it has none.
+    """
+    old = Path(path).read_text()
+    if START not in old or END not in old:
+        raise ValueError(f"{path} has no place for the table: write the lines {START} and {END} there")
+    before, after = old.split(START, 1)[0], old.split(END, 1)[1]
+    Path(path).write_text(f"{before}{START}\n{table}\n{END}{after}")

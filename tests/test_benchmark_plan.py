@@ -1,0 +1,68 @@
+"""Operations and bytes by shapes alone, against the same step taken with real tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ratiograph import benchmark, config
+from ratiograph.benchmark_inputs import made_up_batch, without_files
+from ratiograph.benchmark_plan import _Bytes, bench_plan, planned
+from ratiograph.benchmark_suite import SIZES
+
+CPU = torch.device("cpu")
+FILES = ["gin/mnist_sba.gin"]
+TINY = ["UNet.channels = 16"]
+
+
+def test_the_bytes_of_tensors_that_live():
+    with _Bytes() as counter:
+        a = torch.ones(1000)
+        b = a[10:] + 1  # a view has no bytes of its own
+        del a
+        c = torch.ones(10, dtype=torch.bfloat16)
+    assert counter.live == 4 * 990 + 20
+    assert counter.peak == 4 * 1990
+    del b, c
+    assert counter.live == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "lines", "precision"),
+    [
+        (FILES, TINY, "fp32"),
+        (FILES, TINY, "bf16"),
+        pytest.param(["gin/sd15_di_bregman.gin"], SIZES["SD15UNet"], "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
+    with _Bytes() as counter:
+        torch.manual_seed(0)
+        task = without_files(config.build(config.parse(files, lines)).task)
+        task.prepare(CPU, torch.bfloat16 if precision == "bf16" else None)
+        generator = torch.Generator()
+        batch = made_up_batch(task.student.denoiser.network, 4, generator)
+        task.step(batch, 4, generator)
+        held = counter.live
+        task.step(batch, 4, generator)
+        peak = counter.peak
+        flops = benchmark.count_flops(lambda: task.step(batch, 4, generator))
+    plan = planned(files, lines, precision=precision, batch_size=4)
+    assert plan.flops == flops
+    assert plan.held_gb == pytest.approx(held / 1e9, rel=0.01)
+    assert plan.peak_gb == pytest.approx(peak / 1e9, rel=0.03)
+    assert plan.parameters["student"] == sum(parameter.numel() for parameter in task.student.parameters())
+
+
+def test_what_is_held_by_arithmetic():
+    """Teacher 4 bytes a weight; student and score 4 + 8 of moments, the student 4 more of its average; ratio 12."""
+    record = bench_plan(FILES, TINY, precision="fp32", batch_size=4)
+    count = record["parameters"]
+    expected = 4 * count["teacher"] + 16 * count["student"] + 12 * (count["student_score"] + count["ratio"])
+    assert record["held_gb"] == pytest.approx(expected / 1e9, rel=0.03)
+    assert record["planned_memory_gb"] > record["held_gb"]
+
+
+def test_only_distillations():
+    with pytest.raises(ValueError, match=r"mnist_teacher\.gin trains a DenoiserTraining"):
+        planned(["gin/mnist_teacher.gin"])

@@ -1,0 +1,131 @@
+"""README's table from records, and the suite that makes them: what it runs, leaves out and survives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from absl import flags
+from tools_here import tool
+
+from ratiograph import benchmark_suite, config
+from ratiograph.benchmark_suite import Measurement, plans, run, steps
+from ratiograph.benchmark_table import COLUMNS, CONFIGURATIONS, render, write
+
+HARDWARE = {"device": "EPYC", "threads": 2, "instructions": ["avx2"]}
+DIJS = {"gin_file": ["gin/papers/score_free/cifar10_dijs.gin"], "gin_param": []}
+PLAN = DIJS | {
+    "bench": "plan", "batch_size": 4, "precision": "fp32", "hardware": HARDWARE, "planned_memory_gb": 1.5,
+    "flops": 8e11, "parameters": {"student": 55_733_891, "ratio": 5},
+}  # fmt: skip
+STEP = DIJS | {
+    "bench": "step", "batch_size": 4, "precision": "fp32", "hardware": HARDWARE, "seconds": 4.0,
+    "step_over_floor": 1.012, "tflops": 0.2, "peak_memory_gb": 1.9,
+}  # fmt: skip
+DATA = DIJS | {"bench": "data", "hardware": HARDWARE, "wait_share": 0.0123, "batch_size": 4}
+
+
+def rows(records):
+    """The rows of a configuration that has any record."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in render(records).splitlines()]
+    assert lines[0] == list(COLUMNS)
+    found = [line for line in lines[2:] if len(line) == len(COLUMNS)]
+    assert len(found) == len(lines) - 2
+    first = next(k for k, row in enumerate(found) if row[0] == "CIFAR-10 DDPM++, DiJS")
+    after = next(k for k, row in enumerate(found) if k > first and row[0])
+    return found[first:after]
+
+
+def test_a_row_s_numbers():
+    assert rows([PLAN, STEP, DATA]) == [
+        [
+            "CIFAR-10 DDPM++, DiJS",
+            "55.7 M",
+            "0.2",
+            "EPYC, 2 threads fp32",
+            "4",
+            "4",
+            "1.01",
+            "0.2",
+            "1.2 %",
+            "1.90",
+            "1.50",
+        ]
+    ]
+
+
+def test_a_plan_alone_and_nothing_at_all():
+    assert rows([PLAN]) == [["CIFAR-10 DDPM++, DiJS", "55.7 M", "0.2", "–", "4", *5 * [""], "1.50, fp32"]]
+    assert rows([]) == [["CIFAR-10 DDPM++, DiJS", "", "", "–", *7 * [""]]]
+
+
+def test_the_last_of_each_place_precision_and_batch():
+    records = [PLAN, STEP, STEP | {"seconds": 3.0}, STEP | {"precision": "bf16", "seconds": 2.0}]
+    found = rows(records)
+    assert [(row[3], row[5], row[-1]) for row in found] == [
+        ("EPYC, 2 threads fp32", "3", "1.50"), ("EPYC, 2 threads bf16", "2", ""),
+    ]  # fmt: skip
+    assert found[1][:3] == ["", "", ""]
+
+
+def test_between_the_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    write(readme, "| new |")
+    assert readme.read_text() == "before\n<!-- bench -->\n| new |\n<!-- /bench -->\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="write the lines <!-- bench --> and <!-- /bench --> there"):
+        write(readme, "")
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_what_the_suite_asks_parses(tiny):
+    """Every gin file and line that it names, and every flag."""
+    asked = steps(tiny) + plans("fp32")
+    named = {argument for each in asked for argument in each.arguments if argument.startswith("--gin_file=")}
+    assert named == {f"--gin_file={each.gin_file}" for each in CONFIGURATIONS}
+    with tool("bench") as bench:
+        for each in asked:
+            assert each.arguments[0] in bench.MEASUREMENTS
+            flags.FLAGS.unparse_flags()
+            flags.FLAGS(["bench", *each.arguments[1:]])
+            if flags.FLAGS.gin_file:
+                config.parse(flags.FLAGS.gin_file, flags.FLAGS.gin_param)
+            flags.FLAGS.gin_file, flags.FLAGS.gin_param = [], []
+
+
+def test_the_suite_goes_on_after_failures_and_ends_in_time(tmp_path, monkeypatch):
+    script = tmp_path / "bench.py"
+    script.write_text(
+        "import sys, time\n"
+        "if 'fail' in sys.argv: sys.exit('error: no memory')\n"
+        "time.sleep(60 if 'sleep' in sys.argv else 0); print('did', *sys.argv[1:])"
+    )
+    monkeypatch.setattr(benchmark_suite, "TOOL", script)
+    said = []
+    wanted = [
+        Measurement(("fail",), 0),
+        Measurement(("step",), 0),
+        Measurement(("long",), 1e4),
+        Measurement(("sleep",), 0),
+    ]
+    counts = run(wanted, minutes=0.1, common=["--device=cpu"], say=said.append)
+    assert counts == {"done": 1, "failed": 2, "left out": 1}
+    assert "failed: error: no memory" in said
+    assert "did step --device=cpu" in said
+    assert any(line.startswith("left out") and line.endswith("long") for line in said)
+    assert said[-1] == "failed: the time is up"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
+def test_each_tiny_step_of_the_suite_on_the_cpu(number, tmp_path):
+    pytest.importorskip("diffusers")
+    out = tmp_path / "results.jsonl"
+    wanted = [each for each in steps(tiny=True) if f"--gin_file={CONFIGURATIONS[number].gin_file}" in each.arguments]
+    said = []
+    counts = run(wanted[:1], minutes=10, common=["--device=cpu", f"--out={out}", "--rounds=1"], say=said.append)
+    assert counts["done"] == 1, said
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert record["bench"] == "step"
+    assert record["seconds"] > 0
