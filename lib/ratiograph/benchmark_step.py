@@ -197,6 +197,7 @@ def prepared(
     task = config.build(parsed).task
     if not isinstance(task, Distillation):
         raise ValueError(f"{gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
+    task.critic_steps = 0  # a step of the student too
     randomised(task).prepare(device, trainer.autocast_dtype(precision, device))
     return StepBench(task, batch_size, device)
 

@@ -63,6 +63,16 @@ def _batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"evaluation/{seed}/{batch}".encode()).digest()[:6], "big")
 
 
+def _beginning(task: Distillation) -> str | None:
+    """Says what the student of a run begins as, where that is the weights of a file; else None."""
+    student = task.student
+    if task.warm_start is not None or not getattr(student.denoiser, "weights", None):
+        return None
+    kinds = [type(each).__name__ for each in (student, student.denoiser, task.conditions)]
+    settings = {"kinds": kinds, "sigma_init": student.sigma_init, "autocast": str(student.denoiser.autocast_dtype)}
+    return file_identity(locate_weights(student.denoiser.weights), settings)
+
+
 def _tilted_shares(task: Distillation, shares: Sequence[float]) -> dict[str, list[float]]:
     """p(y) and p*(y), proportional to R(y) p(y), for a task whose objective tilts by a class reward; else nothing."""
     for term in task.objective.terms.values():
@@ -263,7 +273,8 @@ class DigitsEvaluator:
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:
         """The row of the student before its first step."""
         self.prepare(device)
-        return [self.measure("student before training", task.student_sampler, evaluations=1, seed=seed)]
+        sampler, identity = task.student_sampler, _beginning(task)
+        return [self.measure("student before training", sampler, evaluations=1, seed=seed, identity=identity)]
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         """The document of ``evaluation.json``: real digits, teacher, and student before and after training.
