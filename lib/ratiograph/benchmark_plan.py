@@ -143,6 +143,7 @@ def planned(
     task, samples = experiment.task, batch_size or experiment.batch_size
     if not isinstance(task, Distillation):
         raise ValueError(f"{gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
+    task.critic_steps = 0  # a step of the student too
     counter = _Bytes()
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), counter:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
