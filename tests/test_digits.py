@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist
 
+from ratiograph import config
 from ratiograph.data.stream import load_all
 from ratiograph.evaluation.digits import METRICS, DigitsEvaluator, _Digits, _Reference
 from ratiograph.evaluation.manifold import Manifold
@@ -17,6 +18,7 @@ from ratiograph.evaluation.scores import inception_score
 from ratiograph.networks.classifier import DigitClassifier
 
 CPU = torch.device("cpu")
+TEACHER_ROWS = ["teacher, 1 evaluation", "teacher, 35 evaluations", "teacher, 5 evaluations"]
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +279,11 @@ def test_rows_of_an_older_protocol_are_measured_again(evaluator, real, own_cache
 
 def test_shipped_rows_have_every_metric():
     rows = json.loads(DigitsEvaluator().cache.shipped.read_text()).values()
-    assert sorted(row["evaluations"] for row in rows) == [1, 5, 35]
+    assert sorted(row["name"] for row in rows) == ["student before training", *TEACHER_ROWS]
     for row in rows:
         assert set(row) == {"name", "evaluations", "samples", "class_shares", *METRICS}
-    verdicts = {row["evaluations"]: row["collapsed"] for row in rows}
-    assert verdicts == {1: True, 5: True, 35: False}
+    verdicts = {row["name"]: row["collapsed"] for row in rows}
+    assert [verdicts[name] for name in TEACHER_ROWS] == [True, False, True]
 
 
 def test_cache_prefers_the_shipped_file_and_survives_a_damaged_one(own_cache, tmp_path):
@@ -335,3 +337,20 @@ def test_document_is_json_with_every_shown_metric_labelled(evaluator, real):
     assert series[2]["values"] == wanted
     assert document["histograms"]["labels"] == list("0123456789")
     assert any("5,000 digits of 'mnist'" in note for note in document["notes"])
+
+
+def test_the_row_before_training_is_kept_for_weights_of_a_file(tmp_path, monkeypatch):
+    """The shipped row is what is measured, and saves both the measurement and the reading of the real digits."""
+    monkeypatch.setenv("RATIOGRAPH_CACHE", str(tmp_path))
+    task = config.build(config.parse(["gin/mnist_sba.gin"], ["DigitsEvaluator.samples = 200"])).task
+    task.prepare(CPU, None)
+    evaluator = DigitsEvaluator(samples=200)
+    (measured,) = evaluator.before(task, CPU, 3)
+    assert "cached" not in measured
+    again = DigitsEvaluator(samples=200)
+    (kept,) = again.before(task, CPU, 3)
+    assert kept == {**measured, "cached": True}
+    assert not hasattr(again, "real")
+    assert "cached" not in DigitsEvaluator(samples=200).before(task, CPU, 4)[0]
+    task.student.sigma_init = 1.0
+    assert "cached" not in DigitsEvaluator(samples=200).before(task, CPU, 3)[0]

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ratiograph.data.embedded import resolve
+from ratiograph.data.shards import count_samples
 from ratiograph.data.stream import load_all
 from ratiograph.denoisers import locate_weights
 from ratiograph.networks.classifier import SHIPPED_WEIGHTS, DigitClassifier, classify_all
@@ -200,9 +202,9 @@ class DigitsEvaluator:
         """
         samples = self.samples if samples is None else samples
         key = None if identity is None else self._key(identity, evaluations, samples, seed, expected_shares)
-        row = None if key is None else self.cache.get(key)
-        if row is not None:
-            return {**row, "name": name, "cached": True}
+        kept = key and self._kept(name, key)
+        if kept:
+            return kept
         row = self._row(name, evaluations, self._sample(name, sampler, samples, seed), self.real, expected_shares)
         if key is not None:
             self.cache.put(key, row)
@@ -253,6 +255,11 @@ class DigitsEvaluator:
             "class_shares": shares,
         }
 
+    def _kept(self, name: str, key: str) -> dict | None:
+        """The row measured earlier under ``key``."""
+        row = self.cache.get(key)
+        return None if row is None else {**row, "name": name, "cached": True}
+
     def _key(
         self, identity: str, evaluations: int, samples: int, seed: int, expected_shares: Sequence[float] | None
     ) -> str:
@@ -264,7 +271,7 @@ class DigitsEvaluator:
             "samples": samples,
             "seed": seed,
             "batch_size": self.batch_size,
-            "reference": [self.reference, len(self.real.digits)],
+            "reference": [self.reference, sum(map(count_samples, resolve(self.reference)))],
         }
         return file_identity(self.classifier.weights, {"sampler": identity, **protocol})
 
@@ -272,9 +279,12 @@ class DigitsEvaluator:
 
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:
         """The row of the student before its first step."""
+        name, identity = "student before training", _beginning(task)
+        kept = identity and self._kept(name, self._key(identity, 1, self.samples, seed, None))
+        if kept:  # then the real digits are not read before the first step either
+            return [kept]
         self.prepare(device)
-        sampler, identity = task.student_sampler, _beginning(task)
-        return [self.measure("student before training", sampler, evaluations=1, seed=seed, identity=identity)]
+        return [self.measure(name, task.student_sampler, evaluations=1, seed=seed, identity=identity)]
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         """The document of ``evaluation.json``: real digits, teacher, and student before and after training.
