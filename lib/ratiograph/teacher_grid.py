@@ -39,7 +39,8 @@ def draw_teacher(workdir: Path, evaluations: int, device: str = "auto") -> Path:
     """
     import torch
 
-    from ratiograph import checkpoints, config, trainer
+    from ratiograph import config, trainer
+    from ratiograph.student_files import remembered
 
     check_run(workdir)
     if not (workdir / "config.gin").is_file():
@@ -52,11 +53,7 @@ def draw_teacher(workdir: Path, evaluations: int, device: str = "auto") -> Path:
     if experiment.precision == "fp64":
         task.double()
     task.prepare(place, trainer.autocast_dtype(experiment.precision, place))
-    if task.conditions.needs_data:
-        found = checkpoints.latest(workdir / "checkpoints")
-        if found is None:
-            raise ValueError(f"{workdir}/checkpoints, which holds the conditions that the run shows, has no checkpoint")
-        task.conditions.load_state_dict(found[1]["task"]["conditions"])
+    remembered(task.conditions, workdir)
     generator = torch.Generator(place).manual_seed(trainer.step_seed(experiment.seed, PREVIEW))
     path = save_teacher(task.eval(), workdir, experiment.preview_samples, generator, evaluations)
     if path is None:
