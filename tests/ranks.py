@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# The optimisers import _dynamo at their first use.
-PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "ratiograph.trainer", "pytest"]
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "ratiograph.trainer", "pytest"]
 
 
 def together(function: Callable, ranks: int, *arguments: object) -> None:

@@ -42,7 +42,7 @@ def state(task):
     moments = {
         f"{n}.{k}.{key}": value.clone()
         for n, updater in task.optimizers.items()
-        for k, slots in updater.optimizer.state_dict()["state"].items()
+        for k, slots in updater.rule.state_dict()["state"].items()
         for key, value in slots.items()
     }
     return networks | moments

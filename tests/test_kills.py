@@ -20,7 +20,6 @@ DRIVER = """
 import importlib.util, json, os, signal, sys, time
 from pathlib import Path
 import torch
-import torch._dynamo  # which optimisers import, at length
 import torch.utils.tensorboard
 from ratiograph import config, trainer
 torch.set_num_threads(1)

@@ -53,7 +53,7 @@ def test_weights_optimisers_and_average_are_a_run_s_own(files):
     for name in ("student", "student_score"):
         updater = task.optimizers[name]
         updater.step()
-        moments = [m for state in updater.optimizer.state.values() for m in (state["exp_avg"], state["exp_avg_sq"])]
+        moments = [m for state in updater.rule.state.values() for m in (state["exp_avg"], state["exp_avg_sq"])]
         assert found[name].optimizer == size_of(moments)
     shared = {p.data_ptr() for p in task.student.parameters()}
     assert found["student"].average == size_of(p for p in task.average.parameters() if p.data_ptr() not in shared)

@@ -58,26 +58,75 @@ def test_updates_equal_torch_with_warm_up_and_clip():
     torch.testing.assert_close(ours.weight, theirs.weight)
 
 
+def follow(updater, network, x, count):
+    for _ in range(count):
+        network(x).square().mean().backward()
+        updater.step()
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.99)])
+def test_updates_are_bit_equal_to_those_of_torch_s_class(betas):
+    torch.manual_seed(0)
+    ours, x = nn.Sequential(nn.Linear(40, 33), nn.SiLU(), nn.Linear(33, 1)), torch.randn(8, 40)
+    theirs = deepcopy(ours)
+    updater = Adam(lr=0.1, betas=betas, clip_norm=1e9, weight_decay=0.1).build(ours.parameters())
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=betas, weight_decay=0.1, fused=True)
+    for _ in range(5):
+        follow(updater, ours, x, 1)
+        theirs(x).square().mean().backward()
+        reference.step()
+        reference.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    # The moments of torch's class go on in ours, those that it holds for nothing too.
+    updater = Adam(lr=0.1, betas=betas, clip_norm=1e9, weight_decay=0.1).build(ours.parameters())
+    updater.load_state_dict({"updates": 5, "optimizer": deepcopy(reference.state_dict())})
+    follow(updater, ours, x, 1)
+    theirs(x).square().mean().backward()
+    reference.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("betas", "held"), [((0.0, 0.999), 1), ((0.9, 0.999), 2)])
+def test_no_first_moment_is_held_that_is_the_gradient(betas, held):
+    module = nn.Linear(30, 20)
+    updater = Adam(betas=betas).build(module.parameters())
+    follow(updater, module, torch.randn(4, 30), 2)
+    moments = [value for state in updater.state_dict()["optimizer"]["state"].values() for value in state.values()]
+    assert sum(value.numel() for value in moments if value.ndim) == held * (600 + 20)
+
+
+def test_a_parameter_without_a_gradient_stays_and_does_not_count():
+    used, idle = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = idle.weight.clone()
+    updater = Adam(weight_decay=0.1).build([*used.parameters(), *idle.parameters()])
+    follow(updater, used, torch.randn(4, 3), 2)
+    assert torch.equal(idle.weight, before)
+    assert set(updater.rule.state) == {0, 1}
+    assert [float(state["step"]) for state in updater.rule.state.values()] == [2, 2]
+
+
 def test_state_goes_on_exactly():
     torch.manual_seed(0)
     module, x = nn.Linear(4, 1), torch.randn(8, 4)
-
-    def steps(updater, network, count):
-        for _ in range(count):
-            network(x).square().mean().backward()
-            updater.step()
-
     recipe = Adam(lr=0.05, warmup_steps=5)
     updater = recipe.build(module.parameters())
-    steps(updater, module, 3)
+    follow(updater, module, x, 3)
     copy = nn.Linear(4, 1)
     copy.load_state_dict(module.state_dict())
     resumed = recipe.build(copy.parameters())
     resumed.load_state_dict(deepcopy(updater.state_dict()))
-    steps(updater, module, 3)
-    steps(resumed, copy, 3)
+    follow(updater, module, x, 3)
+    follow(resumed, copy, x, 3)
     assert torch.equal(module.weight, copy.weight)
     assert resumed.updates == 6
+
+
+def test_moments_of_other_betas_are_refused():
+    module, x = nn.Linear(4, 1), torch.randn(8, 4)
+    updater = Adam(betas=(0.0, 0.999)).build(module.parameters())
+    follow(updater, module, x, 1)
+    with pytest.raises(ValueError, match="resume with the same betas"):
+        Adam(betas=(0.9, 0.999)).build(module.parameters()).load_state_dict(updater.state_dict())
 
 
 def test_the_rate_rises_stays_and_falls_to_zero():

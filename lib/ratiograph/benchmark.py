@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ratiograph.files import write_atomically
 
@@ -74,6 +73,8 @@ def standard_error(values: list[float]) -> float | None:
 
 def count_flops(work: Callable[[], object]) -> int:
     """Floating-point operations of matrix products and convolutions in one call of ``work``."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which a peak of memory would show
+
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()

@@ -91,15 +91,13 @@ class StepGuard:
         self._read = 0
         self._by_network = {name: zero.clone() for name in task.optimizers}
         self._buffers = list({id(b): b for network in task.trained().values() for b in network.buffers()}.values())
-        self._handles = [
-            updater.optimizer.register_step_pre_hook(functools.partial(self._look, name))
-            for name, updater in task.optimizers.items()
-        ]
+        self._looks = {name: functools.partial(self._look, name) for name in task.optimizers}
+        for name, look in self._looks.items():
+            task.optimizers[name].watchers.append(look)
 
     @torch.no_grad()
-    def _look(self, name: str, optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
-        """Before an update, which `optim.Updater` has marked as one to leave out or not."""
-        bad = optimizer.found_inf
+    def _look(self, name: str, bad: Tensor) -> None:
+        """Before an update of a network, which is left out where ``bad`` [] is 1."""
         self._by_network[name] += bad
         self._bad = torch.maximum(self._bad, bad)
 
@@ -117,8 +115,8 @@ class StepGuard:
 
     def remove(self) -> None:
         """Takes the guard off the optimisers."""
-        for handle in self._handles:
-            handle.remove()
+        for name, look in self._looks.items():
+            self.task.optimizers[name].watchers.remove(look)
 
     def read(self) -> Faults:
         """What was left out so far. Synchronises."""

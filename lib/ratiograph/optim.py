@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from ratiograph.distributed import average_gradients, is_sharded, ranks
 from ratiograph.parallel import spread
@@ -60,22 +61,94 @@ class Adam:
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Updater:
         """The optimiser of ``parameters``; those that do not require gradients are left out."""
-        return Updater(self, [p for p in parameters if p.requires_grad])
+        learning = [p for p in parameters if p.requires_grad]
+        return Updater(self, learning, AdamW(self, learning))
+
+
+class AdamW:
+    """AdamW's rule by torch's fused kernels: an update in one pass over weights and moments.
+
+    With beta_1 = 0 the first moment is the gradient itself, and none is held. (``torch.optim.AdamW`` would hold it, and
+    imports torch's compiler at its first use: two seconds and 150 MB.)
+
+    Args:
+        recipe: betas, eps, weight decay.
+        parameters: all of which learn.
+    """
+
+    def __init__(self, recipe: Adam, parameters: Sequence[nn.Parameter]):
+        self.recipe, self.parameters = recipe, parameters
+        self.state: dict[int, dict[str, Tensor]] = {}
+        """By index of the parameter, from its first gradient on: "step" [], "exp_avg_sq", and "exp_avg" if held."""
+
+    def step(self, rate: float, skip: Tensor) -> None:
+        """Moves each parameter that has a gradient.
+
+        Args:
+            rate: the learning rate.
+            skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
+        """
+        moved = [(p, p.grad, self._state_of(k)) for k, p in enumerate(self.parameters) if p.grad is not None]
+        adamw(
+            [p for p, _, _ in moved],
+            [gradient for _, gradient, _ in moved],
+            # A first moment that is the gradient's own memory: 0 m + 1 g writes back what is there.
+            [state.get("exp_avg", gradient) for _, gradient, state in moved],
+            [state["exp_avg_sq"] for _, _, state in moved],
+            [],
+            [state["step"] for _, _, state in moved],
+            fused=True,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=self.recipe.betas[0],
+            beta2=self.recipe.betas[1],
+            lr=rate,
+            weight_decay=self.recipe.weight_decay,
+            eps=self.recipe.eps,
+            maximize=False,
+        )
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if self.recipe.betas[0] else ("exp_avg_sq",)
+
+    def _state_of(self, k: int) -> dict[str, Tensor]:
+        if k not in self.state:
+            parameter = self.parameters[k]
+            moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in self._moments}
+            self.state[k] = {"step": torch.zeros((), device=parameter.device), **moments}
+        return self.state[k]
+
+    def state_dict(self) -> dict:
+        """The moments by index of the parameter."""
+        return {"state": self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Inverse of ``state_dict``, on the parameters' devices and in their layout.
+
+        Raises:
+            ValueError: it holds no first moments, and this rule does.
+        """
+        for k, held in saved["state"].items():
+            for name, value in self._state_of(k).items():
+                if name not in held:
+                    raise ValueError("the checkpoint was trained with Adam.betas = (0.0, ...): resume with the same betas")
+                value.copy_(spread(held[name], self.parameters[k]))
 
 
 class Updater:
-    """An optimiser in use: clips, steps, warms up, clears gradients. Made by ``Adam.build``."""
+    """An optimiser in use: clips, steps, warms up, clears gradients. Made by a recipe's ``build``.
 
-    def __init__(self, recipe: Adam, parameters: list[nn.Parameter]):
-        self.recipe, self.parameters, self.updates = recipe, parameters, 0
-        self.optimizer = torch.optim.AdamW(
-            parameters,
-            lr=recipe.lr,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+    Args:
+        recipe: rates and clip.
+        parameters: all of which learn.
+        rule: what moves them.
+    """
+
+    def __init__(self, recipe: Adam, parameters: list[nn.Parameter], rule: AdamW):
+        self.recipe, self.parameters, self.rule, self.updates = recipe, parameters, rule, 0
+        self.watchers: list[Callable[[Tensor], None]] = []
+        """Told before each update [] whether it is left out, 1 or 0."""
 
     def step(self) -> Tensor:
         """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping.
@@ -85,26 +158,21 @@ class Updater:
         average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
         norm = norm.full_tensor() if is_sharded(norm) else norm
-        # The fused update leaves weights and moments as they are where this is 1; nothing waits for the answer.
-        self.optimizer.found_inf = (~norm.isfinite()).float()
+        skip = (~norm.isfinite()).float()
+        for told in self.watchers:
+            told(skip)
         self.updates += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.updates)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.rule.step(self.recipe.rate(self.updates), skip)
+        for parameter in self.parameters:
+            parameter.grad = None
         return norm.detach()
 
     def state_dict(self) -> dict:
-        return {"updates": self.updates, "optimizer": self.optimizer.state_dict()}
+        return {"updates": self.updates, "optimizer": self.rule.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        saved = state["optimizer"]
-        moments = {
-            k: {name: spread(value, self.parameters[k]) for name, value in held.items()}
-            for k, held in saved["state"].items()
-        }
-        self.optimizer.load_state_dict({**saved, "state": moments})
+        self.rule.load_state_dict(state["optimizer"])
 
 
 class EMA:
