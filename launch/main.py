@@ -98,6 +98,13 @@ def claim(config, cfg, workdir):
             f"{saved}: the folder holds a run of another configuration: {differing[0]}{more}. "
             "Give another --workdir, or delete the folder to start over."
         )
+    steps = config.to_dict(cfg)["Experiment.steps"]
+    reached = max((int(path.stem.rpartition("_")[2]) for path in workdir.glob("checkpoints/step_*.pt")), default=0)
+    if reached > steps:
+        raise config.ConfigError(
+            f"{workdir} is at step {reached} already, beyond the {steps} asked for: ask for --steps={reached} or more, "
+            "or give another --workdir."
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     config.save(cfg, saved)
 
@@ -151,6 +158,15 @@ def execute(arguments):
     return 0
 
 
+def flags_of(argv):
+    """What of the command line is no flag; a wrong flag ends the program with 2, not with absl's 1."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error} (--help lists all)", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv):
     from ratiograph.preemption import EXIT_CODE, Preempted, Preemption
 
@@ -167,4 +183,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=flags_of)

@@ -552,6 +552,13 @@ def test_a_task_of_an_array_runs_its_cell_alone(ablated):
     assert log.count("$ ") == 1
 
 
+def test_a_dry_run_lists_what_only_asks_for_by_its_number_in_the_grid(ablated):
+    folder, flags, *_ = ablated
+    code, output, errors = tool(*flags, "--only=@LS()", "--dry_run", cwd=folder)
+    assert code == 0, errors
+    assert [line.split()[0] for line in output.splitlines() if "main.py" not in line] == ["2", "3"]
+
+
 def test_a_grid_is_run_and_tabulated(ablated):
     folder, _, _, _, (code, output, errors) = ablated
     assert code == 0, errors

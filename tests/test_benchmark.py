@@ -91,10 +91,37 @@ def test_a_network_s_settings():
     assert rows["bf16"]["tflops"] == pytest.approx(record["flops"] / rows["bf16"]["seconds"] / 1e12)
 
 
+def test_settings_are_free_combinations():
+    read = {name: benchmark_network.Setting.parse(name) for name in benchmark_network.SETTINGS}
+    assert [str(setting) for setting in read.values()] == list(read)
+    assert len(set(read.values())) == 2**3
+    assert read["fp32, channels-last, compiled"] == benchmark_network.Setting(last=True, compiled=True)
+    assert read["bf16, channels-last"] == benchmark_network.Setting(last=True, bf16=True)
+    assert benchmark_network.Setting.parse(" compiled,bf16") == read["bf16, compiled"]
+
+
+def test_a_setting_given_twice_runs_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(benchmark_network.compilation, "compile_blocks", compiled.append)
+    settings = ["compiled, channels-last, fp32", "fp32", "fp32, channels-last,compiled"]
+    record = benchmark_network.bench_network("UNet", settings=settings, **SMALL)
+    assert [row["variant"] for row in record["rows"]] == ["fp32", "fp32, channels-last, compiled"]
+    formats = [network.stem.weight.is_contiguous(memory_format=torch.channels_last) for network in compiled]
+    assert formats == [False, True]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": ["fp8"]}, "no 'fp8'; choose of fp32; fp32, channels-last"),
+        (
+            {"settings": ["bf16", "fp8, compiled"]},
+            "--settings: 'fp8, compiled' is no setting: write fp32 or bf16, then channels-last, compiled or both where "
+            "wanted, as in 'bf16, channels-last, compiled'; ';' goes between settings",
+        ),
+        ({"settings": ["compiled"]}, "'compiled' is no setting: write fp32 or bf16"),
+        ({"settings": ["fp32, bf16"]}, "'fp32, bf16' is no setting"),
+        ({"settings": ["fp32, compiled, compiled"]}, "'fp32, compiled, compiled' is no setting"),
+        ({"settings": [""]}, "'' is no setting"),
         ({"name": "VGG"}, "--network=VGG: choose one of DDPMPP"),
         ({"sizes": {"chanels": 8}}, "--network=UNet: .*chanels"),
         ({"sizes": {"channels": 65536}}, "GB are left: close other programs"),

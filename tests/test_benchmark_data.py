@@ -10,7 +10,7 @@ import torch
 
 from ratiograph import config
 from ratiograph.benchmark_data import bench_data, delivery_seconds, waits
-from ratiograph.benchmark_inputs import made_up_batch, made_up_condition, made_up_latents
+from ratiograph.benchmark_inputs import drawn, made_up_batch, made_up_condition, made_up_latents
 from ratiograph.networks import UNet
 
 CPU = torch.device("cpu")
@@ -68,6 +68,23 @@ def test_latents_of_the_run_s_own_shapes(tmp_path):
     network = experiment.task.student.denoiser.network
     made = made_up_batch(network, 20, torch.Generator().manual_seed(0)).images.half().float()
     assert (made[:, None] == batch.images[None]).flatten(2).all(2).any(0).all()  # the very samples
+
+
+@pytest.mark.parametrize(("more", "draws"), [((), 3), (("gin/base/sd15_lora.gin",), 1)])
+def test_networks_without_weights_are_drawn_and_a_shared_base_once(more, draws, monkeypatch):
+    pytest.importorskip("diffusers")
+    from ratiograph.networks.stable_diffusion import TextUNet
+
+    seen, draw = [], TextUNet.draw
+    monkeypatch.setattr(TextUNet, "draw", lambda network: (seen.append(network), draw(network)))
+    task = drawn(config.build(config.parse(["gin/sd15_di_bregman.gin", *more], SD15)).task)
+    assert len(seen) == draws
+    networks = [module for module in task.modules() if isinstance(module, TextUNet)]
+    assert [network.filled for network in networks] == [True] * 3
+    for network in networks:
+        assert bool((network.unet.conv_norm_out.weight == 1).all())
+        largest = float(network.unet.conv_in.weight.detach().abs().max())
+        assert 0.9 < largest * 36**0.5 <= 1  # torch draws uniformly up to one over the root of the fan-in
 
 
 def test_a_run_of_made_up_latents():

@@ -9,10 +9,13 @@ from ratiograph import benchmark, config
 from ratiograph.benchmark_inputs import made_up_batch, without_files
 from ratiograph.benchmark_plan import _Bytes, bench_plan, planned
 from ratiograph.benchmark_suite import SIZES
+from ratiograph.optim_8bit import Adam8bit
 
 CPU = torch.device("cpu")
 FILES = ["gin/mnist_sba.gin"]
 TINY = ["UNet.channels = 16"]
+SD15 = ["gin/sd15_di_bregman.gin"]
+EIGHT_BITS = [*FILES, "gin/base/adam_8bit.gin"]
 
 
 def test_the_bytes_of_tensors_that_live():
@@ -32,10 +35,14 @@ def test_the_bytes_of_tensors_that_live():
     [
         (FILES, TINY, "fp32"),
         (FILES, TINY, "bf16"),
-        pytest.param(["gin/sd15_di_bregman.gin"], SIZES["SD15UNet"], "bf16", marks=pytest.mark.slow),
+        (EIGHT_BITS, TINY, "fp32"),
+        pytest.param(SD15, SIZES["SD15UNet"], "bf16", marks=pytest.mark.slow),
+        pytest.param([*SD15, "gin/base/sd15_lora.gin"], SIZES["SD15UNet"], "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
+    if files is EIGHT_BITS:
+        pytest.importorskip("torchao")
     with _Bytes() as counter:
         torch.manual_seed(0)
         task = without_files(config.build(config.parse(files, lines)).task)
@@ -55,12 +62,25 @@ def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
 
 
 def test_what_is_held_by_arithmetic():
-    """Teacher 4 bytes a weight; student and score 4 + 8 of moments, the student 4 more of its average; ratio 12."""
+    """4 bytes a weight, and a moment's 4 of what learns by Adam without a first one; the student's average 4 more."""
     record = bench_plan(FILES, TINY, precision="fp32", batch_size=4)
     count = record["parameters"]
-    expected = 4 * count["teacher"] + 16 * count["student"] + 12 * (count["student_score"] + count["ratio"])
+    expected = 4 * count["teacher"] + 12 * count["student"] + 8 * (count["student_score"] + count["ratio"])
     assert record["held_gb"] == pytest.approx(expected / 1e9, rel=0.03)
     assert record["planned_memory_gb"] > record["held_gb"]
+
+
+def test_moments_in_8_bits():
+    """Six bytes a weight of student and student score fewer, but for the scales and for the tensors held in float32."""
+    pytest.importorskip("torchao")
+    told = {"gin_param": ["UNet.channels = 32", "Adam.betas = (0.9, 0.999)"], "precision": "fp32", "batch_size": 4}
+    whole, coded = (bench_plan(files, **told) for files in (FILES, EIGHT_BITS))
+    with torch.device("meta"):
+        task = config.build(config.parse(EIGHT_BITS, told["gin_param"])).task
+    bytes_held = sum(Adam8bit.moment_bytes(p) for one in (task.student, task.student_score) for p in one.parameters())
+    count = whole["parameters"]["student"] + whole["parameters"]["student_score"]
+    assert whole["held_gb"] - coded["held_gb"] == pytest.approx((8 * count - bytes_held) / 1e9, rel=0.01)
+    assert whole["held_gb"] - coded["held_gb"] > 5 * count / 1e9
 
 
 def test_only_distillations():

@@ -7,16 +7,20 @@ import pytest
 import torch
 from ranks import together
 from torch import nn
+from torch._dynamo.utils import counters
 
 from ratiograph import compilation, config, parallel
 from ratiograph.compilation import VARIANTS, compile_blocks, uncompiled
 from ratiograph.denoisers import EDM
+from ratiograph.lora import LoRA
 from ratiograph.networks.captioned_unet import CaptionedUNet
+from ratiograph.networks.checkpointing import CheapOperations, WholeBlocks
 from ratiograph.networks.classifier import DigitClassifier
 from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
-from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet
+from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet, UNetFromFolder
 from ratiograph.networks.unet import MLP, UNet
-from ratiograph.types import Batch, Condition, Noisy
+from ratiograph.ratios import EncoderRatio
+from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes, Noisy
 
 EDM_SIZES = {"resolution": 8, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
 TEXT_SIZES = {"resolution": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 12}
@@ -29,19 +33,19 @@ NETWORKS = {
     "UNet": (lambda: UNet(resolution=8, channels=8, classes=3), LABELS),
     "CaptionedUNet": (lambda: CaptionedUNet(resolution=8, channels=8, text_width=12), TEXT),
     "MLP": (lambda: MLP(width=8, classes=3), LABELS),
-    "DDPMPP": (lambda: DDPMPP(**EDM_SIZES, classes=3), LABELS | {"augment": torch.ones(2, 9)}),
+    "DDPMPP": (lambda **changes: DDPMPP(**EDM_SIZES, classes=3, **changes), LABELS | {"augment": torch.ones(2, 9)}),
     "NCSNPP": (lambda: NCSNPP(**EDM_SIZES), {}),
     "ADM": (lambda: ADM(**EDM_SIZES | {"channels": 16}, head_channels=16, classes=3), LABELS),
-    "SD15UNet": (lambda: SD15UNet(**TEXT_SIZES, attention_heads=2), TEXT),
+    "SD15UNet": (lambda **changes: SD15UNet(**TEXT_SIZES, attention_heads=2, **changes), TEXT),
     "SDXLUNet": (lambda: SDXLUNet(**TEXT_SIZES, **SDXL_SIZES), TEXT | POOLED),
 }
 
 
-def made(name: str) -> tuple[nn.Module, Condition, torch.Tensor, torch.Tensor]:
+def made(name: str, **changes: object) -> tuple[nn.Module, Condition, torch.Tensor, torch.Tensor]:
     """(network without zero weights and without dropout, condition, x, c_noise) for a batch of two."""
     torch.manual_seed(0)
     make, told = NETWORKS[name]
-    network = make().eval()
+    network = make(**changes).eval()
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, 0, 0.1)
@@ -53,7 +57,7 @@ def answer(network, condition, x, c_noise) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     encoding = network.encode(x, c_noise, condition)
     outputs = [*encoding.features, network.decode(encoding)]
-    weights = [x, *network.parameters()]
+    weights = [x, *(parameter for parameter in network.parameters() if parameter.requires_grad)]
     gradients = torch.autograd.grad(sum(o.square().mean() for o in outputs), weights, allow_unused=True)
     return [*outputs, *(g for g in gradients if g is not None)]
 
@@ -62,6 +66,7 @@ def answer(network, condition, x, c_noise) -> list[torch.Tensor]:
 def fresh():
     """No graph of another test."""
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -74,23 +79,43 @@ def each(names, slow=SLOW):
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
+def assert_one_graph(network, told, given) -> None:
+    """Compiled whole, with breaks allowed, ``network`` gives what it gives and torch made none, in training neither."""
+
+    def run(*given):
+        return network.decode(network.encode(*given, told)) if told else network(*given)
+
+    compiled = torch.compile(run, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given), run(*given), rtol=0, atol=1e-6)
+    assert (dict(counters["graph_break"]), counters["stats"]["unique_graphs"]) == ({}, 1)
+    network.train()
+    compiled(*given).sum().backward()
+    assert (dict(counters["graph_break"]), counters["stats"]["unique_graphs"]) == ({}, 2)
+
+
 @pytest.mark.parametrize("name", each(NETWORKS))
 def test_a_network_is_one_graph(name):
-    network, condition, x, c_noise = made(name)
-
-    def run(x, c_noise):
-        return network.decode(network.encode(x, c_noise, condition))
-
-    with torch.no_grad():
-        found = torch.compile(run, fullgraph=True, backend="eager")(x, c_noise)
-        torch.testing.assert_close(found, run(x, c_noise), rtol=0, atol=1e-6)
+    network, condition, *given = made(name)
+    assert_one_graph(network, condition, given)
 
 
 def test_the_digit_classifier_is_one_graph():
-    classifier, x = DigitClassifier(width=8), torch.randn(2, 1, 28, 28)
-    with torch.no_grad():
-        found = torch.compile(classifier, fullgraph=True, backend="eager")(x)
-        torch.testing.assert_close(found, classifier(x), rtol=0, atol=1e-6)
+    assert_one_graph(DigitClassifier(width=8).eval(), None, [torch.randn(2, 1, 28, 28)])
+
+
+@pytest.mark.slow
+def test_a_network_of_a_folder_is_one_graph(tmp_path):
+    stated, condition, *given = made("SD15UNet")
+    stated.unet.save_config(tmp_path / "unet")
+    assert_one_graph(UNetFromFolder(folder=str(tmp_path)).eval(), condition, given)
+
+
+def test_a_break_is_seen():
+    network = nn.Sequential(nn.Linear(2, 2))
+    network.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(AssertionError, match="graph_break"):
+        assert_one_graph(network, None, [torch.randn(3, 2)])
 
 
 def graphs(found: list):
@@ -130,13 +155,91 @@ def test_each_block_is_compiled_once_and_does_what_it_did(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["UNet", "NCSNPP", "ADM", "SD15UNet"])
-def test_inductor_s_outputs_and_gradients(name):
-    network, *inputs = made(name)
-    expected = answer(network, *inputs)
-    compile_blocks(network)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("SD15UNet", {}),
+        ("SD15UNet", {"gradient_checkpointing": True}),
+        ("DDPMPP", {"checkpointing": WholeBlocks()}),
+        ("DDPMPP", {"checkpointing": CheapOperations()}),
+    ],
+    ids=["adapters", "checkpointing in diffusers", "whole blocks", "cheap operations"],
+)
+def test_compiled_blocks_with_other_changes_to_them(name, changes):
+    network, *inputs = made(name, **changes)
+    if not changes:
+        network = LoRA(network=network, rank=2)
+        for parameter in network.parameters():  # the adapters' second factors are zero
+            nn.init.normal_(parameter, 0, 0.1)
+    expected, found = answer(network, *inputs), []
+    compile_blocks(network, backend=graphs(found))
     for value, reference in zip(answer(network, *inputs), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)
+    assert len(found) == BLOCKS[name]
+    assert not counters["graph_break"]
+
+
+def relative_errors(values, exact) -> torch.Tensor:
+    """|value - exact| / |exact| of each tensor."""
+    return torch.stack([(v.float() - e).norm() / e.norm() for v, e in zip(values, exact, strict=True)]).detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_inductor_s_outputs_and_gradients(name, dtype):
+    network, *inputs = made(name)
+    exact = answer(network, *inputs)
+    with torch.autocast("cpu", torch.bfloat16, dtype != torch.float32):
+        expected = answer(network, *inputs)
+        compile_blocks(network)
+        found = answer(network, *inputs)
+    assert counters["stats"]["unique_graphs"] == BLOCKS[name]
+    assert not counters["graph_break"]
+    if dtype == torch.float32:
+        for value, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+        return
+    # Fused code rounds at fewer places, so it is as far from float32 as eager code is, not the same.
+    assert [value.dtype for value in found] == [value.dtype for value in expected]
+    eager, compiled = relative_errors(expected, exact), relative_errors(found, exact)
+    assert eager.max() > 2**-8
+    assert (compiled <= 2 * eager.clamp(min=2**-7)).all(), (compiled / eager).max()
+    assert compiled.square().mean().sqrt() <= 1.25 * eager.square().mean().sqrt()
+
+
+@pytest.mark.slow
+def test_inductor_on_the_digit_classifier():
+    torch.manual_seed(0)
+    classifier, x = DigitClassifier(width=8), torch.randn(2, 1, 28, 28, requires_grad=True)
+    weights = [x, *classifier.parameters()]
+    outputs = []
+    for run in (classifier, torch.compile(classifier, fullgraph=True)):
+        logits = run(x)
+        outputs.append([logits, *torch.autograd.grad(logits.square().mean(), weights)])
+    for reference, value in zip(*outputs, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_on_a_ratio_s_encoder():
+    """l, its gradient to x_t, which a term asks for, and those to the weights, which its loss asks for."""
+    network, condition, x, c_noise = made("UNet")
+    ratio = EncoderRatio(network=network)
+    nn.init.normal_(ratio.out.weight)
+    sigma = (4 * c_noise).exp()
+    noisy = Noisy(x, sigma, torch.ones(2), sigma)
+
+    def answers():
+        evaluation = Evaluation(noisy, x, condition, Nodes(ratio=ratio), Needs(ratio_gradient=True))
+        total = evaluation.log_ratio_output
+        return [total, *torch.autograd.grad(total.sum(), [evaluation.noisy.x_t, *ratio.parameters()])]
+
+    expected = answers()
+    compile_blocks(ratio.network)
+    for value, reference in zip(answers(), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2 + 2
 
 
 @pytest.mark.slow
@@ -300,6 +403,8 @@ def test_a_step_of_compiled_networks_is_the_same_step(monkeypatch):
         generator = torch.Generator().manual_seed(0)
         real = Batch(torch.rand(4, 1, 28, 28, generator=generator), Condition())
         rows.append([task.step(real, 4, generator) for _ in range(2)])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0
     for expected, found in zip(*rows, strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ratiograph import config
+from ratiograph import config, graph
 
 RUN = """
 Experiment.task = @RatioTraining()
@@ -71,3 +72,67 @@ def test_comparing_with_a_folder_s_configuration_imports_nothing(planted):
 def test_a_saved_configuration_may_import_what_the_program_knows(planted):
     Path("run/config.gin").write_text("import ratiograph.times\n" + RUN)
     config.parse(["run/config.gin"])
+
+
+OWN = """
+from ratiograph.weightings import Weighting
+__all__ = ["Tempered{n}"]
+class Tempered{n}(Weighting):
+    def __init__(self, *, temperature: float = 1.0):
+        super().__init__()
+        self.temperature = temperature
+    def log_weight(self, log_ratio, t):
+        return log_ratio / self.temperature
+"""
+
+
+def module_of(folder, monkeypatch, name, text):
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / f"{name}.py").write_text(text)
+
+
+def test_a_component_of_ones_own_is_known_once_it_was_imported_and_drawn(tmp_path, monkeypatch):
+    module_of(tmp_path, monkeypatch, "own_weightings", OWN.format(n=1))
+    lines = ["import own_weightings", "WEIGHTING = @Tempered1()", "Tempered1.temperature = 2.5"]
+    cfg = config.parse(["gin/mnist_sba.gin"], lines)
+    saved = tmp_path / "config.gin"
+    config.save(cfg, saved)
+    with torch.device("meta"):
+        again = config.build(config.parse([str(saved)]))  # this program ran the module already
+    tree = graph.render_tree(graph.describe(again))
+    assert "weighting: Tempered1  temperature=2.5" in tree
+    assert graph.describe(torch.nn.ReLU()).children == ()
+    assert not config.is_component(torch.nn.ReLU)
+
+
+def test_a_module_that_registers_nothing_or_a_taken_name_or_is_not_there_says_so(tmp_path, monkeypatch):
+    module_of(tmp_path, monkeypatch, "own_unlisted", "class Mine:\n    pass\n")
+    module_of(tmp_path, monkeypatch, "own_taken", "__all__ = ['KL']\nclass KL:\n    pass\n")
+    module_of(tmp_path, monkeypatch, "own_needing", "import no_such_package_here\n")
+    for module, message in {
+        "own_unlisted": "own_unlisted has no __all__, the list of names that gin files may use: add it.",
+        "own_taken": "own_taken has a component KL, which is the name of one of ratiograph.weightings: call it "
+        "something else.",
+        "own_absent": "cannot import own_absent: No module named 'own_absent'. Put the folder that it lies in on "
+        "PYTHONPATH.",
+        "own_needing": "cannot import own_needing: No module named 'no_such_package_here'.",
+    }.items():
+        with pytest.raises(config.ConfigError) as raised:
+            config.parse(["gin/mnist_sba.gin"], [f"import {module}"])
+        assert str(raised.value) == f"flag --gin_param 'import {module}': {message}"
+
+
+def test_a_value_of_the_wrong_type_names_the_macro_s_own_line():
+    with pytest.raises(config.ConfigError) as raised:
+        config.parse(["gin/mnist_sba.gin"], ["WEIGHTING = @UNet()"])
+    assert str(raised.value).endswith(
+        "Clamped.weighting takes Weighting, not @UNet(), which builds a UNet. %WEIGHTING is set in flag --gin_param "
+        "'WEIGHTING = @UNet()'."
+    )
+
+
+@pytest.mark.parametrize("name", ["gin/mnist_sab.gin", "mnist_sba.gin"])
+def test_a_missing_file_s_suggestion_can_be_typed_as_it_stands(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    with pytest.raises(config.ConfigError, match=r"Did you mean 'gin/mnist_sba\.gin'\?"):
+        config.parse([name])

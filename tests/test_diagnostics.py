@@ -66,6 +66,21 @@ def test_calibration_of_the_exact_ratio_is_the_diagonal():
     assert only_exact.summary()["by_time"]["accuracy"][1] is None
 
 
+def test_what_was_begun_is_taken_in_when_it_is_finished():
+    later, once = RatioDiagnostics(), RatioDiagnostics()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        values = torch.randn(4, 9, generator=generator)
+        values[2:] = values[2:].sigmoid()
+        later.begin(*values)
+        once.update(*values)
+    assert not later.by_time.any()
+    for _ in range(2):  # the second finds nothing
+        later.finish()
+        assert torch.equal(later.by_time, once.by_time)
+        assert torch.equal(later.calibration, once.calibration)
+
+
 def test_old_updates_fade():
     diagnostics = RatioDiagnostics(bins=1, levels=1, decay=0.5)
     u = torch.zeros(4)

@@ -102,12 +102,116 @@ def test_gradients_and_metrics_become_means(tmp_path):
         assert found["metrics"] == {"a": 1.5, "b": 4.0}
 
 
+def gradient_layouts() -> list[torch.Tensor]:
+    """Channels last, transposed, with holes, without memory of their own."""
+    numbers = torch.arange(24.0)
+    return [
+        numbers.view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        numbers.view(4, 6).t(),
+        numbers.view(4, 6)[:, ::2],
+        numbers[:1].expand(5, 2),
+    ]
+
+
+def layouts_of_rank(rank: int, folder: str):
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradient_layouts()]
+    for parameter, gradient in zip(parameters, gradient_layouts(), strict=True):
+        parameter.grad = gradient if rank else 3 * gradient
+    averaging = distributed.Averaging(parameters)
+    assert averaging
+    averaging.finish()
+    torch.save([(p.grad.clone(), p.grad.stride()) for p in parameters], f"{folder}/{rank}.pt")
+
+
+def test_gradients_keep_their_layout(tmp_path):
+    together(layouts_of_rank, 2, str(tmp_path))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for (gradient, stride), given in zip(found, gradient_layouts(), strict=True):
+            assert torch.equal(gradient, 2 * given)
+            assert stride == torch.zeros_like(given).stride()
+
+
+def values_of_rank(rank: int) -> list[torch.Tensor]:
+    """Three samples, of every kind that is gathered."""
+    numbers = torch.arange(3) + 10 * rank
+    rows = numbers.float()[:, None] + torch.arange(4)
+    return [numbers, numbers.double() / 3, numbers > 1, rows, rows.t().contiguous().t(), numbers.to(torch.bfloat16)]
+
+
+def gathered_of_rank(rank: int, folder: str):
+    first, second = distributed.Gathering(*values_of_rank(rank)), distributed.Gathering(torch.full((1,), rank))
+    torch.save([second.finish(), first.finish()], f"{folder}/{rank}.pt")
+
+
+def test_values_of_several_types_travel_together(tmp_path):
+    together(gathered_of_rank, 2, str(tmp_path))
+    expected = [torch.cat(pair) for pair in zip(values_of_rank(0), values_of_rank(1), strict=True)]
+    for rank in range(2):
+        (ranks,), found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert ranks.tolist() == [0, 1]
+        for value, whole in zip(found, expected, strict=True):
+            assert value.dtype == whole.dtype
+            assert torch.equal(value, whole)
+
+
+def watched_of_rank(rank: int, folder: str):
+    """Exchanges, passes of the critics and updates of a step, in order."""
+    found = {}
+    for name in GRAPHS:
+        task = GRAPHS[name]()
+        task.prepare(CPU, None)
+        events = found[name] = []
+
+        def write_down(owner, method, event, events=events):
+            original = getattr(owner, method)
+
+            def watched(*arguments, **named):
+                events.append(event(*arguments))
+                return original(*arguments, **named)
+
+            setattr(owner, method, watched)
+            return lambda: setattr(owner, method, original)
+
+        undo = [
+            write_down(distributed.dist, "all_reduce", lambda *_: "reduce"),
+            write_down(distributed.dist, "all_gather_into_tensor", lambda *_: "gather"),
+            write_down(type(task.critics), "learn", lambda _, names, *_rest: f"learn {' and '.join(names)}"),
+        ]
+        for node, updater in task.optimizers.items():
+            write_down(updater, "step", lambda *_, node=node: f"update {node}")
+        task.step(Batch(torch.randn(4, 1, 8, 8), Condition()), 4, BatchGenerator(CPU, rank, 2).manual_seed(0))
+        for restore in undo:
+            restore()
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def test_exchanges_are_few_and_under_way_while_networks_run(tmp_path):
+    together(watched_of_rank, 2, str(tmp_path))
+    step = [
+        "reduce", "learn student_score", "reduce", "learn ratio", "gather", "reduce",
+        "update student", "update student_score", "update ratio",
+    ]  # fmt: skip
+    expected = {
+        "teacher's features": step,
+        "normalised": ["gather", *step],  # one for three wrappers
+        "R1, student score's head, more critics": [
+            "reduce", "learn student_score and ratio", "gather", "reduce", "reduce",
+            "update student", "update student_score", "learn student_score", "reduce",
+            "update ratio", "update student_score",
+        ],
+    }  # fmt: skip
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
+
+
 def test_one_process_is_left_alone():
     layer = nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
     before = copy.deepcopy(layer.weight.grad)
     distributed.average_gradients(layer.parameters())
     assert torch.equal(layer.weight.grad, before)
+    assert not distributed.Averaging(layer.parameters())
     assert distributed.average_metrics({"a": 1.0}, CPU) == {"a": 1.0}
     assert (distributed.rank(), distributed.ranks(), distributed.is_main()) == (0, 1, True)
 

@@ -47,6 +47,11 @@ def test_a_run_that_would_start_passes_and_nothing_is_left(tmp_path):
         ("UNet.channels = 32", "fit of teacher", "does not fit EDM: network.* has shape"),
         ("DATA = 'no-{0..3}.tar'", "data", "4 of 4 shards do not exist, the first is no-0.tar"),
         ("ShardStream.resolution = 32", "data", "28x28"),
+        (
+            "UNet.resolution = 32",
+            "data",
+            "the data's samples are 1x28x28, and student.denoiser (UNet) is for 1x32x32: configure the network",
+        ),
     ],
 )
 def test_what_would_fail_is_named(tmp_path, change, subject, message):

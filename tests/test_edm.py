@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ratiograph.denoisers import EDM
-from ratiograph.differentiation import twice_differentiable
 from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
 from ratiograph.networks.edm_blocks import (
     Attention,
@@ -368,38 +367,6 @@ def test_gradient_to_the_image_by_finite_differences(name):
     with torch.no_grad():
         slope = (value(x + 1e-5 * towards) - value(x - 1e-5 * towards)) / 2e-5
     torch.testing.assert_close((gradient * towards).sum(), slope, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_checkpointing_changes_nothing_but_when_activations_are_computed(name):
-    results = []
-    for checkpointing in (False, True):
-        network = randomize(MAKE[name](dropout=0.2, checkpointing=checkpointing)).train()
-        calls = []
-        network.encoder[0].blocks[0].norm1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        x, c_noise, condition = inputs()
-        torch.manual_seed(3)
-        out = run(network, x.requires_grad_(), c_noise, condition)
-        out.square().sum().backward()
-        results.append([out.detach(), x.grad, *(p.grad for p in network.parameters())])
-        assert len(calls) == 1 + checkpointing
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_checkpointed_pass_can_be_differentiated_twice():
-    """As R1 does: the recomputed attention is the plain one of the forward pass, without a context in the backward."""
-    found = []
-    for checkpointing in (False, True):
-        network = randomize(MAKE["adm"](checkpointing=checkpointing))
-        x, c_noise, condition = inputs()
-        with twice_differentiable():
-            features = network.encode(x.requires_grad_(), c_noise, condition).features[-1]
-        (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
-        gradient.square().sum().backward()
-        found.append(network.stem.weight.grad)
-    torch.testing.assert_close(*found)
-    assert found[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -155,6 +155,14 @@ def test_teacher_above_student_with_empty_and_very_long_captions(workdir, sample
     assert sheet.shape[0] == 10 + 2 * 114 + 3 * 16 + 10  # three lines of the long caption, no more
 
 
+def test_a_run_that_has_not_finished_is_said_to_be_so(workdir, tmp_path):
+    begun = shutil.copytree(workdir, tmp_path / "run")
+    (begun / "student.safetensors").unlink()
+    student = read_experiment(begun, memory=False).task.student
+    with pytest.raises(FileNotFoundError, match=r"run/student\.safetensors is written at the end of training: repeat"):
+        load_student(student, begun / "student.safetensors")
+
+
 def test_mistakes_are_told(workdir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.gin: give the workdir of a finished run"):
         export_plain(tmp_path, tmp_path / "out")

@@ -121,7 +121,7 @@ def check_shards(rank: int) -> dict:
     advance(task, range(1), rank, 2)
     parameters = list(task.student.parameters())
     held = sum(p.to_local().numel() for p in parameters)
-    moments = sum(s["exp_avg"].to_local().numel() for s in task.optimizers["student"].rule.state.values())
+    moments = sum(s["exp_avg_sq"].to_local().numel() for s in task.optimizers["student"].rule.state.values())
     averaged = sum(p.to_local().numel() for p in task.average.parameters())
     frozen = sum(p.to_local().numel() for p in task.teacher.parameters())
     whole = sum(p.numel() for p in parameters)

@@ -220,3 +220,23 @@ def test_script_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("experiment: Experiment  steps=")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_beyond_the_steps_asked_for_keeps_its_configuration(main, capsys):
+    assert main("--workdir=here")[0] == 0
+    saved = Path("here/config.gin").read_text()
+    Path("here/checkpoints").mkdir()
+    Path("here/checkpoints/step_00000020.pt").write_bytes(b"")
+    assert main("--workdir=here", "--steps=20")[0] == 0
+    assert main("--workdir=here", "--steps=19")[0] == 2
+    assert "here is at step 20 already, beyond the 19 asked for: ask for --steps=20 or more" in capsys.readouterr().err
+    assert Path("here/config.gin").read_text() == saved
+
+
+def test_a_misspelt_flag_ends_with_the_code_of_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch.flags_of(["main.py", "--stesp=3"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: Unknown command line flag 'stesp'. Did you mean: steps ? (--help lists all)\n"
+    )

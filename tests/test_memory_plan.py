@@ -59,6 +59,32 @@ def test_weights_optimisers_and_average_are_a_run_s_own(files):
     assert found["student"].average == size_of(p for p in task.average.parameters() if p.data_ptr() not in shared)
 
 
+@pytest.mark.parametrize(("betas", "each"), [((0.0, 0.999), 4), ((0.9, 0.999), 8)])
+def test_moments_by_adam_s_betas(betas, each):
+    with torch.device("meta"):
+        task = config.build(config.parse(["gin/mnist_sba.gin"], [f"Adam.betas = {betas}"])).task
+    for node in memory_plan(task, "fp32").nodes:
+        assert node.optimizer == (each * node.trained if node.name != "teacher" else 0)
+
+
+def test_moments_in_8_bits_are_a_run_s_own():
+    pytest.importorskip("torchao")
+    file = "gin/base/adam_8bit.gin"
+    task = built(file, meta=False)
+    task.teacher.unconditional.load = lambda: None
+    task.prepare(torch.device("cpu"), None)
+    found = {node.name: node for node in memory_plan(built(file), "fp32").nodes}
+    for name in ("student", "student_score"):
+        updater = task.optimizers[name]
+        for parameter in updater.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        updater.step()
+        held = [(key, t) for state in updater.rule.state.values() for key, t in state.items() if key != "step"]
+        maps = 1024 * sum(key.endswith(".codes") for key, _ in held)
+        assert found[name].optimizer == size_of(t for _, t in held) + maps
+        assert found[name].optimizer < 0.5 * 8 * found[name].trained
+
+
 def test_a_shared_base_is_counted_once():
     with torch.device("meta"):
         task = built(LORA)

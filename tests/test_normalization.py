@@ -201,6 +201,7 @@ def every_normalizer():
         "mean": MeanNormalized(weighting=LR()),
         "time": TimeNormalized(weighting=LR(), bins=3),
         "all": MeanNormalized(weighting=binned(Clamped(weighting=LS(), limit=2.0), bins=3, decay=0.5)),
+        "clamped last": Clamped(weighting=binned(LR(), bins=3, decay=0.5), limit=1.0),
     }
 
 
@@ -209,11 +210,16 @@ def batches():
     return [(2 * torch.randn(12, generator=generator), torch.rand(12, generator=generator)) for _ in range(3)]
 
 
+def weights(normalizer, l, t):  # noqa: E741
+    """omega [B, 3]: alone, and with that of a target."""
+    return torch.stack([normalizer(l, t), *normalizer.pair(l, t - l.sin(), t)], 1)
+
+
 def _one_rank_of_two(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     normalizers = every_normalizer()
     found = {
-        name: [n(l.tensor_split(2)[rank], t.tensor_split(2)[rank]) for l, t in batches()]  # noqa: E741
+        name: [weights(n, l.tensor_split(2)[rank], t.tensor_split(2)[rank]) for l, t in batches()]  # noqa: E741
         for name, n in normalizers.items()
     }
     torch.save(found, os.path.join(folder, f"rank_{rank}.pt"))
@@ -226,7 +232,7 @@ def test_one_rank_and_two_give_the_same_weights(tmp_path):
     for name, normalizer in every_normalizer().items():
         for step, (l, t) in enumerate(batches()):  # noqa: E741
             together = torch.cat([rank[name][step] for rank in ranks])
-            assert torch.equal(together, normalizer(l, t)), (name, step)
+            assert torch.equal(together, weights(normalizer, l, t)), (name, step)
 
 
 def test_running_means_are_the_objectives_state_and_not_the_students():

@@ -249,6 +249,32 @@ def test_labels_are_the_shortest_ends_that_differ(tmp_path):
 # -- curves ------------------------------------------------------------------------------------------------------------
 
 
+def test_before_the_checks_are_read_none_of_them_passes(runs, tmp_path):
+    (runs[1] / "metrics.jsonl").write_text(
+        json.dumps({"step": 20, "ratio/mean_exp_student": 1.02, "ratio/mean_exp_real": 1.01}) + "\n"
+    )
+    rows = cells(compared(runs, tmp_path)["Can the ratios be trusted?"])
+    assert rows[1][:3] == ["two", "Too early to say", "not yet E_q[e^l] = 1.02; E_p[e^−l] = 1.01"]
+
+
+def test_a_run_s_only_value_is_a_dot_where_it_lies():
+    curves = {"a": ([0, 10, 20], [1.0, 2.0, 3.0]), "b": ([10], [2.0])}
+    page = Page(overlay_chart("", "x", "", curves, {"a": 0, "b": 1}))
+    (dot,) = page.all("circle")
+    line = next(points(a["d"]) for a in page.all("path") if a["class"] == "curve c0")
+    assert dot["class"] == "c1"
+    assert (float(dot["cx"]), float(dot["cy"])) == line[1]
+
+
+def test_an_evaluated_run_s_page_keeps_the_name_of_its_folder(runs):
+    html = write_report(runs[0]).read_text()
+    name = runs[0].name
+    assert re.search(r"<title>(.*?)</title>", html)[1] == name
+    title = re.search(r'<p class="eyebrow">(.*?)</p><h1>(.*?)</h1>', html)
+    evaluated = json.loads((runs[0] / "evaluation.json").read_text()).get("title")
+    assert title.groups() == ((f"ratiograph run {name}", evaluated) if evaluated else ("ratiograph run", name))
+
+
 def test_each_run_has_its_own_steps_and_its_own_colour():
     curves = {"a": ([0, 10, 20], [1.0, 2.0, 3.0]), "b": ([0, 40], [3.0, 1.0])}
     page = Page(overlay_chart("loss", "ratio", "nats", curves, {"a": 0, "b": 3}))

@@ -23,6 +23,7 @@ RUNS = {
     "sd15": [TILT],
     "sd15-lora": [TILT, "gin/base/sd15_lora.gin"],
     "sdxl": ["gin/papers/dmd2/sdxl.gin"],
+    "sdxl-lora": ["gin/papers/dmd2/sdxl.gin", "gin/base/sdxl_lora.gin"],
 }
 
 
@@ -58,7 +59,7 @@ def test_trains_resumes_samples_and_exports(name, materials, tmp_path):
     found = np.load(out)["images"]
     pipeline = DiffusionPipeline.from_pretrained(export_pipeline(tmp_path / "run", tmp_path / "exported"))
     z = SampleDraws(0, range(2)).normal((4, 8, 8))
-    size = {"target_size": (1024, 1024), "original_size": (1024, 1024)} if name == "sdxl" else {}
+    size = {"target_size": (1024, 1024), "original_size": (1024, 1024)} if name.startswith("sdxl") else {}
     images = pipeline(
         ["ab cab", "two CATS"], latents=z, num_inference_steps=1, guidance_scale=1.0, output_type="np", **size
     ).images

@@ -23,8 +23,8 @@ PARTS_OF_TORCH = {
 
 OWN = """
 import sys, time
-import einops, gin, numpy, PIL.Image, rich.live, rich.table, safetensors.torch, torch, torch._dynamo, torch.distributed
-import torch.distributed.fsdp, torch.utils.data, torch.utils.tensorboard, webdataset, yaml
+import einops, gin, numpy, PIL.Image, rich.live, rich.table, safetensors.torch, torch, torch.distributed
+import torch.utils.data, torch.utils.tensorboard, webdataset, yaml
 from absl import app
 sys.path.insert(0, "launch")
 others = time.process_time()
@@ -73,9 +73,18 @@ def test_no_part_of_torch_is_imported_before_it_is_needed(imported):
     assert not imported & PARTS_OF_TORCH
 
 
+def test_a_run_without_compiled_networks_imports_no_compiler(tmp_path):
+    code = "import sys\nsys.path.insert(0, 'launch')\nimport main\nfrom absl import app\n"
+    code += "try:\n    app.run(main.main)\nfinally:\n    print(*sys.modules)"
+    run = ["--gin_file=gin/mixture2d_ratio.gin", "--steps=2", "--batch_size=16", f"--workdir={tmp_path}"]
+    imported = set(output_of(code, *run, "--gin_param=Experiment.evaluator=None")[-1].split())
+    assert "ratiograph.optim" in imported
+    assert not imported & {"sympy", "torch._dynamo", "torch._inductor"}
+
+
 @pytest.mark.slow
 def test_our_own_code_takes_three_seconds_to_the_end_of_the_first_step(tmp_path):
-    """CPU seconds from the first of our imports; the libraries', torch's compiler with them, are there already."""
+    """CPU seconds from the first of our imports; the libraries are there already."""
     arguments = ["--gin_file=gin/mnist_sba.gin", "--steps=1", "--gin_param=Experiment.evaluator=None"]
     (line,) = [x for x in output_of(OWN, *arguments, f"--workdir={tmp_path}") if x.startswith("seconds")]
     others, own = map(float, line.split()[1:])

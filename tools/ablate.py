@@ -140,15 +140,20 @@ def plan(ablation, cells):
 
 
 def wanted(ablation, cells, done):
-    """The unfinished cells that --only asks for and those they need.
+    """The unfinished cells that --only asks for and those they need."""
+    return [cell for cell in ablation.with_needs(asked(cells), cells) if cell.folder not in done]
+
+
+def asked(cells):
+    """The cells that --only asks for.
 
     Raises:
-        ValueError: no cell's name holds --only.
+        ValueError: no cell's name holds it.
     """
-    asked = [cell for cell in cells if FLAGS.only in cell.name]
-    if not asked:
+    found = [cell for cell in cells if FLAGS.only in cell.name]
+    if not found:
         raise ValueError(f"--only={FLAGS.only} is in no run's name: {'; '.join(cell.name for cell in cells)}")
-    return [cell for cell in ablation.with_needs(asked, cells) if cell.folder not in done]
+    return found
 
 
 def run_here(todo, done):
@@ -237,11 +242,11 @@ def submit(todo, folder):
         print(f"when they have ended: {shown(*rest)} --table_only")
 
 
-def list_cells(cells, done):
-    """Every run with its state and its command."""
+def list_cells(ablation, cells, done):
+    """The runs that --only asks for and those they need: number in the grid, state and command."""
     from ratiograph.ablation_run import command, spell_command
 
-    for cell in cells:
+    for cell in ablation.with_needs(asked(cells), cells):
         begun = "begun" if list(cell.folder.glob("checkpoints/*.pt")) else "to do"
         state = "done" if cell.folder in done else begun
         print(f"{cell.index:3d}  {state:5}  {cell.name}\n     {spell_command(command(cell, FLAGS.device[0]))}")
@@ -287,7 +292,7 @@ def work():
     done = plan(ablation, cells)
     todo = wanted(ablation, cells, done)
     if FLAGS.dry_run:
-        list_cells(cells, done)
+        list_cells(ablation, cells, done)
     elif not todo and (FLAGS.slurm or FLAGS.slurm_dry_run):
         print("every run is done: make the table with --table_only")
     elif FLAGS.slurm or FLAGS.slurm_dry_run:

@@ -20,6 +20,7 @@ flags.DEFINE_integer("columns", 5, "Samples of each prompt.", lower_bound=1)
 flags.DEFINE_integer("evaluations", 25, "Of the teacher's denoiser, an odd number; 0 leaves the teacher out.")
 flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
 flags.DEFINE_string("out", "sheet.png", "The picture.")
+flags.DEFINE_multi_string("gin_param", [], "A line of gin on top of each run's config.gin; repeatable.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
 
 PROMPTS = (
@@ -39,7 +40,7 @@ def load(folder, device):
 
     if not (folder / "config.gin").is_file():
         raise ValueError(f"{folder} has no config.gin: give the folder of a run as --run")
-    experiment = config.build(config.parse([str(folder / "config.gin")], [], {}))
+    experiment = config.build(config.parse([str(folder / "config.gin")], FLAGS.gin_param))
     encoder = getattr(experiment.evaluator, "encoder", None)
     if encoder is None:
         raise ValueError(f"{folder} is no run with captions: its evaluator is not CaptionsEvaluator")

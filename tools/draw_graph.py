@@ -8,13 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 
-from ratiograph import config, graph
-
-
-def draw(node: graph.Node, out: Path, title: str) -> str:
+def draw(node, out, title):
     """The picture in the language that the suffix of ``out`` names."""
+    from ratiograph import graph
+
     if out.suffix == ".svg":
         return graph.to_svg(node, title)
     if out.suffix in (".mmd", ".mermaid"):
@@ -29,11 +27,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("graph.svg"), help="graph.svg or graph.mmd")
     parser.add_argument("--title", default="", help="heading of the picture")
     args = parser.parse_args(arguments)
+    import torch
+
+    from ratiograph import config, graph
+
     try:
         cfg = config.parse(args.gin_file, args.gin_param)
         with torch.device("meta"):
             node = graph.describe(config.build(cfg))
-        args.out.write_text(draw(node, args.out, args.title or Path(args.gin_file[-1]).stem), encoding="utf-8")
+        picture = draw(node, args.out, args.title or Path(args.gin_file[-1]).stem)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(picture, encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, config.ConfigError) else 1

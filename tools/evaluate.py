@@ -65,6 +65,7 @@ flags.DEFINE_integer("prompts", 1000, "Captions of the list.", lower_bound=1)
 flags.DEFINE_integer("repeats", 1, "Samples of each caption.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+flags.DEFINE_multi_string("gin_param", [], "A line of gin on top of the run's config.gin; repeatable.")
 flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
 
 
@@ -249,7 +250,7 @@ def of_run(workdir):
     from ratiograph import config, trainer
     from ratiograph.evaluation.finished import load_students
 
-    experiment = config.build(config.parse([str(workdir / "config.gin")], [], {}))
+    experiment = config.build(config.parse([str(workdir / "config.gin")], FLAGS.gin_param))
     task = experiment.task
     if not hasattr(task, "student_samples"):
         raise ValueError(f"{workdir} trained a {type(task).__name__}, which has no one-step student to evaluate")

@@ -21,6 +21,7 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("teacher", None, "Pipeline's folder for the parts beside the U-Net; the run's own by default.")
+flags.DEFINE_multi_string("gin_param", [], "A line of gin on top of the run's config.gin; repeatable.")
 flags.DEFINE_bool("half", False, "Write the U-Net in float16.")
 flags.DEFINE_bool("lora", False, "Write a LoRA, of a student that is one, instead of a pipeline.")
 
@@ -33,15 +34,16 @@ def main(argv):
             raise ValueError("--lora writes adapters in float32 and no other part: drop --half and --teacher")
         from ratiograph import export
 
-        workdir, out = map(Path, argv[1:])
+        lines, (workdir, out) = FLAGS.gin_param, map(Path, argv[1:])
         if FLAGS.lora:
-            print(export.export_lora(workdir, out))
-        elif not export.is_pipeline(export.finished(workdir)[1]):
+            print(export.export_lora(workdir, out, bindings=lines))
+        elif not export.is_pipeline(export.finished(workdir, lines)[1]):
             if FLAGS.half or FLAGS.teacher:
                 raise ValueError(f"{workdir} trained no student of Stable Diffusion: drop --half and --teacher")
-            print(export.export_plain(workdir, out))
+            print(export.export_plain(workdir, out, bindings=lines))
         else:
-            print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half))
+            made = export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half, bindings=lines)
+            print(made)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

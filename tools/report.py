@@ -24,6 +24,9 @@ flags.DEFINE_string("out", None, "The page; RUN/report.html for one run, compari
 flags.DEFINE_integer(
     "teacher_evaluations", 0, "Draw the teacher by so many network evaluations a sample; 0 does not.", lower_bound=0
 )
+flags.DEFINE_multi_string(
+    "gin_param", [], "A line of gin for --teacher_evaluations, on top of the run's config.gin; repeatable."
+)
 flags.DEFINE_string("device", "auto", "Where the teacher is drawn: auto, cpu, cuda, cuda:1, ...")
 
 
@@ -36,7 +39,7 @@ def draw_teachers(workdirs):
     console = Console(stderr=True)
     for workdir in workdirs:
         with console.status(f"drawing the teacher of {workdir}"):
-            draw_teacher(workdir, FLAGS.teacher_evaluations, FLAGS.device)
+            draw_teacher(workdir, FLAGS.teacher_evaluations, FLAGS.device, bindings=FLAGS.gin_param)
 
 
 def main(argv):

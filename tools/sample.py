@@ -28,6 +28,7 @@ SAMPLERS = ("heun", "stochastic", "euler", "ddim", "trailing")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of a finished run; may be given without the flag.")
+flags.DEFINE_multi_string("gin_param", [], "A line of gin on top of the run's config.gin; repeatable.")
 flags.DEFINE_integer("first", 0, "Index of the first sample.", lower_bound=0)
 flags.DEFINE_integer("samples", None, "How many. Default: 64; with --prompts, one for each.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
@@ -54,7 +55,7 @@ def build(workdir, device):
     from ratiograph import denoisers, student_files, trainer
 
     with_teacher = FLAGS.compare or FLAGS.sampler is not None
-    experiment = student_files.read_experiment(workdir, memory=with_teacher)
+    experiment = student_files.read_experiment(workdir, memory=with_teacher, bindings=FLAGS.gin_param)
     task = experiment.task
     if not hasattr(task, "student_samples"):
         raise ValueError(f"{workdir} trained a {type(task).__name__}, which has no one-step student to sample")
@@ -97,6 +98,8 @@ def captions():
     """The lines of the flags' file; none without one."""
     if not FLAGS.prompts:
         return []
+    if not Path(FLAGS.prompts).exists():
+        raise ValueError(f"--prompts={FLAGS.prompts}: there is no such file; write one, a caption a line")
     lines = Path(FLAGS.prompts).read_text(encoding="utf-8").splitlines()
     found = [line.strip() for line in lines if line.strip()]
     if not found:
@@ -229,7 +232,8 @@ def settings(workdir):
         name: [str(Path(path).resolve()), Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path else None
         for name, path in read.items()
     }
-    return {"workdir": str(workdir.resolve()), **{name: FLAGS[name].value for name in told}, **stamps}
+    lines = {"gin_param": FLAGS.gin_param} if FLAGS.gin_param else {}
+    return {"workdir": str(workdir.resolve()), **{name: FLAGS[name].value for name in told}, **stamps, **lines}
 
 
 def run():

@@ -16,7 +16,7 @@ from ratiograph.experiment import Experiment
 from ratiograph.guidance import EmptyPrompt, Guided, NoCaption
 from ratiograph.types import Batch, Condition
 
-__all__ = ["filled", "made_up_batch", "made_up_condition", "made_up_latents", "randomised", "without_files"]
+__all__ = ["drawn", "filled", "made_up_batch", "made_up_condition", "made_up_latents", "randomised", "without_files"]
 
 WORDS = 77
 
@@ -43,9 +43,21 @@ def filled(network: nn.Module, seed: int = 0) -> nn.Module:
     return network
 
 
+def drawn(task: nn.Module) -> nn.Module:
+    """The task with random weights in networks that have none yet; those that several share are drawn once."""
+    known: set[int] = set()
+    for network in [module for module in task.modules() if getattr(module, "filled", True) is False]:
+        frozen = {id(parameter) for parameter in network.parameters() if not parameter.requires_grad}
+        if not frozen or not frozen <= known:
+            network.draw()
+        network.filled = True
+        known |= frozen
+    return task
+
+
 def randomised(task: Distillation, seed: int = 0) -> Distillation:
     """The task without any file: random weights everywhere, none of them zero, and nothing to load."""
-    return filled(without_files(task), seed)
+    return filled(drawn(without_files(task)), seed)
 
 
 def made_up_condition(network: nn.Module, samples: int, generator: torch.Generator) -> Condition:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet
 
 __all__ = ["SETTINGS", "Setting", "bench_network", "network_classes"]
 
+PRECISIONS = ("fp32", "bf16")
+OPTIONS = ("channels-last", "compiled")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -31,16 +35,29 @@ class Setting:
     bf16: bool = False
     compiled: bool = False
 
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """The setting that words separated by commas say, in any order: a precision, then options.
 
-SETTINGS = {
-    "fp32": Setting(),
-    "fp32, channels-last": Setting(last=True),
-    "bf16": Setting(bf16=True),
-    "bf16, channels-last": Setting(last=True, bf16=True),
-    "fp32, compiled": Setting(compiled=True),
-    "bf16, compiled": Setting(bf16=True, compiled=True),
-    "bf16, channels-last, compiled": Setting(last=True, bf16=True, compiled=True),
-}
+        Raises:
+            ValueError: a word is unknown or there twice, or there is not one precision.
+        """
+        words = [word.strip() for word in text.split(",")]
+        known = len(set(words)) == len(words) and set(words) <= {*PRECISIONS, *OPTIONS}
+        if not known or len(set(words) & set(PRECISIONS)) != 1:
+            raise ValueError(
+                f"--settings: {text!r} is no setting: write {' or '.join(PRECISIONS)}, then {', '.join(OPTIONS)} or "
+                f"both where wanted, as in {str(cls(True, True, True))!r}; ';' goes between settings"
+            )
+        return cls("channels-last" in words, "bf16" in words, "compiled" in words)
+
+    def __str__(self) -> str:
+        options = [word for word, there in zip(OPTIONS, (self.last, self.compiled), strict=True) if there]
+        return ", ".join([PRECISIONS[self.bf16], *options])
+
+
+SETTINGS = tuple(str(Setting(last, bf16, compiled)) for compiled, bf16, last in product((False, True), repeat=3))
+"""All there are: eager before compiled, float32 before bf16."""
 BYTES = 12
 """Of a trained weight in two memory formats with a gradient in float32, without activations."""
 
@@ -119,7 +136,7 @@ def bench_network(
     Args:
         name: its class.
         sizes: arguments that differ from its defaults.
-        settings: names of ``SETTINGS``; "fp32" is added where it is missing.
+        settings: what ``Setting.parse`` reads; "fp32" is added where it is missing.
         batch_size: samples a pass.
         rounds: timed runs of each setting.
         device: where.
@@ -127,10 +144,7 @@ def bench_network(
     Raises:
         ValueError: a name is unknown, or the network does not fit.
     """
-    unknown = [each for each in settings if each not in SETTINGS]
-    if unknown:
-        raise ValueError(f"--settings: no {unknown[0]!r}; choose of {'; '.join(SETTINGS)}")
-    chosen = {each: SETTINGS[each] for each in dict.fromkeys(["fp32", *settings])}
+    chosen = {str(each): each for each in map(Setting.parse, ("fp32", *settings))}
     network = build(name, sizes)
     variants = _Variants(network, list(chosen.values()), batch_size, device)
     works = {each: variants.work(each, setting) for each, setting in chosen.items()}

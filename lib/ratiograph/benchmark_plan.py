@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 from ratiograph import config
@@ -26,6 +26,7 @@ from ratiograph.benchmark import count_flops
 from ratiograph.benchmark_inputs import made_up_batch, without_files
 from ratiograph.denoisers import set_precision
 from ratiograph.distillation import Distillation
+from ratiograph.optim import Adam
 from ratiograph.parallel import Replicated
 
 __all__ = ["Plan", "bench_plan", "planned"]
@@ -61,7 +62,8 @@ class _Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, Tensor):
+            # What wraps other tensors has no bytes; its parts were counted when they were made.
+            if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
                 self._add(value.untyped_storage())
         return result
 
@@ -116,12 +118,21 @@ def _materialise(task: nn.Module) -> None:
                     held[name] = made[id(tensor)]
 
 
-def _halve(teacher: nn.Module, dtype: torch.dtype) -> None:
-    """As `denoisers.freeze` holds a frozen network's weights."""
-    for layer in teacher.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            for name, parameter in list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+def _used_once(recipe: Adam) -> None:
+    """One update of real numbers: what a library makes at its first use are constants, which cannot be fake."""
+    parameter = nn.Parameter(torch.zeros(4096))
+    parameter.grad = torch.zeros(4096)
+    recipe.build([parameter]).step()
+
+
+def _halve(task: Distillation, dtype: torch.dtype) -> None:
+    """The teacher's weights as `denoisers.freeze` holds them, for adapters on them too."""
+    layers = [layer for layer in task.teacher.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    whole = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
+    made = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in whole.items()}
+    for module in task.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = made.get(id(parameter), parameter)
 
 
 def planned(
@@ -144,6 +155,8 @@ def planned(
     if not isinstance(task, Distillation):
         raise ValueError(f"{gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
     task.critic_steps = 0  # a step of the student too
+    for recipe in [each for each in vars(task).values() if isinstance(each, Adam)]:
+        _used_once(recipe)
     counter = _Bytes()
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), counter:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -185,4 +198,4 @@ def _prepare(task: Distillation, dtype: torch.dtype | None) -> None:
     task.prepare(CPU, None)
     set_precision(task, dtype)
     if dtype is not None and task.teacher is not None:
-        _halve(task.teacher, dtype)
+        _halve(task, dtype)

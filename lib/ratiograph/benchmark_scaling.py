@@ -3,7 +3,9 @@
 Notation: ``seconds[n]`` are the seconds of each timed step of n processes, which end together as they exchange
 gradients; the efficiency of n is median(seconds[1]) / median(seconds[n]), 1 where an exchange costs nothing.
 
-Launches alternate between the numbers of processes, so that a slow minute of the machine falls on all of them.
+Launches alternate between the numbers of processes, so that a slow minute of the machine falls on all of them. What an
+exchange computes shows in a process's CPU seconds a step, which other programs hardly change; what is lost beyond that
+is waiting.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -22,8 +25,8 @@ __all__ = ["efficiencies", "step_seconds", "weak_scaling"]
 
 def step_seconds(
     ranks: int, *, gin_file: Sequence[str], gin_param: Sequence[str] = (), batch_size: int, steps: int, device: str
-) -> list[float]:
-    """Seconds of each of ``steps`` training steps by ``ranks`` processes of one thread each, random weights and images.
+) -> dict[str, list[float]]:
+    """Each of ``steps`` training steps by ``ranks`` processes of one thread each, random weights and images.
 
     Args:
         ranks: number of processes.
@@ -32,6 +35,9 @@ def step_seconds(
         batch_size: samples of one process.
         steps: steps timed, after two that are not.
         device: "cpu" or "cuda", each process its own.
+
+    Returns:
+        ``seconds`` of each step, ``cpu_seconds`` of the main process in each.
 
     Raises:
         ValueError: the processes failed; ends with what they said.
@@ -74,16 +80,20 @@ def weak_scaling(
         device: "cpu" or "cuda".
     """
     seconds: dict[int, list[float]] = {number: [] for number in ranks}
+    cpu_seconds: dict[int, list[float]] = {number: [] for number in ranks}
     for _ in range(rounds):
         for number in ranks:
-            seconds[number] += step_seconds(
+            taken = step_seconds(
                 number, gin_file=gin_file, gin_param=gin_param, batch_size=batch_size, steps=steps, device=device
             )
+            seconds[number] += taken["seconds"]
+            cpu_seconds[number] += taken["cpu_seconds"]
     found = efficiencies(seconds)
     rows = [
         {
             "processes": number,
             "seconds": statistics.median(seconds[number]),
+            "cpu_seconds": statistics.median(cpu_seconds[number]),
             "images_per_second": number * batch_size / statistics.median(seconds[number]),
             "efficiency": found[number],
         }
@@ -93,10 +103,8 @@ def weak_scaling(
     return {"bench": "scaling", **asked, "steps": steps, "rounds": rounds, "rows": rows}
 
 
-def _take_steps(
-    gin_file: Sequence[str], gin_param: Sequence[str], batch_size: int, steps: int, device: str
-) -> list[float]:
-    """This process's part of ``step_seconds``."""
+def _take_steps(gin_file: Sequence[str], gin_param: Sequence[str], batch_size: int, steps: int, device: str) -> None:
+    """This process's part of ``step_seconds``; the main one prints it."""
     from ratiograph import benchmark_step, distributed, trainer
 
     torch.set_num_threads(1)
@@ -104,19 +112,16 @@ def _take_steps(
     place = trainer.choose_device(device)
     distributed.start(place)
     bench = benchmark_step.prepared(gin_file, gin_param, "auto", batch_size, place)
-    seconds = []
+    marks = []
     for _ in range(steps + 2):
-        distributed.wait_for_all()
-        begun = time.perf_counter()
         bench.step()
         if place.type == "cuda":
             torch.cuda.synchronize(place)
-        distributed.wait_for_all()
-        seconds.append(time.perf_counter() - begun)
+        marks.append((time.perf_counter(), time.process_time()))
     if distributed.is_main():
-        print(json.dumps(seconds[2:]), flush=True)
+        clocks = zip(("seconds", "cpu_seconds"), zip(*marks[1:], strict=True), strict=True)
+        print(json.dumps({name: [b - a for a, b in pairwise(clock)] for name, clock in clocks}), flush=True)
     distributed.stop()
-    return seconds[2:]
 
 
 if __name__ == "__main__":

@@ -35,14 +35,16 @@ def _network(record: Record) -> str:
 def _step(record: Record) -> str:
     lines = [_what(record)]
     lines += [f"  {row['times']} x {row['pass']:44}{row['seconds']:>9.4f} s" for row in record["passes"]]
+    lines += [] if record["floor"] is None else [f"  floor {record['floor']:>51.4f} s"]
+    floors = "" if record["floor"] is None else f"   = {record['step_over_floor']:.3f} floors"
+    lines += [f"  step  {record['seconds']:>51.4f} s{floors}"]
+    speed = "" if record["tflops"] is None else f", {record['tflops']:.3f} TFLOP/s"
+    if record["units"] is not None:
+        lines += [f"  = {record['units']:.2f} forward and backward passes of the student in plain eager float32"]
     return "\n".join(
         [
             *lines,
-            f"  floor {record['floor']:>51.4f} s",
-            f"  step  {record['seconds']:>51.4f} s   = {record['step_over_floor']:.3f} floors",
-            f"  = {record['units']:.2f} forward and backward passes of the student in plain eager float32",
-            f"  {record['images_per_second']:.2f} images/s, {record['tflops']:.3f} TFLOP/s; peak memory "
-            f"{record['peak_memory_gb']:.2f} GB",
+            f"  {record['images_per_second']:.2g} images/s{speed}; peak memory {record['peak_memory_gb']:.2f} GB",
         ]
     )
 

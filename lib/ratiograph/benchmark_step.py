@@ -15,6 +15,8 @@ no noising, no weights, no loss, no optimiser, no metrics.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -33,6 +35,8 @@ from ratiograph.types import Evaluation, Needs, Noisy
 __all__ = ["StepBench", "bench_precisions", "bench_step", "kind_of", "prepared"]
 
 Pass = Callable[[], None]
+PATIENCE = 150.0
+"""Seconds of a step that is taken but once, without its floor."""
 
 
 class StepBench:
@@ -58,6 +62,11 @@ class StepBench:
     def step(self) -> None:
         """One training step."""
         self.task.step(self.batch, self.batch_size, self.generator)
+
+    @property
+    def has_unit(self) -> bool:
+        """Whether the student's network can run in float32: not where its frozen base is held in bf16."""
+        return all(parameter.dtype == torch.float32 for parameter in self.network.parameters())
 
     def unit(self) -> None:
         """Forward and backward of the student's network in plain eager float32."""
@@ -218,35 +227,66 @@ def bench_step(
 ) -> dict[str, object]:
     """The record of a training step, its floor, and the step in units of a plain pass; arguments as of ``prepared``.
 
+    One round alone is not warmed up but by steps. A step of more than 150 seconds is taken once, and what it is
+    compared with and its operations are None; so are the units of adapters on a base in bf16.
+
     Raises:
         ValueError: as ``prepared``.
     """
     bench = prepared(gin_file, gin_param, precision, batch_size, device)
-    floor = bench.floor()
-    variants = {"step": bench.step, "unit": bench.unit, **{name: run for name, (_, run) in floor.items()}}
-    for _ in range(2):
-        bench.step()
+    begun = time.perf_counter()
+    bench.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begun
+    found = _step_alone(seconds, device) if seconds > PATIENCE else _step_and_floor(bench, rounds, device)
+    return {
+        "bench": "step",
+        **_asked(gin_file, gin_param, batch_size, rounds),
+        "precision": kind_of(precision, device),
+        "images_per_second": batch_size / found["seconds"],
+        **found,
+    }
+
+
+def _step_alone(seconds: float, device: torch.device) -> dict[str, object]:
+    lacking = dict.fromkeys(("floor", "step_over_floor", "units", "flops", "tflops"))
+    rounds = {"step": [seconds]}
+    peak = peak_memory(device)
+    return {"seconds": seconds, **lacking, "passes": [], "rounds_seconds": rounds, "peak_memory_gb": peak}
+
+
+def _step_and_floor(bench: StepBench, rounds: int, device: torch.device) -> dict[str, object]:
+    bench.step()
     peak = peak_memory(device)  # of steps alone
     flops = benchmark.count_flops(bench.step)
+    floor = bench.floor()
+    variants = {"step": bench.step, **{name: run for name, (_, run) in floor.items()}}
+    if bench.has_unit:
+        variants["unit"] = bench.unit
+    if rounds == 1:
+        variants = {name: _warm(work) for name, work in variants.items()}
     rounds_seconds = benchmark.in_turn(variants, rounds, device)
     seconds = benchmark.medians(rounds_seconds)
     passes = [{"pass": name, "times": times, "seconds": seconds[name]} for name, (times, _) in floor.items()]
     least = sum(row["times"] * row["seconds"] for row in passes)
     return {
-        "bench": "step",
-        **_asked(gin_file, gin_param, batch_size, rounds),
-        "precision": kind_of(precision, device),
         "seconds": seconds["step"],
-        "images_per_second": batch_size / seconds["step"],
         "floor": least,
         "step_over_floor": seconds["step"] / least,
-        "units": seconds["step"] / seconds["unit"],
+        "units": seconds["step"] / seconds["unit"] if bench.has_unit else None,
         "flops": flops,
         "tflops": flops / seconds["step"] / 1e12,
         "passes": passes,
         "rounds_seconds": rounds_seconds,
         "peak_memory_gb": peak,
     }
+
+
+def _warm(work: Pass) -> Pass:
+    """``work`` but for its first call, that of the round that is not counted."""
+    calls = itertools.count()
+    return lambda: work() if next(calls) else None
 
 
 def bench_precisions(

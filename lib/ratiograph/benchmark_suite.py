@@ -41,10 +41,6 @@ SIZES = {
 """What makes each network tiny, to try the suite where a full one would take hours."""
 LATENT = ("SD15UNet", "SDXLUNet")
 LARGE = ("ADM", *LATENT)
-NETWORKS = ("UNet", "DDPMPP", "DDPMPP", "NCSNPP", "ADM", "SD15UNet", "SDXLUNet")
-"""The network of each configuration."""
-
-
 LONGEST = 3600.0
 
 
@@ -58,22 +54,26 @@ class Measurement:
 
 def steps(tiny: bool = False) -> list[Measurement]:
     """What a GPU is asked: steps in bf16 at the plan's batch, compiled too, and at eight times it; bare networks."""
-    found = []
-    for wide in (1, 8):
-        for configuration, network in zip(CONFIGURATIONS, NETWORKS, strict=True):
-            sizes = SIZES[network] if tiny else ()
-            told = ("step", *_named(configuration, sizes), "--rounds=5", "--precision=bf16")
-            told += (f"--batch_size={2 * wide if tiny else wide * configuration.batch_size}",)
-            large = network in LARGE
-            found.append(Measurement(told, 60 if large else 30))
-            if wide == 1:
-                denoiser = "StableDiffusion" if network in LATENT else "EDM"
-                compiled = (*told, f"--gin_param={denoiser}.compiled = True")
-                found.append(Measurement(compiled, 120 if large else 60))
+    whole = [each for each in CONFIGURATIONS if not each.further]
+    found = [asked for each in whole for asked in (_step(each, tiny), _compiled(each, tiny))]
+    found += [_step(each, tiny) for each in CONFIGURATIONS if each.further]
+    found += [_step(each, tiny, wide=8) for each in whole]
     for network, batch in () if tiny else (("DDPMPP", 64), ("ADM", 32), ("SD15UNet", 8), ("SDXLUNet", 2)):
         told = ("network", f"--network={network}", f"--batch_size={batch}", "--rounds=5", "--settings=all")
         found.append(Measurement(told, 120))
     return found
+
+
+def _step(configuration: Configuration, tiny: bool, wide: int = 1) -> Measurement:
+    told = ("step", *_named(configuration, SIZES[configuration.network] if tiny else ()))
+    told += ("--rounds=5", "--precision=bf16", f"--batch_size={wide * (2 if tiny else configuration.batch_size)}")
+    return Measurement(told, 60 if configuration.network in LARGE else 30)
+
+
+def _compiled(configuration: Configuration, tiny: bool) -> Measurement:
+    eager = _step(configuration, tiny)
+    denoiser = "StableDiffusion" if configuration.network in LATENT else "EDM"
+    return Measurement((*eager.arguments, f"--gin_param={denoiser}.compiled = True"), 2 * eager.seconds)
 
 
 def plans(precision: str) -> list[Measurement]:
@@ -85,8 +85,8 @@ def plans(precision: str) -> list[Measurement]:
 
 
 def _named(configuration: Configuration, lines: Sequence[str]) -> tuple[str, ...]:
-    told = (*configuration.lines, *lines)
-    return (f"--gin_file={configuration.gin_file}", *(f"--gin_param={line}" for line in told))
+    files = (f"--gin_file={file}" for file in configuration.files)
+    return (*files, *(f"--gin_param={line}" for line in lines))
 
 
 def run(

@@ -1,6 +1,6 @@
 """README's table of what was measured where, from the records of the benchmark.
 
-Notation: a *configuration* is a run by its gin file; its row tells what a step costs by arithmetic (`benchmark_plan`),
+Notation: a *configuration* is a run by its gin files; its row tells what a step costs by arithmetic (`benchmark_plan`),
 and one row more for each place, precision and batch that a step of it was measured at: the last record counts.
 """
 
@@ -21,22 +21,36 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Configuration:
-    """A row. ``batch_size``: samples that the plan is made for; ``lines``: of gin beside the file."""
+    """A row.
+
+    ``network``: the student's class; ``batch_size``: samples that the plan is made for; ``further``: gin files after
+    the first.
+    """
 
     name: str
+    network: str
     gin_file: str
     batch_size: int
-    lines: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> list[str]:
+        """All gin files, in order."""
+        return [self.gin_file, *self.further]
 
 
+F_DISTILL, SD15, SDXL = "gin/papers/f_distill", "gin/sd15_di_bregman.gin", "gin/papers/dmd2/sdxl.gin"
 CONFIGURATIONS = (
-    Configuration("digits, Di-Bregman", "gin/mnist_sba.gin", 64),
-    Configuration("CIFAR-10 DDPM++, f-distill JS", "gin/papers/f_distill/cifar10_jensen_shannon.gin", 4),
-    Configuration("CIFAR-10 DDPM++, DiJS", "gin/papers/score_free/cifar10_dijs.gin", 4),
-    Configuration("CIFAR-10 NCSN++, Di-Bregman", "gin/papers/di_bregman/cifar10_sba_lambda_3.gin", 4),
-    Configuration("ImageNet-64 ADM, f-distill JS", "gin/papers/f_distill/imagenet64_jensen_shannon.gin", 4),
-    Configuration("SD 1.5 512², Di-Bregman", "gin/sd15_di_bregman.gin", 8),
-    Configuration("SDXL 1024², DMD2", "gin/papers/dmd2/sdxl.gin", 4),
+    Configuration("digits, Di-Bregman", "UNet", "gin/mnist_sba.gin", 64),
+    Configuration("CIFAR-10 DDPM++, f-distill JS", "DDPMPP", f"{F_DISTILL}/cifar10_jensen_shannon.gin", 4),
+    Configuration("CIFAR-10 DDPM++, DiJS", "DDPMPP", "gin/papers/score_free/cifar10_dijs.gin", 4),
+    Configuration("CIFAR-10 NCSN++, Di-Bregman", "NCSNPP", "gin/papers/di_bregman/cifar10_sba_lambda_3.gin", 4),
+    Configuration("ImageNet-64 ADM, f-distill JS", "ADM", f"{F_DISTILL}/imagenet64_jensen_shannon.gin", 4),
+    Configuration("SD 1.5 512², Di-Bregman", "SD15UNet", SD15, 8),
+    Configuration("SD 1.5 512², LoRA of rank 64", "SD15UNet", SD15, 8, ("gin/base/sd15_lora.gin",)),
+    Configuration("SDXL 1024², DMD2", "SDXLUNet", SDXL, 4),
+    Configuration("SDXL 1024², moments in 8 bits", "SDXLUNet", SDXL, 4, ("gin/base/adam_8bit.gin",)),
+    Configuration("SDXL 1024², LoRA of rank 64", "SDXLUNet", SDXL, 4, ("gin/base/sdxl_lora.gin",)),
 )
 
 Record = Mapping[str, object]
@@ -51,10 +65,11 @@ def render(records: Sequence[Record]) -> str:
 
 
 def _rows(configuration: Configuration, records: Sequence[Record]) -> Iterator[list[str]]:
-    own = [record for record in records if record.get("gin_file") == [configuration.gin_file]]
+    own = [record for record in records if record.get("gin_file") == configuration.files]
     plans = [record for record in own if record["bench"] == "plan"]
     steps = {_place(record): record for record in own if record["bench"] == "step"}
-    data = {_device(record): record for record in own if record["bench"] == "data"}
+    # A line of gin may have made the network small, so that loading shows.
+    data = {_device(record): record for record in own if record["bench"] == "data" and not record["gin_param"]}
     plan = plans[-1] if plans else None
     first = [configuration.name, _millions(plan), _number(plan and plan["flops"] / plan["batch_size"] / 1e12)]
     for step in steps.values() or [None]:
@@ -76,11 +91,18 @@ def _measured(step: Record | None, data: Mapping[str, Record], plans: Sequence[R
         str(step["batch_size"]),
         _number(step["seconds"]),
         _number(step["step_over_floor"]),
-        _number(step["tflops"]),
+        _number(_speed(step, same)),
         f"{100 * wait['wait_share']:.1f} %" if wait else "",
         f"{step['peak_memory_gb']:.2f}",
         f"{same[-1]['planned_memory_gb']:.2f}" if same else "",
     ]
+
+
+def _speed(step: Record, plans: Sequence[Record]) -> float | None:
+    """TFLOP/s; a step that was taken but once did not count its operations, and has its plan's."""
+    if step["tflops"] is None and plans:
+        return plans[-1]["flops"] / step["seconds"] / 1e12
+    return step["tflops"]
 
 
 def _place(record: Record) -> str:

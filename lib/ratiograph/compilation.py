@@ -3,6 +3,10 @@
 Nearly all of a U-Net's time is spent in its blocks, dozens of a few kinds: compiling each alone takes a fraction of
 what the whole network takes, and an encoding can still be left at any block. Names in a ``state_dict()`` do not change;
 copies of a network, such as an average of its weights, run uncompiled.
+
+It is meant for GPUs. On a CPU 94 % of a float32 pass of DDPM++ for CIFAR-10 (55.7M weights, batch 2) are convolutions
+and products, which compiled code calls as eager code does, after copies to channels-last: forward and backward run at
+0.92 to 0.94 times the speed of eager code, after minutes of compiling C++.
 """
 
 from __future__ import annotations

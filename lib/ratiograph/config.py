@@ -55,6 +55,7 @@ __all__ = [
     "build",
     "check_files",
     "differences",
+    "is_component",
     "parse",
     "register",
     "save",
@@ -97,6 +98,8 @@ COMPONENT_MODULES = (
     "ratiograph.warm_start",
     "ratiograph.samplers",
     "ratiograph.optim",
+    "ratiograph.optim_8bit",
+    "ratiograph.networks.checkpointing",
     "ratiograph.loggers",
     "ratiograph.denoising_weights",
     "ratiograph.conditions",
@@ -159,11 +162,32 @@ def register(*components: Callable) -> None:
             _components[name] = Component.of(make)
 
 
+def is_component(make: Callable) -> bool:
+    """Whether gin files may name ``make``: a class of ours, or of a module that one of them imported."""
+    known = _components.get(make.__name__)
+    return known is not None and known.make is make
+
+
+def _registered() -> frozenset[str]:
+    """The modules whose components are known: a saved configuration that imports one of them runs nothing new."""
+    return frozenset(component.make.__module__ for component in _components.values())
+
+
 def _register_module(module: str) -> None:
     imported = importlib.import_module(module)
     public = [getattr(imported, name) for name in getattr(imported, "__all__", ())]
     own = [o for o in public if getattr(o, "__module__", None) == module]
-    register(*(o for o in own if inspect.isclass(o) or inspect.isfunction(o)))
+    own = [o for o in own if inspect.isclass(o) or inspect.isfunction(o)]
+    if not hasattr(imported, "__all__"):
+        raise ConfigError(f"{module} has no __all__, the list of names that gin files may use: add it.")
+    for make in own:
+        known = _components.get(make.__name__)
+        if known is not None and known.make is not make:
+            raise ConfigError(
+                f"{module} has a component {make.__name__}, which is the name of one of {known.make.__module__}: "
+                "call it something else."
+            )
+    register(*own)
 
 
 def _load_components() -> None:
@@ -202,7 +226,7 @@ def parse(
         ConfigError: the first mistake found: where, what, and the nearest valid name.
     """
     _load_components()
-    reader = Reader(_register_module, imported(bindings).union(COMPONENT_MODULES))
+    reader = Reader(_register_module, imported(bindings) | _registered())
     for name in gin_files:
         reader.file(find(str(name), None, "flag --gin_file"), saved=is_saved(name))
     for line in bindings:

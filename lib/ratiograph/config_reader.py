@@ -90,7 +90,11 @@ class Reader:
             try:
                 self.load(statement.module)
             except ModuleNotFoundError as error:
-                raise ConfigError(f"{where}: cannot import {statement.module}: {error}.") from error
+                there = error.name is None or not f"{statement.module}.".startswith(f"{error.name}.")
+                remedy = "" if there else " Put the folder that it lies in on PYTHONPATH."
+                raise ConfigError(f"{where}: cannot import {statement.module}: {error}.{remedy}") from error
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
             self.imports.append(statement.module)
         elif isinstance(statement, config_parser.BindingStatement):
             if not statement.arg_name and statement.scope:
@@ -156,8 +160,10 @@ def find(name: str, including: Path | None, where: str) -> Path:
     for path in tried:
         if path.is_file():
             return path
-    beside = [p.name for path in tried for p in path.parent.glob("*.gin")]
-    near = suggest(Path(name).name, beside)
+    beside = [str(Path(name).with_name(p.name)) for path in tried for p in path.parent.glob("*.gin")]
+    shipped = CHECKOUT / "gin" / name
+    beside += [short(shipped)] if including is None and shipped.is_file() else []
+    near = suggest(name, beside)
     looked = ", ".join(dict.fromkeys(short(path) for path in tried))
     raise ConfigError(f"{where}: there is no file '{name}'.{near} Looked for {looked}.")
 

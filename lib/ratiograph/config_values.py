@@ -280,7 +280,7 @@ def check_values(statements: Iterable[Statement], components: Mapping[str, Compo
                 _check_reference(part, s, components)
     for s in statements:  # after every reference, those of macros too, is known to exist
         if s.name:
-            _check_type(s, expand(s.value, macros, s.where), components)
+            _check_type(s, expand(s.value, macros, s.where), components, _source(s.value, macros))
 
 
 def _check_reference(reference: Reference, s: Statement, components: Mapping[str, Component]) -> None:
@@ -304,7 +304,14 @@ def _unfinished(make: Callable) -> bool:
     return inspect.isabstract(make) or any(m.__code__.co_names == ("NotImplementedError",) for m in methods)
 
 
-def _check_type(s: Statement, value: object, components: Mapping[str, Component]) -> None:
+def _source(value: object, macros: Mapping[str, Statement]) -> str:
+    """Where the macro stands that a whole value is, for a message: it may be another file, or a flag."""
+    if not isinstance(value, Macro) or value.name not in macros:
+        return ""
+    return _source(macros[value.name].value, macros) or f" {value} is set in {macros[value.name].where}."
+
+
+def _check_type(s: Statement, value: object, components: Mapping[str, Component], source: str) -> None:
     annotation = components[s.name].parameters[s.parameter].annotation
     if value == Macro(REQUIRED) or accepts(annotation, value, components):
         return
@@ -317,7 +324,7 @@ def _check_type(s: Statement, value: object, components: Mapping[str, Component]
         got = f"{value!r} ({type(value).__name__})"
         choices = [str(a) for a in typing.get_args(annotation) if isinstance(a, str)]
         remedy = suggest(value, choices) if isinstance(value, str) and choices else ""
-    raise ConfigError(f"{s.where}: {s} takes {describe_type(annotation)}, not {got}.{remedy}")
+    raise ConfigError(f"{s.where}: {s} takes {describe_type(annotation)}, not {got}.{remedy}{source}")
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ length: the losses of the pieces have the whole batch's mean, so their gradients
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ratiograph.augmentation import Augmentation
 from ratiograph.denoising_weights import DenoisingWeight, EDMWeight, weighted_denoising_loss
 from ratiograph.diagnostics import RatioDiagnostics, bregman_divergence, ratio_metrics
-from ratiograph.distributed import gather
 from ratiograph.noising import NoisingProcess
 from ratiograph.objective import Objective
 from ratiograph.positives import Positives
@@ -83,6 +82,8 @@ class Critics:
     ) -> dict[str, Tensor]:
         """Adds to the weights' gradients what the critics ``names`` ("student_score", "ratio") learn from ``x0``.
 
+        What ``diagnostics`` take in of it is under way afterwards, until their ``finish``.
+
         Args:
             names: which critics learn.
             x0: the student's samples [B, ...], detached.
@@ -106,6 +107,18 @@ class Critics:
             metrics |= {**ratio_metrics(real, student), **self._divergences(real)}
         return metrics
 
+    def together(self, names: Sequence[str]) -> list[Sequence[str]]:
+        """``names`` in groups, each of one update: gradients of several need not exist at the same time."""
+        return [names] if self._on_student_score else [[name] for name in names]
+
+    def learning(self, names: Collection[str]) -> set[str]:
+        """The networks that the losses of ``names`` train, and whose weights they ask for."""
+        return {*names, "student_score"} if "ratio" in names and self._on_student_score else set(names)
+
+    @property
+    def _on_student_score(self) -> bool:
+        return self.nodes.ratio is not None and self.nodes.ratio.on_student_score
+
     @property
     def learn_from_ratio(self) -> list[nn.Parameter]:
         """What the ratio's loss trains."""
@@ -116,7 +129,7 @@ class Critics:
     @property
     def shares_pass(self) -> bool:
         """Whether the ratio reads the very pass in which the student score learns."""
-        return self.nodes.ratio is not None and self.nodes.ratio.on_student_score and self.ratio_times is None
+        return self._on_student_score and self.ratio_times is None
 
     def _draw(self, names, x0, condition, batch, generator) -> _Drawn:
         score = positives = real = student = None
@@ -194,8 +207,7 @@ class Critics:
     def _diagnose(self, real: Tensor, student: Tensor, drawn: _Drawn) -> None:
         times = self.ratio_times or self.student_score_times
         told = drawn.score if self.shares_pass else drawn.student
-        quantiles = (times.quantile(self.noising, of.noisy.t) for of in (drawn.real, told))
-        self.diagnostics.update(*map(gather, (real, student, *quantiles)))
+        self.diagnostics.begin(real, student, *(times.quantile(self.noising, of.noisy.t) for of in (drawn.real, told)))
 
     def _divergences(self, real: Tensor) -> dict[str, Tensor]:
         """The estimate of each term's own D_h(q_t||p_t), where h has a closed form."""

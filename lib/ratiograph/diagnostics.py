@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ratiograph.distributed import Gathering
 from ratiograph.weightings import Weighting
 
 __all__ = ["RatioDiagnostics", "bregman_divergence", "field_metrics", "ratio_metrics"]
@@ -76,10 +77,21 @@ class RatioDiagnostics(nn.Module):
         # Statistics, not weights: on the CPU even when the graph is built on the meta device.
         self.register_buffer("by_time", torch.zeros(bins, 6, device="cpu"))
         self.register_buffer("calibration", torch.zeros(levels, 3, device="cpu"))
+        self._coming: list[Gathering] = []
+
+    def begin(self, real: Tensor, student: Tensor, real_quantile: Tensor, student_quantile: Tensor) -> None:
+        """Sends what ``update`` is to take in, of this rank's samples, on its way to every rank."""
+        self._coming.append(Gathering(real, student, real_quantile, student_quantile))
+
+    def finish(self) -> None:
+        """Takes in, from every rank, all that was begun."""
+        for values in self._coming:
+            self.update(*values.finish())
+        self._coming.clear()
 
     @torch.no_grad()
     def update(self, real: Tensor, student: Tensor, real_quantile: Tensor, student_quantile: Tensor) -> None:
-        """Takes in l [B] of both classes with the quantiles [B] in [0, 1] of their times."""
+        """Takes in l [B] of both classes, of the global batch, with the quantiles [B] in [0, 1] of their times."""
         real, student = real.detach().float(), student.detach().float()
         zero, one = torch.zeros_like, torch.ones_like
         columns = [

@@ -60,7 +60,8 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        ctx.save_for_backward(weight)
+        # Not saved for the backward: a checkpointed convolution would run again to give back what is there anyway.
+        ctx.weight = weight
         ctx.arguments = stride, padding, dilation, groups
         sizes = zip(x.shape[2:], y.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         # Rows and columns at the end that no output reads where the stride does not divide: their gradient is zero.
@@ -69,8 +70,8 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.arguments
-        dx = F.conv_transpose2d(gradient, weight, None, stride, padding, ctx.unread, groups, dilation)
+        stride, padding, dilation, groups = ctx.arguments
+        dx = F.conv_transpose2d(gradient, ctx.weight, None, stride, padding, ctx.unread, groups, dilation)
         return dx, None, None, None, None, None, None
 
 

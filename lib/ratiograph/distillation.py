@@ -43,6 +43,7 @@ from ratiograph.student_passes import Kept, Replayed
 from ratiograph.students import OneStep
 from ratiograph.times import TimeSampler
 from ratiograph.types import Batch, Condition, Evaluation, Nodes, NoisySamples
+from ratiograph.updates import Updates
 from ratiograph.warm_start import WarmStart
 
 __all__ = ["Distillation"]
@@ -222,7 +223,7 @@ class Distillation(Task):
             self.optimizers["student_score"] = self.student_score_optimizer.build(self.student_score.parameters())
         if self.ratio is not None and self.ratio.has_weights:
             self.optimizers["ratio"] = self.ratio_optimizer.build(self.ratio.parameters())
-        self.steps_done = 0
+        self.updates, self.steps_done = Updates(self.optimizers), 0
 
     def _start_warm(self) -> None:
         if self.warm_start is not None:
@@ -297,17 +298,19 @@ class Distillation(Task):
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         condition = self.conditions.draw(batch, batch_size, self.student, generator)
         z = self.student.noise(batch_size, generator)
-        if self.steps_done >= self.critic_steps:
-            x0, metrics = self._update_student(z, condition, generator)
-        else:
-            metrics, x0 = {}, self._samples(z, condition)
+        learns = self.steps_done >= self.critic_steps
+        x0, metrics = self._update_student(z, condition, generator) if learns else (self._samples(z, condition), {})
         for update in range(max(self.student_score_updates, self.ratio_updates)):
             if update and self.fresh_samples:
+                self.updates.finish(["student"])
                 condition = self.conditions.draw(batch, batch_size, self.student, generator)
                 x0 = self._samples(self.student.noise(batch_size, generator), condition)
             metrics |= self._update_critics(update, x0, condition, batch, generator)
+        self.updates.finish()
+        if self.ratio is not None:
+            self.diagnostics.finish()
         self.steps_done += 1
-        return metrics
+        return metrics | ({"gradient/student": self.updates.norms["student"]} if learns else {})
 
     @torch.no_grad()
     def _samples(self, z: Tensor, condition: Condition) -> Tensor:
@@ -330,12 +333,14 @@ class Distillation(Task):
         passes = Replayed(self.student, z, condition, self.accumulation) if again else Kept(self.student, z, condition)
         fields = self._fields(passes.x0, condition, generator)
         passes.backward(torch.stack(list(fields.values())).sum(0) / len(z))
-        updater = self.optimizers["student"]
-        norm = updater.step()
+        self.updates.begin("student", lambda: self._move_averages(len(z)))
+        return passes.x0, {**field_metrics(fields), **self.objective.metrics()}
+
+    def _move_averages(self, samples: int) -> None:
+        """After an update of the student from so many samples of this process."""
         recipes, averages = (self.ema, *self.averages.values()), (self.average, *self.averaged.values())
         for ema, average in zip(recipes, averages, strict=True):
-            ema.update(average, self.student, len(z), updater.updates * len(z))
-        return passes.x0, {**field_metrics(fields), **self.objective.metrics(), "gradient/student": norm}
+            ema.update(average, self.student, samples, self.optimizers["student"].updates * samples)
 
     def _fields(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
         """Each term's field [B, ...] at ``x0``, the networks asked about one micro-batch after another."""
@@ -352,26 +357,18 @@ class Distillation(Task):
         self, update: int, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """One update of the critics that are due at this number of the step's updates."""
-        due = {"student_score": self.student_score_updates, "ratio": self.ratio_updates}
-        learns = {
-            "student_score": self.student_score is not None,
-            "ratio": self.ratio is not None and self.ratio.learns,
+        due = {
+            "student_score": self.student_score_updates * (self.student_score is not None),
+            "ratio": self.ratio_updates * (self.ratio is not None and self.ratio.learns),
         }
-        learning = [name for name, updates in due.items() if learns[name] and update < updates]
         metrics = {}
-        for names in self._together(learning):
+        for names in self.critics.together([name for name, updates in due.items() if update < updates]):
+            learning = [name for name in self.optimizers if name in self.critics.learning(names)]
+            self.updates.finish(learning)
             metrics |= self.critics.learn(names, x0, condition, batch, generator, self.accumulation)
-            shared = "ratio" in names and self.ratio.on_student_score
-            for name in self.optimizers:  # in the same order on every rank
-                if name in names or (shared and name == "student_score"):
-                    self.optimizers[name].step()
+            for name in learning:
+                self.updates.begin(name)
         return metrics
-
-    def _together(self, learning: list[str]) -> list[list[str]]:
-        """The critics whose gradients meet in one update; those of the others never exist at the same time."""
-        if self.ratio is not None and self.ratio.on_student_score:
-            return [learning]
-        return [[name] for name in learning]
 
     @torch.no_grad()
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,10 @@
 Statistics of a batch are statistics of the GLOBAL batch, so that one process with 8 samples and two with 4 each
 compute the same numbers. Per-sample scalars are few, so they are gathered whole: no reduction order to worry about.
 Gradients are averaged once an update, after all backward passes, in buckets.
+
+Ranks that meet wait for the slowest of them, so they meet seldom: what is gathered at one place travels together, and
+an exchange whose result is not needed at once (`Gathering`, `Averaging`) is under way while the networks run. All ranks
+begin the same exchanges in the same order.
 """
 
 from __future__ import annotations
@@ -11,18 +15,21 @@ import datetime
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
+    "Averaging",
+    "Gathering",
     "any_rank",
     "average_gradients",
     "average_metrics",
     "from_main",
     "gather",
+    "gather_together",
     "is_main",
     "local_rank",
     "own_part",
@@ -142,17 +149,47 @@ def wait_for_all() -> None:
         dist.barrier(group=_hosts)
 
 
+class Gathering:
+    """Tensors on their way to every rank, in one exchange that begins when this is made.
+
+    They travel as bytes, so their types may differ.
+
+    Args:
+        values: [B] (or [B, ...]) each; every rank has as many samples. On one process they may have any shape.
+    """
+
+    def __init__(self, *values: Tensor):
+        self._values = [value.detach() for value in values]
+        self._work = None
+        if ranks() > 1:
+            self._own = torch.cat([value.contiguous().flatten().view(torch.uint8) for value in self._values])
+            self._all = self._own.new_empty(ranks() * len(self._own))
+            self._work = dist.all_gather_into_tensor(self._all, self._own, async_op=True)
+
+    def finish(self) -> list[Tensor]:
+        """Each of the tensors of every rank, one rank after another [ranks * B, ...], without a graph."""
+        if self._work is None:
+            return self._values
+        self._work.wait()
+        sizes = [value.numel() * value.element_size() for value in self._values]
+        parts = self._all.view(ranks(), -1).split(sizes, 1)
+        return [
+            part.flatten().view(value.dtype).view(-1, *value.shape[1:])
+            for part, value in zip(parts, self._values, strict=True)
+        ]
+
+
+def gather_together(*values: Tensor) -> list[Tensor]:
+    """``gather`` of each of ``values``, in one exchange."""
+    return Gathering(*values).finish()
+
+
 def gather(values: Tensor) -> Tensor:
     """``values`` [B] (or [B, ...]) of every rank, one rank after another [ranks * B], without a graph.
 
     Every rank must hold the same number of samples.
     """
-    values = values.detach()
-    if ranks() == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(ranks())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
+    return gather_together(values)[0]
 
 
 def own_part(values: Tensor) -> Tensor:
@@ -168,36 +205,65 @@ def is_sharded(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces each gradient by its mean over the ranks, all buckets under way at once.
+class Averaging:
+    """Gradients on their way to their means over the ranks, all buckets at once; begun when this is made.
 
-    Which parameters have a gradient must be the same on every rank, as it is for one graph. Gradients of sharded
-    weights (`parallel.Sharded`) are means already.
+    From then on a gradient is a part of its bucket, a sum in the making: nothing reads or adds to ``p.grad`` until
+    ``finish``. Which parameters have a gradient must be the same on every rank, as it is for one graph. Gradients of
+    sharded weights (`parallel.Sharded`) are means already.
+
+    Args:
+        parameters: whose gradients are averaged.
     """
-    if ranks() == 1:
-        return
-    under_way = []
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket]).div_(ranks())
-        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in under_way:
-        work.wait()
-        sizes = [gradient.numel() for gradient in bucket]
-        torch._foreach_copy_(bucket, [f.view_as(g) for f, g in zip(flat.split(sizes), bucket, strict=True)])
+
+    @torch.no_grad()
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self._work = []
+        if ranks() == 1:
+            return
+        for bucket in _buckets([p for p in parameters if p.grad is not None and not is_sharded(p.grad)]):
+            total = _joined(bucket).div_(ranks())
+            self._work.append(dist.all_reduce(total, async_op=True))
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to wait for."""
+        return bool(self._work)
+
+    def finish(self) -> None:
+        """Returns when the gradients are means; on a GPU, when it is sure that what is asked of it next sees them."""
+        for work in self._work:
+            work.wait()
 
 
-def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one type together, up to ``BUCKET`` elements."""
-    buckets: list[list[Tensor]] = []
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces each gradient by its mean over the ranks, see `Averaging`."""
+    Averaging(parameters).finish()
+
+
+def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The gradients one after another [n]; afterwards they are views of it, strides and all: no copy back is due."""
+    gradients = [parameter.grad for parameter in parameters]
+    total = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+    parts = total.split([gradient.numel() for gradient in gradients])
+    # As empty_like, which keeps the strides of a gradient without holes, and makes those of any other contiguous.
+    strides = [torch.empty_like(gradient, device="meta").stride() for gradient in gradients]
+    views = [part.as_strided(g.shape, stride) for part, g, stride in zip(parts, gradients, strides, strict=True)]
+    torch._foreach_copy_(views, gradients)
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.grad = view
+    return total
+
+
+def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Neighbours with gradients of one type together, up to ``BUCKET`` elements."""
+    buckets: list[list[nn.Parameter]] = []
     held = 0
-    for gradient in gradients:
-        if not buckets or held + gradient.numel() > BUCKET or buckets[-1][0].dtype != gradient.dtype:
+    for parameter in parameters:
+        if not buckets or held + parameter.numel() > BUCKET or buckets[-1][0].grad.dtype != parameter.grad.dtype:
             buckets.append([])
             held = 0
-        buckets[-1].append(gradient)
-        held += gradient.numel()
+        buckets[-1].append(parameter)
+        held += parameter.numel()
     return buckets
 
 

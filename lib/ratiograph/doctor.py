@@ -179,6 +179,7 @@ def _data(experiment: Experiment) -> str:
     batches = stream.batches(1, experiment.seed)
     batch = next(batches)
     batches.close()
+    experiment.task.check_samples(batch)
     shape = "x".join(map(str, batch.images.shape[1:]))
     return f"{stream.describe()}; a sample {shape} after {time.monotonic() - started:.1f} s"
 

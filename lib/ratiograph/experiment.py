@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.checkpoints import load_strict
+from ratiograph.denoisers import Denoiser
 from ratiograph.loggers import Logger
 from ratiograph.optim import Updater
 from ratiograph.parallel import Parallel, Replicated, full, spread_like
@@ -50,6 +51,20 @@ class Task(nn.Module):
     def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
         """Estimates constants that need data before step 1 (such as Z); returns what to log. Not called on resume."""
         return {}
+
+    def check_samples(self, batch: Batch) -> None:
+        """Raises a ValueError unless the data's samples, if any, have the shape that the denoisers are for."""
+        found = tuple(batch.images.shape[1:])
+        denoisers = {name: module for name, module in self.named_modules() if isinstance(module, Denoiser)}
+        for name, module in denoisers.items() if batch.images.numel() else ():
+            made = tuple(getattr(module, "shape", found))
+            if made != found:
+                network = type(getattr(module, "network", module)).__name__
+                theirs, ours = ("x".join(map(str, shape)) for shape in (made, found))
+                raise ValueError(
+                    f"the data's samples are {ours}, and {name} ({network}) is for {theirs}: configure the network for "
+                    "them (resolution and channels), or give other --data"
+                )
 
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """One optimisation step; returns detached 0-d tensors by name, without synchronising the device."""

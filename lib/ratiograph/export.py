@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def scheduler_config(student: OneStepDDPM) -> dict[str, Any]:
 # --- the student ------------------------------------------------------------------------------------------------------
 
 
-def finished(workdir: Path) -> tuple[object, OneStep]:
+def finished(workdir: Path, bindings: Sequence[str] = ()) -> tuple[object, OneStep]:
     """(experiment, student) of the finished run in ``workdir``, all of it still without memory.
 
     Raises:
@@ -55,7 +56,7 @@ def finished(workdir: Path) -> tuple[object, OneStep]:
     for name in ("config.gin", WEIGHTS):
         if not (workdir / name).is_file():
             raise FileNotFoundError(f"{workdir} has no {name}: give the workdir of a finished run")
-    experiment = student_files.read_experiment(workdir, memory=False)
+    experiment = student_files.read_experiment(workdir, memory=False, bindings=bindings)
     student = getattr(experiment.task, "student", None)
     if student is None:
         raise ValueError(f"{workdir} trained a {type(experiment.task).__name__}, which has no one-step student")
@@ -67,13 +68,13 @@ def is_pipeline(student: OneStep) -> bool:
     return isinstance(student, OneStepDDPM) and isinstance(student.denoiser, StableDiffusion)
 
 
-def load_student(workdir: Path) -> tuple[object, OneStepDDPM]:
+def load_student(workdir: Path, bindings: Sequence[str]) -> tuple[object, OneStepDDPM]:
     """(experiment, averaged student) of the finished run in ``workdir``; the rest of the graph stays without memory.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no finished run of a text-to-image student.
     """
-    experiment, student = finished(workdir)
+    experiment, student = finished(workdir, bindings)
     if not is_pipeline(student):
         raise ValueError(f"{workdir} trained no student of Stable Diffusion: diffusers has no pipeline for others")
     return experiment, student_files.load_student(student, workdir / WEIGHTS)
@@ -93,7 +94,9 @@ def plain_unet(student: OneStepDDPM) -> nn.Module:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def export_pipeline(workdir: Path, out: Path, *, teacher: str | None = None, half: bool = False) -> Path:
+def export_pipeline(
+    workdir: Path, out: Path, *, teacher: str | None = None, half: bool = False, bindings: Sequence[str] = ()
+) -> Path:
     """Writes the student as a pipeline's folder that ``DiffusionPipeline.from_pretrained(out)`` loads.
 
     Args:
@@ -101,6 +104,7 @@ def export_pipeline(workdir: Path, out: Path, *, teacher: str | None = None, hal
         out: folder to make; must not exist, or be empty.
         teacher: pipeline in diffusers' format for the other parts; the teacher's own by default.
         half: whether the U-Net is written in float16; load the folder with ``torch_dtype=torch.float16`` to run in it.
+        bindings: lines of gin on top of the run's config.gin.
 
     Returns:
         ``out``.
@@ -108,7 +112,7 @@ def export_pipeline(workdir: Path, out: Path, *, teacher: str | None = None, hal
     Raises:
         FileNotFoundError, ValueError: no finished run, no pipeline, or ``out`` is taken; says what to do.
     """
-    experiment, student = load_student(Path(workdir))
+    experiment, student = load_student(Path(workdir), bindings)
     source = _pipeline(student.denoiser.weights if teacher is None else teacher)
     with _made_whole(out) as made:
         index = json.loads((source / "model_index.json").read_text())
@@ -123,12 +127,13 @@ def export_pipeline(workdir: Path, out: Path, *, teacher: str | None = None, hal
     return Path(out)
 
 
-def export_lora(workdir: Path, out: Path) -> Path:
+def export_lora(workdir: Path, out: Path, *, bindings: Sequence[str] = ()) -> Path:
     """Writes the student's adapters as a LoRA that ``pipeline.load_lora_weights(out)`` loads, with its scheduler.
 
     Args:
         workdir: of a finished run whose student's network is a ``LoRA``.
         out: folder to make; must not exist, or be empty.
+        bindings: lines of gin on top of the run's config.gin.
 
     Returns:
         ``out``.
@@ -139,7 +144,7 @@ def export_lora(workdir: Path, out: Path) -> Path:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from peft import get_peft_model_state_dict
 
-    experiment, student = load_student(Path(workdir))
+    experiment, student = load_student(Path(workdir), bindings)
     network = student.denoiser.network
     if not isinstance(network, LoRA):
         raise ValueError(f"{workdir} trained whole networks, not a LoRA: export the pipeline, without --lora")
@@ -154,7 +159,7 @@ def export_lora(workdir: Path, out: Path) -> Path:
     return Path(out)
 
 
-def export_plain(workdir: Path, out: Path) -> Path:
+def export_plain(workdir: Path, out: Path, *, bindings: Sequence[str] = ()) -> Path:
     """Writes a student that is not Stable Diffusion's as a folder that ``tools/sample.py`` samples as it does the run.
 
     The weights, the configuration, a model card, and what the run's previews were told, where that came from its data.
@@ -162,6 +167,7 @@ def export_plain(workdir: Path, out: Path) -> Path:
     Args:
         workdir: of a finished run.
         out: folder to make; must not exist, or be empty.
+        bindings: lines of gin on top of the run's config.gin.
 
     Returns:
         ``out``.
@@ -170,7 +176,7 @@ def export_plain(workdir: Path, out: Path) -> Path:
         FileNotFoundError, ValueError: no finished run, weights of another network, or ``out`` is taken.
     """
     workdir = Path(workdir)
-    experiment, student = finished(workdir)
+    experiment, student = finished(workdir, bindings)
     student_files.load_student(student, workdir / WEIGHTS)
     told = student_files.remembered(experiment.task.conditions, workdir).state_dict()
     with _made_whole(out) as made:

@@ -1,7 +1,7 @@
 """The component graph of an experiment as data, as a text tree, as Mermaid and as a picture.
 
-A *node* is an object whose class a ratiograph module lists in ``__all__``: what a gin file may name. Everything inside
-a node that is not one itself (convolutions, embeddings) is counted, not drawn.
+A *node* is an object whose class a ratiograph module, or one that a configuration imports, lists in ``__all__``: what a
+gin file may name. Everything inside a node that is not one itself (convolutions, embeddings) is counted, not drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
-from ratiograph import graph_svg
+from ratiograph import config, graph_svg
 
 __all__ = ["Node", "describe", "render_tree", "short", "to_mermaid", "to_svg"]
 
@@ -105,7 +105,7 @@ def describe(component: object, name: str = "experiment", *, package: str = "rat
     Args:
         component: any component, also one built on the meta device.
         name: what to call it.
-        package: modules below this package count as ours.
+        package: modules below this package count as ours, beside the components that a configuration imported.
     """
     return _describe(component, name, package, set())
 
@@ -150,6 +150,8 @@ def _comparable(value: object) -> object:
 def _is_component(value: object, package: str) -> bool:
     module = type(value).__module__
     public = getattr(sys.modules.get(module), "__all__", ())
+    if config.is_component(type(value)):
+        return True
     return (module == package or module.startswith(package + ".")) and type(value).__name__ in public
 
 

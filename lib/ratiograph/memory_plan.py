@@ -1,15 +1,16 @@
 """How much memory a distillation will take, from its graph alone: no weights, no data, no GPU.
 
-Notation: a *trained* parameter costs its weight, its gradient, Adam's two moments in float32, and for the student a
-copy in the average; a *frozen* one its weight, in the teacher half as large under bf16 in convolutions and linear
-layers. What a pass keeps for its backward, the *activations*, is counted by running it on the meta device, where
-tensors have shapes and no contents. Bytes are what tensors hold: a GPU's own context, workspaces and fragmentation come
-on top.
+Notation: a *trained* parameter costs its weight, its gradient, its optimiser's moments (two float32 of Adam, one where
+beta_1 = 0, two bytes of Adam8bit), and for the student a copy in the average; a *frozen* one its weight, in the teacher
+half as large under bf16 in convolutions and linear layers. What a pass keeps for its backward, the *activations*, is
+counted by running it on the meta device, where tensors have shapes and no contents. Bytes are what tensors hold: a
+GPU's own context, workspaces and fragmentation come on top.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from ratiograph.guidance import Guided
 from ratiograph.memory import available_memory
+from ratiograph.optim import Adam
+from ratiograph.optim_8bit import Adam8bit
 from ratiograph.types import Condition
 
 __all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "memory_plan", "render", "shortage"]
@@ -89,19 +92,34 @@ def _bytes(owner: nn.Module, parameter: nn.Parameter, halved: bool) -> int:
     return parameter.numel() * (2 if half else parameter.element_size())
 
 
-def _node(name: str, module: nn.Module, seen: set[int], precision: str, averages: int, frozen: bool) -> NodeMemory:
-    weights = trained = parameters = 0
+@functools.singledispatch
+def _moment_bytes(recipe: Adam | None, parameter: nn.Parameter) -> int:
+    if recipe is None:
+        return 0
+    return SINGLE * parameter.numel() * (2 if recipe.betas[0] else 1)
+
+
+@_moment_bytes.register
+def _(recipe: Adam8bit, parameter: nn.Parameter) -> int:
+    return recipe.moment_bytes(parameter)
+
+
+def _node(
+    name: str, module: nn.Module, seen: set[int], precision: str, averages: int, recipe: Adam | None
+) -> NodeMemory:
+    weights = trained = moments = parameters = 0
     for owner in module.modules():
         for parameter in owner.parameters(recurse=False):
             parameters += parameter.numel()
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            learns = parameter.requires_grad and not frozen
             weights += _bytes(owner, parameter, precision == "bf16" and name == "teacher")
-            trained += parameter.numel() if learns else 0
+            if parameter.requires_grad and name not in FROZEN:
+                trained += parameter.numel()
+                moments += _moment_bytes(recipe, parameter)
     moved = SINGLE * trained
-    return NodeMemory(name, parameters, trained, weights, moved, 2 * moved, averages * moved)
+    return NodeMemory(name, parameters, trained, weights, moved, moments, averages * moved)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -201,13 +219,18 @@ def memory_plan(task: nn.Module, precision: str = "bf16") -> MemoryPlan:
     seen: set[int] = set()
     kept = 1 + len(getattr(task, "averages", ()))
     nodes = tuple(
-        _node(name, node, seen, precision, averages=kept if name in AVERAGED else 0, frozen=name in FROZEN)
+        _node(name, node, seen, precision, kept if name in AVERAGED else 0, _recipe(task, name))
         for name, node in named.items()
     )
     network = getattr(getattr(named.get("student"), "denoiser", None), "network", None)
     known = hasattr(network, "unet") and all(p.is_meta for p in network.parameters())
     counted = tuple(node for node in nodes if node.parameters)
     return MemoryPlan(counted, activations(network) if known else None, precision, _passes(task))
+
+
+def _recipe(task: nn.Module, name: str) -> Adam | None:
+    """The optimiser's of one node, where it has one."""
+    return getattr(task, "optimizer" if name == "denoiser" else f"{name}_optimizer", None)
 
 
 def _passes(task: nn.Module) -> int:
@@ -236,7 +259,8 @@ def shortage(task: nn.Module, precision: str, device: torch.device, parts: int =
         return ""
     return (
         f"warning: the networks, gradients, optimisers and averages take about {needed:.1f} GB and {device} has "
-        f"{left:.1f} GB left: shard over several GPUs (--parallel=fsdp), or train adapters (gin/base/sd15_lora.gin)"
+        f"{left:.1f} GB left: shard over several GPUs (--parallel=fsdp), train adapters (gin/base/sd15_lora.gin, "
+        "sdxl_lora.gin), or hold moments in 8 bits (gin/base/adam_8bit.gin)"
     )
 
 

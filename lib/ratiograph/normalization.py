@@ -6,6 +6,9 @@ t, and then omega by its mean. Means are over the global batch (all ranks), in l
 discriminator that is far ahead then still gives weights that differ. The usual order, outermost first:
 
     MeanNormalized(RatioNormalized(Clamped(JensenShannon())))
+
+Asked for weights of its own samples, the outermost wrapper gathers l, l* and t of all ranks once, lets those within it
+compute the weights of them all, numbers each, and keeps its rank's: one exchange however many there are.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ratiograph.distributed import gather, own_part
+from ratiograph.distributed import gather_together, own_part
 from ratiograph.noising import NoisingProcess
 from ratiograph.times import TimeSampler
 from ratiograph.weightings import Weighting
@@ -24,11 +27,32 @@ __all__ = ["Clamped", "MeanNormalized", "RatioNormalized", "TimeNormalized"]
 
 
 class _Wrapper(Weighting):
-    """Holds a weighting and hands on what it does not change."""
+    """Holds a weighting and hands on what it does not change.
+
+    ``forward`` and ``pair`` are of this rank's samples; ``log_weight`` and ``log_pair`` of the global batch's where
+    ``pools``.
+    """
 
     def __init__(self, weighting: Weighting):
         super().__init__()
         self.weighting = weighting
+
+    @property
+    def pools(self) -> bool:
+        """Whether a sample's weight depends on the other samples' too."""
+        return isinstance(self.weighting, _Wrapper) and self.weighting.pools
+
+    def forward(self, log_ratio: Tensor, t: Tensor) -> Tensor:
+        """omega [B] >= 0 of this rank's samples."""
+        if not self.pools:
+            return super().forward(log_ratio, t)
+        return own_part(super().forward(*gather_together(log_ratio, t)))
+
+    def pair(self, log_ratio, target_log_ratio, t):
+        if not self.pools:
+            return super().pair(log_ratio, target_log_ratio, t)
+        weight, target_weight = super().pair(*gather_together(log_ratio, target_log_ratio, t))
+        return own_part(weight), own_part(target_weight)
 
     @property
     def needs_ratio(self):
@@ -79,6 +103,8 @@ class RatioNormalized(_Wrapper):
         decay: share of the sums kept from step to step, in [0, 1); 0 forgets, which needs many samples a bin.
     """
 
+    pools = True
+
     def __init__(self, *, weighting: Weighting, bins: int = 10, decay: float = 0.9):
         super().__init__(weighting)
         if bins < 1 or not 0 <= decay < 1:
@@ -94,17 +120,16 @@ class RatioNormalized(_Wrapper):
         self.noising, self.times = noising, times
 
     def log_means(self, log_ratio: Tensor, t: Tensor) -> Tensor:
-        """log E_q[rho_t] [B] of each sample's bin, after the bins have taken in this batch."""
+        """log E_q[rho_t] [B] of each sample's bin, after the bins have taken in this batch, the global one."""
         if self.times is None:
             raise ValueError("RatioNormalized bins over p(t): call connect(noising, times) first, as Distillation does")
-        own_bin = self._bin(t)
-        everyone = gather(log_ratio)
+        bins = self._bin(t)
         if self.training:
-            self._take_in(everyone, gather(own_bin))
-        pooled = torch.logsumexp(everyone, 0) - math.log(len(everyone))
+            self._take_in(log_ratio, bins)
+        pooled = torch.logsumexp(log_ratio, 0) - math.log(len(log_ratio))
         missing = (2 - self.count).clamp_min(0)
         log_mean = torch.logaddexp(self.log_sum, missing.log() + pooled) - (self.count + missing).log()
-        return log_mean[own_bin]
+        return log_mean[bins]
 
     def _bin(self, t: Tensor) -> Tensor:
         return (self.times.quantile(self.noising, t) * self.bins).long().clamp(0, self.bins - 1)
@@ -127,8 +152,10 @@ class RatioNormalized(_Wrapper):
 class _Normalized(_Wrapper):
     """Divides omega(r), and omega(r*) with it, by a mean of omega(r) over the global batch."""
 
+    pools = True
+
     def log_mean(self, log_weight: Tensor, t: Tensor) -> Tensor:
-        """log of what each sample's omega is divided by, [B] or []."""
+        """log of what each of the global batch's omega is divided by, [B] or []."""
         raise NotImplementedError
 
     def log_weight(self, log_ratio, t):
@@ -152,8 +179,7 @@ class MeanNormalized(_Normalized):
         super().__init__(weighting)
 
     def log_mean(self, log_weight, t):
-        everyone = gather(log_weight)
-        return torch.logsumexp(everyone, 0) - math.log(len(everyone))
+        return torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
 
 
 class TimeNormalized(_Normalized):
@@ -174,8 +200,7 @@ class TimeNormalized(_Normalized):
         self.bins = bins
 
     def log_mean(self, log_weight, t):
-        everyone, all_t = gather(log_weight), gather(t)
-        means = torch.empty_like(everyone)
-        for group in all_t.argsort().tensor_split(min(self.bins, len(all_t))):
-            means[group] = torch.logsumexp(everyone[group], 0) - math.log(len(group))
-        return own_part(means)
+        means = torch.empty_like(log_weight)
+        for group in t.argsort().tensor_split(min(self.bins, len(t))):
+            means[group] = torch.logsumexp(log_weight[group], 0) - math.log(len(group))
+        return means

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ratiograph.distributed import average_gradients, is_sharded, ranks
+from ratiograph.distributed import Averaging, is_sharded, ranks
 from ratiograph.parallel import spread
 
 __all__ = ["EMA", "Adam"]
@@ -81,11 +81,12 @@ class AdamW:
         self.state: dict[int, dict[str, Tensor]] = {}
         """By index of the parameter, from its first gradient on: "step" [], "exp_avg_sq", and "exp_avg" if held."""
 
-    def step(self, rate: float, skip: Tensor) -> None:
+    def step(self, rate: float, divisor: Tensor, skip: Tensor) -> None:
         """Moves each parameter that has a gradient.
 
         Args:
             rate: the learning rate.
+            divisor: [] float32, of the gradients; they are left divided.
             skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
         """
         moved = [(p, p.grad, self._state_of(k)) for k, p in enumerate(self.parameters) if p.grad is not None]
@@ -98,6 +99,7 @@ class AdamW:
             [],
             [state["step"] for _, _, state in moved],
             fused=True,
+            grad_scale=divisor,
             found_inf=skip,
             amsgrad=False,
             beta1=self.recipe.betas[0],
@@ -132,7 +134,7 @@ class AdamW:
         for k, held in saved["state"].items():
             for name, value in self._state_of(k).items():
                 if name not in held:
-                    raise ValueError("the checkpoint was trained with Adam.betas = (0.0, ...): resume with the same betas")
+                    raise ValueError("the checkpoint was made with Adam.betas = (0.0, ...): resume with the same betas")
                 value.copy_(spread(held[name], self.parameters[k]))
 
 
@@ -149,20 +151,35 @@ class Updater:
         self.recipe, self.parameters, self.rule, self.updates = recipe, parameters, rule, 0
         self.watchers: list[Callable[[Tensor], None]] = []
         """Told before each update [] whether it is left out, 1 or 0."""
+        self._averaging: Averaging | None = None
+
+    def begin(self) -> bool:
+        """Sends the gradients now held on their way to their means over the ranks, for ``step``, and is back at once.
+
+        Returns:
+            Whether there is anything to wait for: not on one process, nor where weights are sharded.
+        """
+        self._averaging = Averaging(self.parameters)
+        return bool(self._averaging)
 
     def step(self) -> Tensor:
         """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping.
 
         A norm that is not finite changes nothing.
         """
-        average_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
+        if self._averaging is None:
+            self.begin()
+        self._averaging.finish()
+        self._averaging = None
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
         norm = norm.full_tensor() if is_sharded(norm) else norm
         skip = (~norm.isfinite()).float()
         for told in self.watchers:
             told(skip)
         self.updates += 1
-        self.rule.step(self.recipe.rate(self.updates), skip)
+        # As torch's clip_grad_norm_, but the rule divides in its own pass over the gradients.
+        divisor = ((norm + 1e-6) / self.recipe.clip_norm).clamp(min=1.0).float()
+        self.rule.step(self.recipe.rate(self.updates), divisor, skip)
         for parameter in self.parameters:
             parameter.grad = None
         return norm.detach()

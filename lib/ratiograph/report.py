@@ -102,7 +102,8 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
     ]
     state = run.state() or ("" if any(sections) else "Nothing has been measured here yet.")
     lead = f'<p class="lead">{escape(state)}</p>' if state else ""
-    html = page(str(title), "ratiograph run", facts_list(run.facts()), [lead, *sections])
+    named = "ratiograph run" if title == run.name else f"ratiograph run {run.name}"
+    html = page(str(title), named, facts_list(run.facts()), [lead, *sections], tab=run.name)
     write_atomically(out, html.encode())
     return out
 

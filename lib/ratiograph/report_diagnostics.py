@@ -24,7 +24,7 @@ from ratiograph.logs import significant
 from ratiograph.report_charts import Guide, bin_chart, calibration_chart, line_chart
 from ratiograph.report_page import captioned, scrolled
 
-__all__ = ["Check", "checks", "collapse_banner", "quality_charts", "trust", "verdict"]
+__all__ = ["Check", "checks", "collapse_banner", "outcomes", "quality_charts", "trust", "verdict"]
 
 IDENTITY = 0.2  # |mean - 1| that is let pass
 IDENTITY_FACTOR = 2.0  # the same at a single noise level, where samples are fewer
@@ -137,6 +137,13 @@ def verdict(found: Sequence[Check], steps: int) -> tuple[str, str]:
     return "good", "No objection: all checks pass. They can expose a wrong ratio; they cannot prove a right one."
 
 
+def outcomes(steps: int) -> dict[bool | None, tuple[str, str]]:
+    """{whether a check holds: (class of report.css, word)} after ``steps`` steps: none is read before EARLY."""
+    if steps < EARLY:
+        return dict.fromkeys((True, False, None), ("open", "not yet"))
+    return {True: ("good", "passes"), False: ("bad", "fails"), None: ("open", "undecided")}
+
+
 def _listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
@@ -172,9 +179,7 @@ def trust(records: Records, diagnostics: Mapping[str, Any]) -> tuple[str, set[st
 
 def _verdict(found: Sequence[Check], steps: int) -> str:
     kind, line = verdict(found, steps)
-    words = {True: ("good", "passes"), False: ("bad", "fails"), None: ("open", "undecided")}
-    if steps < EARLY:
-        words = dict.fromkeys(words, ("open", "not yet"))
+    words = outcomes(steps)
     rows = "".join(
         f'<tr><th scope="row">{escape(check.name)}</th><td class="{words[check.holds][0]}">{words[check.holds][1]}</td>'
         f"<td>{escape(check.found)}</td><td>{escape(check.rule)}</td></tr>"

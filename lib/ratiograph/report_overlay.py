@@ -75,7 +75,7 @@ def overlay_chart(
         colours: number of each run on the page.
         guide: what the values are read against.
         where: names a place under the pointer; "#" stands for its number.
-        dotted: marks each value, where they are few.
+        dotted: marks each value, where they are few; a run's only one is marked anyway.
     """
     steps = {run: np.asarray(x, dtype=float) for run, (x, _) in curves.items()}
     values = {run: np.asarray(y, dtype=float) for run, (_, y) in curves.items()}
@@ -124,7 +124,7 @@ def _lines(
     """A run's line; dots on its values, or the values themselves, faint, below it."""
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).round().astype(int))
     parts = [f'<path class="curve {colour}" d="{path_data(steps[shown], averaged[shown], x, y)}"/>']
-    if dotted:
+    if dotted or np.isfinite(raw).sum() == 1:  # a line through one value would not be seen
         dots = ((at, value) for at, value in zip(steps, raw, strict=True) if math.isfinite(value))
         dots = ((at, value) for at, value in dots if value > 0 or not y.log)
         parts += [f'<circle class="{colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="2.6"/>' for at, value in dots]

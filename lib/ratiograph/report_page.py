@@ -28,7 +28,7 @@ PICTURES = {
 }
 
 
-def page(title: str, eyebrow: str, facts: str, sections: Sequence[str]) -> str:
+def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: str = "") -> str:
     """The whole file.
 
     Args:
@@ -36,12 +36,14 @@ def page(title: str, eyebrow: str, facts: str, sections: Sequence[str]) -> str:
         eyebrow: a word or two above it.
         facts: HTML below it, as of ``facts_list``.
         sections: HTML; "" is left out.
+        tab: what the browser's tab is called; ``title`` by default.
     """
     assets = resources.files("ratiograph") / "assets"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{(assets / 'report.css').read_text(encoding='utf-8')}</style></head>"
+        f"<title>{escape(tab or title)}</title>"
+        f"<style>{(assets / 'report.css').read_text(encoding='utf-8')}</style></head>"
         f'<body><main><header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1>{facts}</header>\n'
         + "\n".join(part for part in sections if part)
         + f"\n<footer>{escape(_environment())}</footer></main>"

@@ -19,7 +19,7 @@ from ratiograph.config_difference import ABSENT, differences, full_bindings
 from ratiograph.files import write_atomically
 from ratiograph.logs import significant
 from ratiograph.report_curves import curves_section, quality_section
-from ratiograph.report_diagnostics import checks, verdict
+from ratiograph.report_diagnostics import checks, outcomes, verdict
 from ratiograph.report_files import RunFiles, check_run, finite, grids, read_run
 from ratiograph.report_overlay import colour_class
 from ratiograph.report_page import breakable, captioned, page, picture, scrolled, section
@@ -323,7 +323,6 @@ def _noise(runs: Sequence[RunFiles]) -> str:
 
 def _verdicts(runs: Runs) -> str:
     """One line a run: the verdict on its ratio, and what each check found."""
-    words = {True: ("good", "passes"), False: ("bad", "fails"), None: ("open", "undecided")}
     rows, names = [], []
     for index, (label, run) in enumerate(runs.items()):
         tables = run.diagnostics.get("ratio") or {}
@@ -341,7 +340,8 @@ def _verdicts(runs: Runs) -> str:
                 f'{key}<td class="open" colspan="{len(found) + 1}">no ratio that learns, or not measured</td></tr>'
             )
             continue
-        kind, line = verdict(found, max(run.step, run.diagnostics.get("step", 0)))
+        steps = max(run.step, run.diagnostics.get("step", 0))
+        words, (kind, line) = outcomes(steps), verdict(found, steps)
         cells = "".join(
             f'<td><span class="{words[check.holds][0]} mark">{words[check.holds][1]}</span> {escape(check.found)}</td>'
             if check.found != "not measured"

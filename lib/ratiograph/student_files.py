@@ -5,6 +5,7 @@ The folder is a run's workdir, or what `export` made of one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +30,13 @@ CONDITIONS = "conditions.safetensors"
 """What the run's previews were told, in an exported folder; a workdir's checkpoint holds the same."""
 
 
-def read_experiment(folder: Path, *, memory: bool) -> Experiment:
+def read_experiment(folder: Path, *, memory: bool, bindings: Sequence[str] = ()) -> Experiment:
     """The run that ``folder`` is of.
 
     Args:
         folder: holds config.gin.
         memory: whether networks have any, random numbers by the run's seed; if not, all lies on the meta device.
+        bindings: lines of gin on top of config.gin; ``import my.module`` for components of one's own.
 
     Raises:
         FileNotFoundError: there is no config.gin.
@@ -42,7 +44,7 @@ def read_experiment(folder: Path, *, memory: bool) -> Experiment:
     """
     if not (folder / "config.gin").is_file():
         raise FileNotFoundError(f"{folder} has no config.gin: give the folder of a run as --workdir")
-    cfg = config.parse([str(folder / "config.gin")])
+    cfg = config.parse([str(folder / "config.gin")], bindings)
     torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])
     with nullcontext() if memory else torch.device("meta"):
         return config.build(cfg)
@@ -63,8 +65,12 @@ def load_student(student: OneStep, weights: Path) -> OneStep:
     """``student`` with ``weights``, frozen and on the CPU; of a LoRA the base is read from where it came from.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, or they are another network's.
+        FileNotFoundError, ValueError: there are none, as in a run that has not finished, or they are another network's.
     """
+    if not weights.is_file() and weights.name == WEIGHTS and any(weights.parent.glob("checkpoints/*.pt")):
+        raise FileNotFoundError(
+            f"{weights} is written at the end of training: repeat the run's command, which resumes it"
+        )
     _give_memory(student)
     if isinstance(getattr(student.denoiser, "network", None), LoRA):
         student.denoiser.load()

@@ -66,7 +66,7 @@ class Replayed:
 
 
 def _backward(x0: Tensor, field: Tensor) -> None:
-    """``x0.backward(field)``, which would import sympy: the derivative of the inner product with respect to x0 is field."""
+    """``x0.backward(field)``, which would import sympy: the gradient of the inner product at x0 is field."""
     (x0 * field).sum().backward()
 
 

@@ -6,6 +6,7 @@ teacher by Heun's sampler in many evaluations in place of the student in one. Pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,14 @@ __all__ = ["draw_teacher", "save_teacher"]
 PREVIEW = 2  # the position of a run's seed that its grids are drawn at, as in the trainer
 
 
-def draw_teacher(workdir: Path, evaluations: int, device: str = "auto") -> Path:
+def draw_teacher(workdir: Path, evaluations: int, device: str = "auto", *, bindings: Sequence[str] = ()) -> Path:
     """Writes ``samples/teacher.png`` into a run's folder, with the number of evaluations as a text in the file.
 
     Args:
         workdir: of a run with a teacher; its config.gin says what the graph is. The run may still be training.
         evaluations: passes of the teacher a sample.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        bindings: lines of gin on top of config.gin.
 
     Returns:
         Path of the grid.
@@ -45,7 +47,7 @@ def draw_teacher(workdir: Path, evaluations: int, device: str = "auto") -> Path:
     check_run(workdir)
     if not (workdir / "config.gin").is_file():
         raise ValueError(f"{workdir} has no config.gin, which says what its teacher is")
-    experiment = config.build(config.parse([str(workdir / "config.gin")]))
+    experiment = config.build(config.parse([str(workdir / "config.gin")], bindings))
     task, place = experiment.task, trainer.choose_device(device)
     if getattr(task, "teacher", None) is None:
         raise ValueError(f"{workdir} has no teacher to draw: leave out --teacher_evaluations")

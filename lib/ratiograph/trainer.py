@@ -148,7 +148,7 @@ class _Run:
         batches = None
         if experiment.data:
             stream = experiment.data.batches(experiment.batch_size, experiment.seed)
-            batches = map(self.placed, stream)
+            batches = map(self.placed, self.checked(stream))
         for name, value in task.fit(batches, self.alone(1)).items():
             say(f"{name} = {value:.5g}")
         if experiment.evaluator:
@@ -173,7 +173,14 @@ class _Run:
         """This rank's real batches on the device, after the first ``samples`` samples of all ranks."""
         data, seed = self.experiment.data, self.experiment.seed
         stream = data.batches(self.share, seed, samples, distributed.rank(), distributed.ranks())
-        return map(self.placed, stream)
+        return map(self.placed, self.checked(stream))
+
+    def checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """``stream``, whose first samples are of the networks' shape."""
+        for index, batch in enumerate(stream):
+            if not index:
+                self.task.check_samples(batch)
+            yield batch
 
     def placed(self, batch: Batch) -> Batch:
         """The batch where and as the networks want it."""

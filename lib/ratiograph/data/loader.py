@@ -4,6 +4,8 @@ The *global batch* number k holds the samples at positions ``start + k N`` to ``
 batch_size; rank r gets rows ``r batch_size`` to ``(r+1) batch_size - 1`` of it, and of W worker processes number
 k mod W makes it. Every process walks the whole order and decodes only its own rows, so that neither ranks nor workers
 change which sample lies where.
+
+Where a GPU is in use, batches are pinned ahead of the consumer: their copies to it then go on beside its work.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ratiograph.types import Batch
+from ratiograph.types import Batch, Condition
 
 from .order import Order
 from .shards import DamagedSample
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 1000
 """Samples before the fraction of damaged ones is judged, and damaged samples in a row that are the end."""
+PINNED = 2
+"""Batches of worker processes that lie pinned."""
 
 
 class Decoder(Protocol):
@@ -60,6 +64,12 @@ class Delivery:
     batch: Batch
     damaged: tuple[Damage, ...]
     rejected: Counter[str]
+
+    def pinned(self) -> Delivery:
+        """Whatever goes to the GPU in memory that it reads by itself; a caption stays where tokenizers read it."""
+        told = self.batch.condition.parts()
+        pinned = {name: value if name == "caption" else value.pin_memory() for name, value in told.items()}
+        return replace(self, batch=Batch(self.batch.images.pin_memory(), Condition(**pinned)))
 
 
 @dataclass
@@ -220,13 +230,26 @@ def _from_workers(source: Batches, workers: int, ahead: int) -> Iterator[Deliver
         )
 
 
+def _pinned(source: Iterable[Delivery | Failure]) -> Iterator[Delivery | Failure]:
+    for item in source:
+        yield item.pinned() if isinstance(item, Delivery) else item
+
+
+def _made(source: Batches, workers: int, ahead: int) -> Iterator[Delivery | Failure]:
+    """What ``source`` makes ahead of the consumer, in worker processes or a thread; pinned in a thread either way."""
+    made = _from_workers(source, workers, ahead) if workers else source
+    if torch.cuda.is_initialized():
+        return _prefetch(_pinned(made), ahead if not workers else PINNED)
+    return made if workers else _prefetch(made, ahead)
+
+
 def deliver(source: Batches, workers: int, ahead: int, account: Account) -> Iterator[Batch]:
     """The batches of ``source``, made ``ahead`` of the consumer by so many worker processes, or by a thread for 0.
 
     Raises:
         ValueError: while iterating, whatever the source fails with, a worker that died, too much damage.
     """
-    with closing(_from_workers(source, workers, ahead) if workers else _prefetch(source, ahead)) as items:
+    with closing(_made(source, workers, ahead)) as items:
         for item in items:
             if isinstance(item, Failure):
                 raise ValueError(item.message)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ratiograph.networks.checkpointing import Part, directly
+
 
 def zero_(module: nn.Module) -> nn.Module:
     """Sets all parameters to zero, so that a residual branch starts as the identity."""
@@ -64,13 +66,19 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.dropout = dropout
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        if self.affine is not None:
-            scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, 1)
+    def _first(self, x: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x)))
+
+    def _second(self, h: Tensor, values: Tensor | None) -> Tensor:
+        h = self.norm2(h)
+        if values is not None:
+            scale, shift = values.chunk(2, 1)
             h = torch.addcmul(shift, h, scale + 1)
-        h = F.dropout(F.silu(h), self.dropout, self.training)
-        return self.skip(x) + self.conv2(h)
+        return self.conv2(F.dropout(F.silu(h), self.dropout, self.training))
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, part: Part = directly) -> Tensor:
+        values = None if self.affine is None else self.affine(embedding)[:, :, None, None]
+        return self.skip(x) + part(self._second, part(self._first, x), values)
 
 
 class SelfAttention(nn.Module):
@@ -90,9 +98,13 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.project = zero_(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _query_key_value(self, x: Tensor) -> Tensor:
+        return self.query_key_value(self.norm(x))
+
+    def forward(self, x: Tensor, part: Part = directly) -> Tensor:
         batch, channels, height, width = x.shape
-        qkv = self.query_key_value(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, positions, head channels]
+        qkv = part(self._query_key_value, x).reshape(batch, 3, self.heads, channels // self.heads, height * width)
+        # Each [B, heads, positions, head channels], with the channels next to each other, which fused kernels want.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
         return x + self.project(attended)

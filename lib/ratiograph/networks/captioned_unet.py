@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratiograph.denoisers import EDM, locate_weights
+from ratiograph.networks.checkpointing import Checkpointing
 from ratiograph.networks.unet import UNet
 from ratiograph.types import Condition
 from ratiograph.weight_files import load_weights
@@ -23,6 +24,7 @@ class CaptionedUNet(UNet):
 
     Args:
         resolution, image_channels, channels, multipliers, blocks, patch_size, attention, dropout: as in ``UNet``.
+        checkpointing: as in ``UNet``.
         text_width: E.
         caption_dropout: probability of training a sample with the empty prompt, which guidance needs.
 
@@ -43,6 +45,7 @@ class CaptionedUNet(UNet):
         dropout: float = 0.0,
         text_width: int = 32,
         caption_dropout: float = 0.0,
+        checkpointing: Checkpointing | None = None,
     ):
         super().__init__(
             resolution=resolution,
@@ -53,6 +56,7 @@ class CaptionedUNet(UNet):
             patch_size=patch_size,
             attention=attention,
             dropout=dropout,
+            checkpointing=checkpointing,
         )
         if not 0 <= caption_dropout < 1:
             raise ValueError(f"CaptionedUNet.caption_dropout={caption_dropout} must be in [0, 1)")

@@ -15,11 +15,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ratiograph.denoisers import Encoding
-from ratiograph.differentiation import recomputed_alike
 from ratiograph.networks.blocks import zero_
+from ratiograph.networks.checkpointing import Checkpointing
 from ratiograph.networks.edm_blocks import (
     Block,
     ClassEmbedding,
@@ -116,7 +115,7 @@ class EDMUNet(nn.Module):
         attended: indices of the levels with attention.
         attended_from: index of the first block in the decoder's levels that has attention, if its level has.
         out_eps: of the last normalisation.
-        checkpointing: whether blocks forget their activations and compute them again in the backward pass.
+        checkpointing: what the backward pass computes again; None: nothing.
 
     Raises:
         ValueError: if ``resolution`` is not divisible by the halvings.
@@ -137,7 +136,7 @@ class EDMUNet(nn.Module):
         attended: Sequence[int],
         attended_from: int,
         out_eps: float,
-        checkpointing: bool,
+        checkpointing: Checkpointing | None,
     ):
         super().__init__()
         if resolution % 2 ** (len(widths) - 1):
@@ -145,7 +144,8 @@ class EDMUNet(nn.Module):
                 f"resolution={resolution} must be a multiple of 2^(levels - 1) = {2 ** (len(widths) - 1)}: change it, "
                 "or the number of multipliers"
             )
-        self.resolution, self.image_channels, self.checkpointing = resolution, image_channels, checkpointing
+        self.resolution, self.image_channels = resolution, image_channels
+        self.checkpointing = checkpointing or Checkpointing()
         self.feature_channels = (*widths, widths[-1])
         self.embedding = embedding
         self.stem = nn.Conv2d(image_channels, stem_channels, 3, padding=1)
@@ -164,14 +164,9 @@ class EDMUNet(nn.Module):
         """Leaves only what ``encode`` needs."""
         del self.decoder, self.out_norm, self.out
 
-    def _run(self, block: Block, x: Tensor, embedding: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, embedding, use_reentrant=False, context_fn=recomputed_alike)
-        return block(x, embedding)
-
     def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Level k - 1 => the input of level k, and the image at level k (here as it was)."""
-        return self._run(self.encoder[k].resample, x, embedding), image
+        return self.checkpointing.run(self.encoder[k].resample, x, embedding), image
 
     def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> UNetEncoding:
         embedding, image = self.embedding(c_noise, condition), x
@@ -181,20 +176,23 @@ class EDMUNet(nn.Module):
                 h, image = self._descend(k, skips[-1], image, embedding)
                 skips.append(h)
             for block in level.blocks:
-                skips.append(self._run(block, skips[-1], embedding))
+                skips.append(self.checkpointing.run(block, skips[-1], embedding))
             ends.append(skips[-1])
         h = skips[-1]
         for block in self.middle:
-            h = self._run(block, h, embedding)
+            h = self.checkpointing.run(block, h, embedding)
         return UNetEncoding((*ends, h), embedding, skips=tuple(skips))
 
     def decode(self, encoding: UNetEncoding) -> Tensor:
         h, skips, embedding = encoding.features[-1], list(encoding.skips), encoding.embedding
         for level in reversed(self.decoder):
             if level.resample is not None:
-                h = self._run(level.resample, h, embedding)
+                h = self.checkpointing.run(level.resample, h, embedding)
             for block in level.blocks:
-                h = self._run(block, torch.cat([h, skips.pop()], 1), embedding)
+                h = self.checkpointing.run(block, torch.cat([h, skips.pop()], 1), embedding)
+        return self.checkpointing.part(self._end, h)
+
+    def _end(self, h: Tensor) -> Tensor:
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -245,7 +243,7 @@ class DDPMPP(EDMUNet):
         classes: number of classes, 0 for an unconditional network.
         augment_labels: size of ``Condition.augment``, 0 for a network without augmentation labels.
         label_dropout: probability of training without a class, which guidance needs.
-        checkpointing: trades time for memory: blocks compute their activations again in the backward pass.
+        checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
     """
 
     down, up = staticmethod(box_down), staticmethod(box_up)
@@ -263,7 +261,7 @@ class DDPMPP(EDMUNet):
         classes: int = 0,
         augment_labels: int = 9,
         label_dropout: float = 0.0,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing | None = None,
     ):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
             heads = 1 if attention else 0
@@ -320,7 +318,8 @@ class NCSNPP(DDPMPP):
 
     def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         x, _ = super()._descend(k, x, image, embedding)
-        x = (x + binomial_down(self.pyramid[k - 1](image), padding=0)) * math.sqrt(0.5)
+        image = self.checkpointing.part(binomial_down, self.pyramid[k - 1](image), 0)
+        x = (x + image) * math.sqrt(0.5)
         return x, x
 
 
@@ -339,7 +338,7 @@ class ADM(EDMUNet):
         classes: number of classes, 0 for an unconditional network.
         augment_labels: size of ``Condition.augment``, 0 for a network without augmentation labels.
         label_dropout: probability of training without a class, which guidance needs.
-        checkpointing: trades time for memory: blocks compute their activations again in the backward pass.
+        checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
 
     Raises:
         ValueError: a level with attention has a width that is not a multiple of ``head_channels``.
@@ -359,7 +358,7 @@ class ADM(EDMUNet):
         classes: int = 1000,
         augment_labels: int = 0,
         label_dropout: float = 0.0,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing | None = None,
     ):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
             if attention and outputs % head_channels:

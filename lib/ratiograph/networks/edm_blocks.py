@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ratiograph.networks.blocks import zero_
+from ratiograph.networks.checkpointing import Part, directly
 from ratiograph.types import Condition
 
 Resample = Callable[[Tensor], Tensor]
@@ -91,7 +92,7 @@ class RandomFourier(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.register_buffer("frequencies", 16 * torch.randn(width // 2))
+        self.register_buffer("frequencies", 16 * torch.empty(width // 2).normal_())
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angles = c_noise.float()[:, None] * (2 * math.pi * self.frequencies.float())
@@ -111,7 +112,7 @@ class ClassEmbedding(nn.Module):
 
     def __init__(self, classes: int, width: int, *, scale: float, bias: bool, dropout: float):
         super().__init__()
-        self.table = nn.Parameter(torch.randn(classes, width))
+        self.table = nn.Parameter(torch.empty(classes, width).normal_())
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.scale, self.dropout = scale, dropout
 
@@ -199,11 +200,15 @@ class Attention(nn.Module):
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.project = zero_(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.query_key_value(self.norm(x))
-        q, k, v = rearrange(qkv, "b (head c three) h w -> three b head (h w) c", head=self.heads, three=3)
+    def _query_key_value(self, x: Tensor) -> Tensor:
+        return self.query_key_value(self.norm(x))
+
+    def forward(self, x: Tensor, part: Part = directly) -> Tensor:
+        qkv = part(self._query_key_value, x)
+        qkv = rearrange(qkv, "b (head c three) h w -> three b head (h w) c", head=self.heads, three=3)
+        # Fused kernels want channels next to each other; without, torch would keep the map of all pairs.
         # Every backend keeps logits and softmax in float32, which trained networks need: theirs overflow float16.
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(*qkv.contiguous())
         return self.project(rearrange(attended, "b head (h w) c -> b (head c) h w", h=x.shape[2]))
 
 
@@ -255,12 +260,20 @@ class Block(nn.Module):
         """``norm2`` of ``h`` under the embedding's ``values`` [B, modulations * C, 1, 1]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        h = F.silu(self.modulate(h, self.affine(embedding)[:, :, None, None]))
-        h = self.conv2(F.dropout(h, self.dropout, self.training))
-        x = (self.skip(self.resample(x)) + h) * self.skip_scale
-        return x if self.attention is None else (x + self.attention(x)) * self.skip_scale
+    def _first(self, x: Tensor) -> Tensor:
+        return self.conv1(self.resample(F.silu(self.norm1(x))))
+
+    def _second(self, h: Tensor, values: Tensor) -> Tensor:
+        return self.conv2(F.dropout(F.silu(self.modulate(h, values)), self.dropout, self.training))
+
+    def _resampled_skip(self, x: Tensor) -> Tensor:
+        return self.skip(self.resample(x))
+
+    def forward(self, x: Tensor, embedding: Tensor, part: Part = directly) -> Tensor:
+        straight = self.skip(x) if isinstance(self.resample, nn.Identity) else part(self._resampled_skip, x)
+        h = part(self._second, part(self._first, x), self.affine(embedding)[:, :, None, None])
+        x = (straight + h) * self.skip_scale
+        return x if self.attention is None else (x + self.attention(x, part)) * self.skip_scale
 
 
 class ShiftBlock(Block):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ratiograph.denoisers import Encoding
 from ratiograph.networks.blocks import NoiseEmbedding, ResidualBlock, SelfAttention, group_norm, zero_
+from ratiograph.networks.checkpointing import Checkpointing
 from ratiograph.types import Condition
 
 __all__ = ["MLP", "UNet"]
@@ -64,6 +65,7 @@ class UNet(nn.Module):
         dropout: dropout probability of the residual blocks.
         classes: number of classes, 0 for an unconditional network. Negative labels ask for no class.
         label_dropout: probability of training a sample without its class, which guidance needs.
+        checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
 
     Raises:
         ValueError: if ``resolution`` is not divisible by the patch size and the halvings.
@@ -82,6 +84,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         classes: int = 0,
         label_dropout: float = 0.0,
+        checkpointing: Checkpointing | None = None,
     ):
         super().__init__()
         factor = patch_size * 2 ** (len(multipliers) - 1)
@@ -92,7 +95,7 @@ class UNet(nn.Module):
             )
         self.resolution, self.image_channels, self.patch_size = resolution, image_channels, patch_size
         self.channels, self.multipliers, self.classes = channels, tuple(multipliers), classes
-        self.label_dropout = label_dropout
+        self.label_dropout, self.checkpointing = label_dropout, checkpointing or Checkpointing()
         embedding = 4 * channels
         widths = [channels * m for m in multipliers]
         self.feature_channels = (*widths, widths[-1])
@@ -139,13 +142,13 @@ class UNet(nn.Module):
         skips = []
         for level, blocks in enumerate(self.encoder):
             for block in blocks:
-                h = block(h, embedding)
+                h = self.checkpointing.run(block, h, embedding)
             skips.append(h)
             if level < len(self.downsamples):
                 h = self.downsamples[level](h)
-        h = self.middle[0](h, embedding)
+        h = self.checkpointing.run(self.middle[0], h, embedding)
         for attention in self.middle[1:]:
-            h = attention(h)
+            h = self.checkpointing.run(attention, h)
         return Encoding(features=(*skips, h), embedding=embedding)
 
     def decode(self, encoding: Encoding) -> Tensor:
@@ -153,11 +156,14 @@ class UNet(nn.Module):
         for level in reversed(range(len(self.decoder))):
             h = torch.cat([h, skips[level]], 1)
             for block in self.decoder[level]:
-                h = block(h, encoding.embedding)
+                h = self.checkpointing.run(block, h, encoding.embedding)
             if level:
                 # Project before enlarging: the same map as after it, at a quarter of the work.
                 h = F.interpolate(self.upsamples[level - 1](h), scale_factor=2, mode="nearest")
-        return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.patch_size)
+        return F.pixel_shuffle(self.checkpointing.part(self._end, h), self.patch_size)
+
+    def _end(self, h: Tensor) -> Tensor:
+        return self.out(F.silu(self.out_norm(h)))
 
 
 class ResidualLinear(nn.Linear):
