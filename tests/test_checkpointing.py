@@ -23,7 +23,7 @@ from ratiograph.compilation import compile_blocks
 from ratiograph.denoisers import EDM
 from ratiograph.differentiation import twice_differentiable
 from ratiograph.networks import checkpointing
-from ratiograph.networks.blocks import ResidualBlock, SelfAttention
+from ratiograph.networks.blocks import ResidualBlock
 from ratiograph.networks.captioned_unet import CaptionedUNet
 from ratiograph.networks.checkpointing import CheapOperations, Checkpointing, WholeBlocks
 from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
@@ -182,11 +182,10 @@ def test_two_maps_of_a_block_are_kept(make, maps, plain, values):
     assert held(make, WholeBlocks(), x, embedding)[0] == one
 
 
-@pytest.mark.parametrize("make", [lambda heads: SelfAttention(64, 64 // heads), lambda h: Attention(64, h, 1e-5)])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_attention_keeps_no_map_of_all_pairs(make, heads):
+def test_attention_keeps_no_map_of_all_pairs(heads):
     """256 positions of 64 channels: a head's map of all pairs is four maps of features."""
-    kept, one = held(lambda: make(heads), Checkpointing(), torch.randn(2, 64, 16, 16))
+    kept, one = held(lambda: Attention(64, heads, 1e-5), Checkpointing(), torch.randn(2, 64, 16, 16))
     # Norm, its statistics, query, key, value, result as attention gives it and as the layer takes it, and output.
     assert kept < 7.2 * one
 

@@ -99,7 +99,7 @@ def captions():
     if not FLAGS.prompts:
         return []
     if not Path(FLAGS.prompts).exists():
-        raise ValueError(f"--prompts={FLAGS.prompts}: there is no such file; write one, a caption a line")
+        raise ValueError(f"No such file: --prompts={FLAGS.prompts}. Write one, a caption a line")
     lines = Path(FLAGS.prompts).read_text(encoding="utf-8").splitlines()
     found = [line.strip() for line in lines if line.strip()]
     if not found:

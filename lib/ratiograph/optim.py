@@ -81,12 +81,11 @@ class AdamW:
         self.state: dict[int, dict[str, Tensor]] = {}
         """By index of the parameter, from its first gradient on: "step" [], "exp_avg_sq", and "exp_avg" if held."""
 
-    def step(self, rate: float, divisor: Tensor, skip: Tensor) -> None:
+    def step(self, rate: float, skip: Tensor) -> None:
         """Moves each parameter that has a gradient.
 
         Args:
             rate: the learning rate.
-            divisor: [] float32, of the gradients; they are left divided.
             skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
         """
         moved = [(p, p.grad, self._state_of(k)) for k, p in enumerate(self.parameters) if p.grad is not None]
@@ -99,7 +98,6 @@ class AdamW:
             [],
             [state["step"] for _, _, state in moved],
             fused=True,
-            grad_scale=divisor,
             found_inf=skip,
             amsgrad=False,
             beta1=self.recipe.betas[0],
@@ -171,18 +169,24 @@ class Updater:
             self.begin()
         self._averaging.finish()
         self._averaging = None
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        norm = norm.full_tensor() if is_sharded(norm) else norm
+        norm = self._clip()
         skip = (~norm.isfinite()).float()
         for told in self.watchers:
             told(skip)
         self.updates += 1
-        # As torch's clip_grad_norm_, but the rule divides in its own pass over the gradients.
-        divisor = ((norm + 1e-6) / self.recipe.clip_norm).clamp(min=1.0).float()
-        self.rule.step(self.recipe.rate(self.updates), divisor, skip)
+        self.rule.step(self.recipe.rate(self.updates), skip)
         for parameter in self.parameters:
             parameter.grad = None
         return norm.detach()
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients; their norm [] before."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        whole = norm.full_tensor() if is_sharded(norm) else norm
+        # Gradients of a CPU that need no clip are not multiplied by 1; a GPU would have to be waited for to know.
+        if not (whole.is_cpu and whole + 1e-6 <= self.recipe.clip_norm):
+            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm, foreach=True)
+        return whole
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "optimizer": self.rule.state_dict()}

@@ -102,18 +102,16 @@ class BlockwiseAdamW:
         self.optimizers = [AdamW8bit([p], lr=recipe.lr, block_size=BLOCK, **told) for p in parameters]
 
     @torch.no_grad()
-    def step(self, rate: float, divisor: Tensor, skip: Tensor) -> None:
+    def step(self, rate: float, skip: Tensor) -> None:
         """Moves each parameter that has a gradient.
 
         Args:
             rate: the learning rate.
-            divisor: [] float32, of the gradients; they are left divided.
             skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
         """
         left_out = skip.bool()
         for k, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
-                parameter.grad.div_(divisor)
                 self._move(k, rate, left_out)
 
     def _move(self, k: int, rate: float, left_out: Tensor) -> None:

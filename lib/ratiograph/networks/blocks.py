@@ -104,7 +104,6 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, part: Part = directly) -> Tensor:
         batch, channels, height, width = x.shape
         qkv = part(self._query_key_value, x).reshape(batch, 3, self.heads, channels // self.heads, height * width)
-        # Each [B, heads, positions, head channels], with the channels next to each other, which fused kernels want.
-        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, positions, head channels]
         attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, height, width)
         return x + self.project(attended)
