@@ -54,13 +54,24 @@ def test_mean_normalized_powers_ignore_the_scale_of_rho(row):
 
 def test_time_normalized_divides_by_the_mean_at_about_the_same_time():
     """Two times, two groups, in any order: each group's weights have mean 1."""
-    t = torch.tensor([0.9, 0.1, 0.9, 0.1])
-    l = torch.tensor([1.0, 2.0, 3.0, 6.0]).log()  # noqa: E741
+    t = torch.tensor(2 * [0.9, 0.1, 0.9, 0.1])
+    l = torch.tensor(2 * [1.0, 2.0, 3.0, 6.0]).log()  # noqa: E741
     weighting = TimeNormalized(weighting=BE(), bins=2)
-    assert weighting(l, t).tolist() == pytest.approx([0.5, 0.5, 1.5, 1.5])
-    weight, target_weight = weighting.pair(l, torch.zeros(4), t)
-    assert weight.tolist() == pytest.approx([0.5, 0.5, 1.5, 1.5])
-    assert target_weight.tolist() == pytest.approx([0.5, 0.25, 0.5, 0.25])
+    assert weighting(l, t).tolist() == pytest.approx(2 * [0.5, 0.5, 1.5, 1.5])
+    weight, target_weight = weighting.pair(l, torch.zeros(8), t)
+    assert weight.tolist() == pytest.approx(2 * [0.5, 0.5, 1.5, 1.5])
+    assert target_weight.tolist() == pytest.approx(2 * [0.5, 0.25, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(("samples", "groups"), [(3, 1), (7, 1), (8, 2), (31, 7), (32, 8), (80, 8)])
+def test_no_group_of_times_is_so_small_that_its_weights_are_one(samples, groups):
+    """Each group's weights have mean 1, and no group is of fewer than four unless the batch is."""
+    t, l = torch.rand(samples).sort().values, torch.randn(samples)  # noqa: E741
+    weight = TimeNormalized(weighting=BE())(l, t)
+    parts = weight.tensor_split(groups)
+    assert [float(part.mean()) for part in parts] == pytest.approx(groups * [1.0], abs=1e-5)
+    assert min(len(part) for part in parts) >= min(4, samples)
+    assert float(weight.std()) > 0.1
 
 
 def test_one_time_bin_is_the_batch_mean():

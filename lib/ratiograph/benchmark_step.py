@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ratiograph import benchmark, config, trainer
 from ratiograph.benchmark_inputs import made_up_batch, randomised
@@ -29,6 +30,7 @@ from ratiograph.denoisers import Denoiser
 from ratiograph.distillation import Distillation
 from ratiograph.memory import peak_memory, require_memory
 from ratiograph.memory_plan import memory_plan
+from ratiograph.networks.checkpointing import Checkpointing
 from ratiograph.ratio_losses import RatioLoss
 from ratiograph.types import Evaluation, Needs, Noisy
 
@@ -69,11 +71,16 @@ class StepBench:
         return all(parameter.dtype == torch.float32 for parameter in self.network.parameters())
 
     def unit(self) -> None:
-        """Forward and backward of the student's network in plain eager float32."""
+        """Forward and backward of the student's network in plain eager float32, nothing computed again."""
         network = self.network
+        policy = getattr(network, "checkpointing", None)
+        if policy is not None:
+            network.checkpointing = Checkpointing()
         output = network.decode(network.encode(self.field, self.field.flatten(1)[:, 0], self.condition))
         output.square().mean().backward()
         self._clear(network)
+        if policy is not None:
+            network.checkpointing = policy
 
     def floor(self) -> dict[str, tuple[int, Pass]]:
         """How often each bare pass is needed in a step, and the pass, by name."""
@@ -181,6 +188,13 @@ class StepBench:
             parameter.grad = None
 
 
+class _Hollow(TorchFunctionMode):
+    """No random numbers for tensors without contents: on the meta device they import torch's compiler, 0.2 GB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+
+
 def prepared(
     gin_file: Sequence[str], gin_param: Sequence[str], precision: str, batch_size: int, device: torch.device
 ) -> StepBench:
@@ -199,7 +213,7 @@ def prepared(
     if not gin_file:
         raise ValueError("say which step to time: --gin_file=gin/papers/score_free/cifar10_dijs.gin")
     parsed = config.parse(gin_file, gin_param, {})
-    with torch.device("meta"):
+    with torch.device("meta"), _Hollow():
         plan = memory_plan(config.build(parsed).task, precision)
     require_memory(plan.held() / 1e9, device, "name a smaller network with --gin_param, or take a larger machine")
     torch.manual_seed(0)

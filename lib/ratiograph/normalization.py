@@ -26,6 +26,10 @@ from ratiograph.weightings import Weighting
 __all__ = ["Clamped", "MeanNormalized", "RatioNormalized", "TimeNormalized"]
 
 
+LEAST = 4
+"""Samples of a group whose mean weighs its times."""
+
+
 class _Wrapper(Weighting):
     """Holds a weighting and hands on what it does not change.
 
@@ -190,7 +194,8 @@ class TimeNormalized(_Normalized):
 
     Args:
         weighting: the weighting held.
-        bins: groups of equal size that the global batch is sorted into by t, at least 1.
+        bins: groups of equal size that the global batch is sorted into by t, at least 1; fewer where a group would have
+            less than four samples, as in groups of one every omega would be 1.
     """
 
     def __init__(self, *, weighting: Weighting, bins: int = 8):
@@ -201,6 +206,6 @@ class TimeNormalized(_Normalized):
 
     def log_mean(self, log_weight, t):
         means = torch.empty_like(log_weight)
-        for group in t.argsort().tensor_split(min(self.bins, len(t))):
+        for group in t.argsort().tensor_split(max(1, min(self.bins, len(t) // LEAST))):
             means[group] = torch.logsumexp(log_weight[group], 0) - math.log(len(group))
         return means

@@ -92,7 +92,7 @@ class RandomFourier(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.register_buffer("frequencies", 16 * torch.empty(width // 2).normal_())
+        self.register_buffer("frequencies", 16 * torch.randn(width // 2))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angles = c_noise.float()[:, None] * (2 * math.pi * self.frequencies.float())
@@ -112,7 +112,7 @@ class ClassEmbedding(nn.Module):
 
     def __init__(self, classes: int, width: int, *, scale: float, bias: bool, dropout: float):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(classes, width).normal_())
+        self.table = nn.Parameter(torch.randn(classes, width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.scale, self.dropout = scale, dropout
 
