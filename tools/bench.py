@@ -15,9 +15,9 @@
   python tools/bench.py gpu --minutes=10                   steps of all configurations on this machine's GPU
 
 `network` runs one network of random weights forward and backward as plain eager float32 code does it, and as a training
-run does (--settings: channels-last, bf16, compiled, or all), in turn in one process. It prints the median of each, its
-ratio to the first, and how far its output is from the first's. Ratios carry from machine to machine, seconds do not;
-let nothing else run.
+run does (--settings: fp32 or bf16, with channels-last, compiled or both; several by ';', or all), in turn in one
+process. It prints the median of each, its ratio to the first, and how far its output is from the first's. Ratios carry
+from machine to machine, seconds do not; let nothing else run.
 
 `step` runs training steps of a gin file, with random weights and images instead of files, in turn with the bare passes
 of networks that such a step cannot do without: the floor. It prints step / floor, and the step in units of one forward

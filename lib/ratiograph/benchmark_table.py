@@ -57,7 +57,7 @@ Record = Mapping[str, object]
 
 
 def render(records: Sequence[Record]) -> str:
-    """The Markdown table of all configurations, in their order."""
+    """The Markdown table of the configurations that something is known of, in their order."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for configuration in CONFIGURATIONS:
         lines += [f"| {' | '.join(row)} |" for row in _rows(configuration, records)]
@@ -72,7 +72,7 @@ def _rows(configuration: Configuration, records: Sequence[Record]) -> Iterator[l
     data = {_device(record): record for record in own if record["bench"] == "data" and not record["gin_param"]}
     plan = plans[-1] if plans else None
     first = [configuration.name, _millions(plan), _number(plan and plan["flops"] / plan["batch_size"] / 1e12)]
-    for step in steps.values() or [None]:
+    for step in steps.values() or [None] * bool(plans):
         yield [*first, *_measured(step, data, plans)]
         first = ["", "", ""]
 
