@@ -31,8 +31,11 @@ def rows(records, name="CIFAR-10 DDPM++, DiJS"):
     assert lines[0] == list(COLUMNS)
     found = [line for line in lines[2:] if len(line) == len(COLUMNS)]
     assert len(found) == len(lines) - 2
-    first = next(k for k, row in enumerate(found) if row[0] == name)
-    after = next(k for k, row in enumerate(found) if k > first and row[0])
+    names = [row[0] for row in found]
+    if name not in names:
+        return []
+    first = names.index(name)
+    after = next((k for k in range(first + 1, len(names)) if names[k]), len(names))
     return found[first:after]
 
 

@@ -10,7 +10,6 @@ GPU's own context, workspaces and fragmentation come on top.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from ratiograph.guidance import Guided
 from ratiograph.memory import available_memory
 from ratiograph.optim import Adam
-from ratiograph.optim_8bit import Adam8bit
 from ratiograph.types import Condition
 
 __all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "memory_plan", "render", "shortage"]
@@ -92,18 +90,6 @@ def _bytes(owner: nn.Module, parameter: nn.Parameter, halved: bool) -> int:
     return parameter.numel() * (2 if half else parameter.element_size())
 
 
-@functools.singledispatch
-def _moment_bytes(recipe: Adam | None, parameter: nn.Parameter) -> int:
-    if recipe is None:
-        return 0
-    return SINGLE * parameter.numel() * (2 if recipe.betas[0] else 1)
-
-
-@_moment_bytes.register
-def _(recipe: Adam8bit, parameter: nn.Parameter) -> int:
-    return recipe.moment_bytes(parameter)
-
-
 def _node(
     name: str, module: nn.Module, seen: set[int], precision: str, averages: int, recipe: Adam | None
 ) -> NodeMemory:
@@ -117,7 +103,7 @@ def _node(
             weights += _bytes(owner, parameter, precision == "bf16" and name == "teacher")
             if parameter.requires_grad and name not in FROZEN:
                 trained += parameter.numel()
-                moments += _moment_bytes(recipe, parameter)
+                moments += 0 if recipe is None else recipe.moment_bytes(parameter)
     moved = SINGLE * trained
     return NodeMemory(name, parameters, trained, weights, moved, moments, averages * moved)
 

@@ -64,6 +64,10 @@ class Adam:
         learning = [p for p in parameters if p.requires_grad]
         return Updater(self, learning, AdamW(self, learning))
 
+    def moment_bytes(self, parameter: Tensor) -> int:
+        """Bytes of the moments of ``parameter``: two of its own type, one where beta_1 = 0."""
+        return (2 if self.betas[0] else 1) * parameter.numel() * parameter.element_size()
+
 
 class AdamW:
     """AdamW's rule by torch's fused kernels: an update in one pass over weights and moments.

@@ -70,7 +70,7 @@ class Adam8bit(Adam):
 
     @staticmethod
     def moment_bytes(parameter: Tensor) -> int:
-        """Bytes of the moments of ``parameter``."""
+        """Bytes of the moments of ``parameter``: codes of a byte with their scales and maps."""
         count = parameter.numel()
         if count < LEAST or count % BLOCK:
             return len(MOMENTS) * count * parameter.element_size()
