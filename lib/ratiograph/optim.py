@@ -173,7 +173,8 @@ class Updater:
             self.begin()
         self._averaging.finish()
         self._averaging = None
-        norm = self._clip()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         skip = (~norm.isfinite()).float()
         for told in self.watchers:
             told(skip)
@@ -182,15 +183,6 @@ class Updater:
         for parameter in self.parameters:
             parameter.grad = None
         return norm.detach()
-
-    def _clip(self) -> Tensor:
-        """Clips the gradients; their norm [] before."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        whole = norm.full_tensor() if is_sharded(norm) else norm
-        # Gradients of a CPU that need no clip are not multiplied by 1; a GPU would have to be waited for to know.
-        if not (whole.is_cpu and whole + 1e-6 <= self.recipe.clip_norm):
-            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm, foreach=True)
-        return whole
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "optimizer": self.rule.state_dict()}
