@@ -68,7 +68,7 @@ def is_pipeline(student: OneStep) -> bool:
     return isinstance(student, OneStepDDPM) and isinstance(student.denoiser, StableDiffusion)
 
 
-def load_student(workdir: Path, bindings: Sequence[str]) -> tuple[object, OneStepDDPM]:
+def load_student(workdir: Path, bindings: Sequence[str] = ()) -> tuple[object, OneStepDDPM]:
     """(experiment, averaged student) of the finished run in ``workdir``; the rest of the graph stays without memory.
 
     Raises:
