@@ -113,8 +113,9 @@ def dry_run(config, cfg):
     """Builds the graph without memory for its weights and prints it."""
     import torch
 
-    from ratiograph import graph, memory_plan
+    from ratiograph import graph, memory_plan, trainer
 
+    trainer.named_device(FLAGS.device)  # a GPU need not be there where a job is only looked at
     with torch.device("meta"):
         experiment = config.build(cfg)
     print(graph.render_tree(graph.describe(experiment)))

@@ -168,6 +168,12 @@ def test_dry_run_prints_the_graph_and_leaves_nothing(main, capsys):
     assert [p.name for p in Path().iterdir()] == ["run.gin"]
 
 
+def test_a_dry_run_takes_a_gpu_that_is_elsewhere_and_no_device_that_is_nowhere(main, capsys):
+    assert main("--dry_run", "--device=cuda:3")[0] == 0
+    assert main("--dry_run", "--device=gpu")[0] == 1
+    assert "--device=gpu is no device: give auto, cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -32,7 +32,7 @@ def test_pixels_are_those_of_an_image_file():
 
 def test_what_is_no_image_is_refused():
     images = torch.zeros(4, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"'x' returned images \(4, 1, 2, 2\), expected \(4, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(4, 1, 2, 2\), expected \(4, 3, 2, 2\): bind Experiment.evaluator"):
         levels_of("x", images, (4, 3, 2, 2))
     images[1, 0, 0, 1], images[3] = math.nan, math.inf
     with pytest.raises(ValueError, match="2 of 4 images of 'x' hold NaN"):

@@ -53,9 +53,10 @@ class Measurement:
 
 
 def steps(tiny: bool = False) -> list[Measurement]:
-    """What a GPU is asked: steps in bf16 at the plan's batch, compiled too, and at eight times it; bare networks."""
+    """What a GPU is asked: steps in bf16 at the plan's batch, compiled or recorded too; at eight times it; networks."""
     whole = [each for each in CONFIGURATIONS if not each.further]
     found = [asked for each in whole for asked in (_step(each, tiny), _compiled(each, tiny))]
+    found += [_recorded(each, tiny) for each in whole if each.network not in LARGE]  # whose kernels are long
     found += [_step(each, tiny) for each in CONFIGURATIONS if each.further]
     found += [_step(each, tiny, wide=8) for each in whole]
     for network, batch in () if tiny else (("DDPMPP", 64), ("ADM", 32), ("SD15UNet", 8), ("SDXLUNet", 2)):
@@ -74,6 +75,11 @@ def _compiled(configuration: Configuration, tiny: bool) -> Measurement:
     eager = _step(configuration, tiny)
     denoiser = "StableDiffusion" if configuration.network in LATENT else "EDM"
     return Measurement((*eager.arguments, f"--gin_param={denoiser}.compiled = True"), 2 * eager.seconds)
+
+
+def _recorded(configuration: Configuration, tiny: bool) -> Measurement:
+    eager = _step(configuration, tiny)
+    return Measurement((*eager.arguments, "--gin_param=Distillation.cuda_graphs = True"), eager.seconds)
 
 
 def plans(precision: str) -> list[Measurement]:

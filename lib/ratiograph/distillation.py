@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from ratiograph.augmentation import Augmentation, NoAugmentation
 from ratiograph.conditions import Conditions, UniformLabels
 from ratiograph.critics import Critics
+from ratiograph.cuda_graphs import record_passes
 from ratiograph.data.latents import picture
 from ratiograph.denoisers import EDM, Denoiser, freeze
 from ratiograph.denoising_weights import DenoisingWeight
 from ratiograph.diagnostics import RatioDiagnostics, field_metrics
+from ratiograph.distillation_check import check_nodes, check_parallel
 from ratiograph.experiment import Sampler, Task
 from ratiograph.lora import share_bases
 from ratiograph.noising import NoisingProcess
@@ -82,6 +84,7 @@ class Distillation(Task):
             about samples as they are.
         recompute: whether the student's samples are made without a graph first and once more for their gradient, so
             that the activations of two networks never meet; accumulation over micro-batches does it anyway.
+        cuda_graphs: whether passes without gradients are recorded on a GPU and replayed, see `cuda_graphs`.
 
     Raises:
         ValueError: if a term asks for a node the graph does not have, or a node lacks its times or optimiser.
@@ -117,6 +120,7 @@ class Distillation(Task):
         conditions: Conditions | None = None,
         augmentation: Augmentation | None = None,
         recompute: bool = False,
+        cuda_graphs: bool = False,
     ):
         super().__init__()
         self.student, self.objective, self.noising, self.times = student, objective, noising, times
@@ -132,8 +136,9 @@ class Distillation(Task):
         self.warm_start, self.critic_steps = warm_start, critic_steps
         self.conditions = UniformLabels() if conditions is None else conditions
         self.student_score_weight = student_score_weight
-        self.augmentation, self.recompute = NoAugmentation() if augmentation is None else augmentation, recompute
-        self._check()
+        self.augmentation = NoAugmentation() if augmentation is None else augmentation
+        self.recompute, self.cuda_graphs = recompute, cuda_graphs
+        check_nodes(self)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         share_bases(teacher, student, student_score)
@@ -141,33 +146,6 @@ class Distillation(Task):
         if ratio is not None:
             ratio.connect(teacher, student_score)
             self.diagnostics = RatioDiagnostics()
-
-    def _check(self) -> None:
-        self.conditions.check(self.student)
-        for node, terms in self.objective.requires.items():
-            if getattr(self, node) is None:
-                raise ValueError(f"the term {terms[0]!r} needs a {node}: bind Distillation.{node}, or change the term")
-        if self.student_score is not None and None in (self.student_score_times, self.student_score_optimizer):
-            raise ValueError(
-                "student_score is trained online: bind Distillation.student_score_times and student_score_optimizer"
-            )
-        if self.ratio is not None:
-            self._check_ratio(self.ratio)
-        learning = (self.student_score, self.ratio)
-        self.augmentation.check(*(node.network for node in learning if hasattr(node, "network")))
-
-    def _check_ratio(self, ratio: RatioEstimator) -> None:
-        self.positives.check(self.teacher)
-        if not ratio.learns:
-            return
-        timeless = self.ratio_times is None and not ratio.on_student_score
-        if timeless or (ratio.has_weights and self.ratio_optimizer is None):
-            raise ValueError("ratio is trained online: bind Distillation.ratio_times and ratio_optimizer")
-        if self.ratio_times is None and self.ratio_updates > self.student_score_updates:
-            raise ValueError(
-                "a ratio without times of its own shares the student score's samples: bind Distillation.ratio_times, "
-                "or give no more ratio_updates than student_score_updates"
-            )
 
     @property
     def needs_data(self) -> bool:
@@ -236,15 +214,12 @@ class Distillation(Task):
                     average.load_state_dict(self.average.state_dict())
 
     def _place(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
-        twice = self.objective.needs.curvature or (self.ratio is not None and self.ratio_loss.needs_gradient)
-        if self.parallel.shards and twice:
-            raise ValueError(
-                "R1Penalized and second-order targets differentiate a network twice, which sharded ones cannot do: use "
-                "--parallel=ddp, or leave them out"
-            )
+        check_parallel(self)
         averages = (average.denoiser for average in (self.average, *self.averaged.values()))
         nodes = (self.student.denoiser, *averages, self.teacher, self.student_score, self.ratio)
         self.parallel.place(self, [node for node in nodes if node is not None], device, autocast_dtype)
+        if self.cuda_graphs:
+            record_passes(self)
 
     def trained(self) -> dict[str, nn.Module]:
         networks = {

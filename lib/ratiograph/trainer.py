@@ -33,21 +33,30 @@ from ratiograph.run_logger import RunLogger, SilentLogger
 from ratiograph.teacher_grid import save_teacher
 from ratiograph.types import Batch
 
-__all__ = ["autocast_dtype", "choose_device", "step_seed", "train"]
+__all__ = ["autocast_dtype", "choose_device", "named_device", "step_seed", "train"]
 
 
-def choose_device(device: str) -> torch.device:
-    """The torch device of ``--device``; "auto" is a GPU if there is one, each process of a machine its own.
+def named_device(device: str) -> torch.device:
+    """The torch device of ``--device``, there or not; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: for a name torch does not know, or a GPU that is not there.
+        ValueError: for a name torch does not know.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device={device} is no device: give auto, cpu, cuda or cuda:N") from error
+
+
+def choose_device(device: str) -> torch.device:
+    """As ``named_device``, of the devices that are there; each process of a machine has its own GPU.
+
+    Raises:
+        ValueError: for a name torch does not know, or a GPU that is not there.
+    """
+    chosen = named_device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device={device}, but torch sees no GPU here: use --device=cpu or --device=auto")
     if chosen.type == "cuda" and chosen.index is None:

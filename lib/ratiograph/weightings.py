@@ -47,7 +47,7 @@ class Weighting(nn.Module):
 
     def log_weight(self, log_ratio: Tensor, t: Tensor) -> Tensor:
         """log omega [B] at ``log_ratio`` [B] and times ``t`` [B]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define log_weight(log_ratio, t), log omega [B]")
 
     def forward(self, log_ratio: Tensor, t: Tensor) -> Tensor:
         """omega [B] >= 0."""

@@ -42,7 +42,10 @@ def levels_of(name: str, images: Tensor, shape: tuple[int, ...]) -> Tensor:
         ValueError: the images have another shape, or are not finite.
     """
     if images.shape != shape:
-        raise ValueError(f"'{name}' returned images {tuple(images.shape)}, expected {shape}")
+        raise ValueError(
+            f"'{name}' returned images {tuple(images.shape)}, expected {tuple(shape)}: bind Experiment.evaluator to an "
+            "evaluator of such images, or to None"
+        )
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
