@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ratiograph import benchmark, config
+from ratiograph import benchmark, benchmark_plan, config
 from ratiograph.benchmark_inputs import made_up_batch, without_files
 from ratiograph.benchmark_plan import _Bytes, bench_plan, planned
 from ratiograph.benchmark_suite import SIZES
@@ -26,6 +26,8 @@ def test_the_bytes_of_tensors_that_live():
         c = torch.ones(10, dtype=torch.bfloat16)
     assert counter.live == 4 * 990 + 20
     assert counter.peak == 4 * 1990
+    counter.begin()
+    assert counter.peak == counter.live
     del b, c
     assert counter.live == 0
 
@@ -47,6 +49,7 @@ def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
         torch.manual_seed(0)
         task = without_files(config.build(config.parse(files, lines)).task)
         task.prepare(CPU, torch.bfloat16 if precision == "bf16" else None)
+        counter.begin()
         generator = torch.Generator()
         batch = made_up_batch(task.student.denoiser.network, 4, generator)
         task.step(batch, 4, generator)
@@ -59,6 +62,18 @@ def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
     assert plan.held_gb == pytest.approx(held / 1e9, rel=0.01)
     assert plan.peak_gb == pytest.approx(peak / 1e9, rel=0.03)
     assert plan.parameters["student"] == sum(parameter.numel() for parameter in task.student.parameters())
+
+
+def test_what_exists_while_the_graph_is_built_is_no_part_of_a_step(monkeypatch):
+    materialise, expected = benchmark_plan._materialise, planned(FILES, TINY, batch_size=4)
+
+    def wasteful(task):
+        torch.empty(10**9)
+        materialise(task)
+
+    monkeypatch.setattr(benchmark_plan, "_materialise", wasteful)
+    assert planned(FILES, TINY, batch_size=4) == expected
+    assert expected.peak_gb < 0.1
 
 
 def test_what_is_held_by_arithmetic():

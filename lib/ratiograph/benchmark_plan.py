@@ -67,6 +67,10 @@ class _Bytes(TorchDispatchMode):
                 self._add(value.untyped_storage())
         return result
 
+    def begin(self) -> None:
+        """The peak from here on."""
+        self.peak = self.live
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -162,6 +166,7 @@ def planned(
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         _materialise(task)
         _prepare(without_files(task), None if precision == "fp32" else torch.bfloat16)
+        counter.begin()  # building, where a frozen network is there in float32 too, is no step
         generator = torch.Generator()
         batch = made_up_batch(task.student.denoiser.network, samples, generator)
         with _FusedAttention():
