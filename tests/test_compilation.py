@@ -4,6 +4,7 @@ import copy
 import inspect
 
 import pytest
+import scipy.stats
 import torch
 from ranks import together
 from torch import nn
@@ -204,7 +205,10 @@ def test_inductor_s_outputs_and_gradients(name, dtype):
     assert [value.dtype for value in found] == [value.dtype for value in expected]
     eager, compiled = relative_errors(expected, exact), relative_errors(found, exact)
     assert eager.max() > 2**-8
-    assert (compiled <= 2 * eager.clamp(min=2**-7)).all(), (compiled / eager).max()
+    # Two errors of n independent elements differ by chance, by a factor whose square has the law F(n, n).
+    sizes = [value.numel() for value in exact]
+    scatter = torch.from_numpy(scipy.stats.f.ppf(1 - 1e-4, sizes, sizes)).sqrt()
+    assert (compiled <= scatter.clamp(min=2) * eager.clamp(min=2**-7)).all(), (compiled / eager).max()
     assert compiled.square().mean().sqrt() <= 1.25 * eager.square().mean().sqrt()
 
 
