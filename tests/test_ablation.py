@@ -271,6 +271,15 @@ def test_a_command_is_written_as_one_would_type_it():
     assert written.startswith("""python 'a b.py' --x=1 --on --p='W = @KL()' --p="T = {'a': @B()}" --p=""")
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises here even where the tests run in a shell's background, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_the_runs_first(tmp_path, stand_in):
     cells = ablation.cells_of(grid(row("a", "WAIT"), row("b", "WAIT"), row("c")), tmp_path)
 
