@@ -62,12 +62,11 @@ def test_replays_follow_inputs_conditions_and_weights_and_leave_earlier_results_
     mine = recorded(network)
     earlier = []
     for k in range(WARM + 4):
-        told = condition.map(lambda part: part if part.dtype == torch.int64 else part + 0.1)
-        given = (told, x + k, c_noise - 0.1 * k)
+        condition = condition.map(lambda part: part if part.dtype == torch.int64 else part + 0.1)
+        given = (condition, x + k, c_noise - 0.1 * k)
         expected = run(network, *given)
         found = run(mine, *given)
         assert equal(found, expected)
-        condition = told
         earlier.append((found, [each.clone() for each in expected]))
         for one, other in zip(network.parameters(), mine.parameters(), strict=True):
             one.mul_(1.01), other.mul_(1.01)

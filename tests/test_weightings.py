@@ -222,3 +222,11 @@ def test_the_blogs_field_in_terms_of_d_is_the_field_in_terms_of_l(row):
 def test_the_blogs_kl_is_the_gradient_of_the_logit():
     d = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     torch.testing.assert_close(KL().discriminator_coefficient(d), 1 / (d * (1 - d)))
+
+
+def test_a_weighting_without_weights_says_what_to_define():
+    class Unfinished(Weighting):
+        pass
+
+    with pytest.raises(ValueError, match=r"^Unfinished has no weights: define log_weight\(self, log_ratio, t\)"):
+        Unfinished()(torch.zeros(2), torch.zeros(2))

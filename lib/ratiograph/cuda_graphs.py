@@ -36,7 +36,8 @@ def record_passes(module: nn.Module, record: Record | None = None, device: str =
     """Records the passes of every denoiser's and estimator's network in ``module`` on a GPU, and replays them.
 
     Call it once the weights lie where they stay: they may be changed in place afterwards; a network that was moved
-    records again. All recordings share one pool of memory, as large as the largest pass. On a CPU nothing changes.
+    records again. All recordings share one pool of memory, as large as the largest pass and the inputs and results of
+    each. On a CPU nothing changes.
 
     Args:
         module: holds the denoisers and estimators.

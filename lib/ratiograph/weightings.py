@@ -46,8 +46,8 @@ class Weighting(nn.Module):
         """Called once by the root with the process and p(t) of the objective, for wrappers that bin over t."""
 
     def log_weight(self, log_ratio: Tensor, t: Tensor) -> Tensor:
-        """log omega [B] at ``log_ratio`` [B] and times ``t`` [B]."""
-        raise NotImplementedError(f"{type(self).__name__} must define log_weight(log_ratio, t), log omega [B]")
+        """log omega [B] at ``log_ratio`` [B] and times ``t`` [B]; a ValueError where a subclass does not define it."""
+        raise ValueError(f"{type(self).__name__} has no weights: define log_weight(self, log_ratio, t), log omega [B]")
 
     def forward(self, log_ratio: Tensor, t: Tensor) -> Tensor:
         """omega [B] >= 0."""
