@@ -91,7 +91,7 @@ def claim(config, cfg, workdir):
             f"--noresume: {workdir} already holds {results[0].relative_to(workdir)}. Give another --workdir, "
             "delete the folder, or drop --noresume to continue its run."
         )
-    differing = config.differences(cfg, saved, ignore=HARMLESS) if saved.exists() else []
+    differing = config.changes(cfg, saved, ignore=HARMLESS) if saved.exists() else []
     if results and differing:
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise config.ConfigError(
@@ -113,25 +113,29 @@ def dry_run(config, cfg):
     """Builds the graph without memory for its weights and prints it."""
     import torch
 
-    from ratiograph import graph, memory_plan, trainer
+    from ratiograph.config import tree
+    from ratiograph.training import memory_plan, trainer
 
     trainer.named_device(FLAGS.device)  # a GPU need not be there where a job is only looked at
     with torch.device("meta"):
         experiment = config.build(cfg)
-    print(graph.render_tree(graph.describe(experiment)))
+    print(tree.render_tree(tree.describe(experiment)))
     plan = memory_plan.render(memory_plan.memory_plan(experiment.task, experiment.precision), experiment.batch_size)
     print(f"\n{plan}" if plan else "", end="\n" if plan else "")
 
 
 def run(config, cfg):
-    """Builds and trains; rerunning the same command resumes."""
+    """Builds, trains and writes the report; rerunning the same command resumes."""
     import torch
 
-    from ratiograph import distributed, parallel, trainer, workdir
+    from ratiograph.core import distributed
+    from ratiograph.reports import graph_picture, run_report, teacher_grid
+    from ratiograph.training import parallel, trainer, workdir
 
     config.check_files(cfg)
     folder = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
-    distributed.start(trainer.choose_device(FLAGS.device))
+    device = trainer.choose_device(FLAGS.device)
+    distributed.start(device)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
         torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
@@ -140,8 +144,12 @@ def run(config, cfg):
         if distributed.is_main():
             stack.enter_context(workdir.locked(folder))
             claim(config, cfg, folder)
+            graph_picture.save(experiment, folder)
         distributed.wait_for_all()
         trainer.train(experiment, workdir=folder, device=FLAGS.device, mode=FLAGS.parallel)
+        teacher_grid.draw_once(experiment, folder, device)
+        if distributed.is_main():
+            print(f"done: {run_report.write_report(folder)}", flush=True)
 
 
 def execute(arguments):
@@ -169,7 +177,7 @@ def flags_of(argv):
 
 
 def main(argv):
-    from ratiograph.preemption import EXIT_CODE, Preempted, Preemption
+    from ratiograph.training.preemption import EXIT_CODE, Preempted, Preemption
 
     try:
         with Preemption():

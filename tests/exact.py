@@ -8,10 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ratiograph.rewards import ClassReward, LinearReward
-from ratiograph.teachers.mixture import ExactRatio, ExactTilted, GaussianMixture, MixtureClassifier
-from ratiograph.types import Condition, Evaluation, Needs, Nodes, Noisy
-from ratiograph.weightings import (
+from ratiograph.algebra.rewards import ClassReward, LinearReward
+from ratiograph.algebra.weightings import (
     BE,
     KL,
     LR,
@@ -26,6 +24,9 @@ from ratiograph.weightings import (
     SquaredHellinger,
     Weighting,
 )
+from ratiograph.core.contracts import Evaluation, Needs, Nodes
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.teachers.mixture import ExactRatio, ExactTilted, GaussianMixture, MixtureClassifier
 
 
 class Tabulated(CustomWeighting):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
-from ratiograph.types import Condition, Noisy
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
 
 SMALL = {"resolution": 8, "channels": 8, "multipliers": (1, 2, 2), "blocks": 2, "attention_resolutions": (4,)}
 NETWORKS = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "ratiograph.trainer", "pytest"]
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "ratiograph.training.trainer", "pytest"]
 
 
 def together(function: Callable, ranks: int, *arguments: object) -> None:

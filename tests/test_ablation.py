@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from ratiograph import ablation, ablation_figure, ablation_run, ablation_table, config
-from ratiograph.ablation import Grid, Row
+from ablations import execution, grids, plots, tables
+from ablations.grids import Grid, Row
+from ratiograph import config
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "ablate.py"
@@ -81,7 +82,7 @@ def test_a_grid_file_gives_rows_axes_and_columns(tmp_path):
         published = {FID = 2.13}
         """,
     )
-    read = ablation.read_grid(path)
+    read = grids.read_grid(path)
     assert read == Grid(
         name="some",
         title="Some",
@@ -124,7 +125,7 @@ def test_a_grid_file_gives_rows_axes_and_columns(tmp_path):
 def test_a_mistake_in_a_grid_is_said_with_its_file(tmp_path, text, message):
     path = write_grid(tmp_path, text)
     with pytest.raises(ValueError, match=r"some\.toml") as caught:
-        ablation.read_grid(path)
+        grids.read_grid(path)
     assert message in str(caught.value)
 
 
@@ -135,33 +136,33 @@ def test_rows_that_need_each_other_are_refused():
 
 def test_an_axis_is_split_at_its_own_commas_only():
     text = "Objective.terms = {'a': @Term(), 'b,c': @x/Term()}, {'a': @Term()}, (1, [2, 3]), 'it, too'"
-    name, values = ablation.parse_axis(text)
+    name, values = grids.parse_axis(text)
     assert name == "Objective.terms"
     assert values == ("{'a': @Term(), 'b,c': @x/Term()}", "{'a': @Term()}", "(1, [2, 3])", "'it, too'")
     for wrong in ("SBA.lam", "SBA.lam = 1,,2", "= 1", "SBA.lam ="):
         with pytest.raises(ValueError, match="write BINDING = value"):
-            ablation.parse_axis(wrong)
+            grids.parse_axis(wrong)
 
 
 def test_slugs_are_readable_and_stable():
-    assert ablation.slug("SBA, λ = 0.5, no GAN") == "SBA_λ=0.5_no_GAN"
-    assert ablation.slug("WEIGHTING = @KL(), gan/Term.coefficient = -1e-3") == "WEIGHTING=KL_gan_Term.coefficient=-1e-3"
-    assert ablation.slug("../x") == "x"
-    long = [ablation.slug("a" * 300 + end) for end in "xy"]
+    assert grids.slug("SBA, λ = 0.5, no GAN") == "SBA_λ=0.5_no_GAN"
+    assert grids.slug("WEIGHTING = @KL(), gan/Term.coefficient = -1e-3") == "WEIGHTING=KL_gan_Term.coefficient=-1e-3"
+    assert grids.slug("../x") == "x"
+    long = [grids.slug("a" * 300 + end) for end in "xy"]
     assert [len(name) for name in long] == [100, 100]
     assert long[0] != long[1]
     with pytest.raises(ValueError, match="no letter or digit"):
-        ablation.slug("..")
+        grids.slug("..")
 
 
 def test_rows_of_one_folder_are_refused():
     with pytest.raises(ValueError, match="'a, b' and 'A_B' would share the folder"):
-        ablation.cells_of(grid(row("a, b"), row("A_B")), "runs")
+        grids.cells_of(grid(row("a, b"), row("A_B")), "runs")
 
 
 def test_cells_are_rows_times_settings_times_seeds():
     made = grid(row("one"), row("two", "W = '{runs}/one/x'", needs=["one"], steps=9), axes={"A.x": ("1", "2")})
-    cells = ablation.cells_of(made, "runs/g", seeds=[0, 5], bindings=["B = {'{': 1}"])
+    cells = grids.cells_of(made, "runs/g", seeds=[0, 5], bindings=["B = {'{': 1}"])
     assert [cell.index for cell in cells] == list(range(8))
     assert [str(cell.folder) for cell in cells] == [
         f"runs/g/seed_{seed}/A.x={x}/{name}" for seed in (0, 5) for name in ("one", "two") for x in (1, 2)
@@ -171,20 +172,20 @@ def test_cells_are_rows_times_settings_times_seeds():
     steps_and_seed = ("Experiment.steps = 9", "Experiment.seed = 5")
     assert cells[7].bindings == (f"W = '{above}/one/x'", "A.x = 2", *steps_and_seed, "B = {'{': 1}")
     assert cells[7].needs == (Path(above) / "one",)
-    assert ablation.cells_of(made, "g", steps=2)[3].bindings[-1] == "Experiment.steps = 2"
-    alone = ablation.cells_of(grid(row(""), axes={"A.x": ("1",), "B": ("@C()",)}), "g")
+    assert grids.cells_of(made, "g", steps=2)[3].bindings[-1] == "Experiment.steps = 2"
+    alone = grids.cells_of(grid(row(""), axes={"A.x": ("1",), "B": ("@C()",)}), "g")
     assert [str(cell.folder) for cell in alone] == ["g/A.x=1_B=C"]
 
 
 def test_only_brings_what_it_needs():
-    cells = ablation.cells_of(grid(row("a"), row("b"), row("c", needs=["a"]), row("d", needs=["c"])), "g")
-    assert [cell.row.name for cell in ablation.with_needs([cells[3]], cells)] == ["a", "c", "d"]
+    cells = grids.cells_of(grid(row("a"), row("b"), row("c", needs=["a"]), row("d", needs=["c"])), "g")
+    assert [cell.row.name for cell in grids.with_needs([cells[3]], cells)] == ["a", "c", "d"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "gin" / "ablations").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_row_of_a_shipped_grid_can_be_built(path):
-    cells = ablation.cells_of(ablation.read_grid(path), "runs")
-    configurations = [config.to_dict(ablation.check(cell)) for cell in cells]
+    cells = grids.cells_of(grids.read_grid(path), "runs")
+    configurations = [config.to_dict(grids.check(cell)) for cell in cells]
     assert len({str(sorted(c.items(), key=str)) for c in configurations}) == len(cells) > 1, "two rows are the same run"
 
 
@@ -219,19 +220,19 @@ def stand_in(tmp_path, monkeypatch):
     """A launch/main.py that only notes that it ran."""
     path = tmp_path / "main.py"
     path.write_text(STAND_IN)
-    monkeypatch.setattr(ablation_run, "MAIN", path)
-    monkeypatch.setattr(ablation_run, "POLL", 0.02)
+    monkeypatch.setattr(execution, "MAIN", path)
+    monkeypatch.setattr(execution, "POLL", 0.02)
 
 
 def run(cells, done=(), **more):
     given = {"processes": 2, "threads": 1, "devices": ["cpu"], "report": lambda ended: None, **more}
-    return ablation_run.run_cells(cells, done, **given)
+    return execution.run_cells(cells, done, **given)
 
 
 def test_cells_wait_for_what_they_need_and_a_failure_ends_only_those(tmp_path, stand_in):
     rows = [row("last", needs=["middle"]), row("middle", needs=["first"]), row("first"), row("bad", "FAIL")]
     rows += [row("starved", needs=["bad"]), row("hungry", needs=["starved", "first"]), row("done")]
-    cells = ablation.cells_of(grid(*rows, row("after", needs=["done"])), tmp_path / "runs")
+    cells = grids.cells_of(grid(*rows, row("after", needs=["done"])), tmp_path / "runs")
     reported = []
     ended = run([c for c in cells if c.row.name != "done"], [tmp_path / "runs" / "done"], report=reported.append)
     order = [line.split()[:2] for line in (tmp_path / "runs/order.txt").read_text().splitlines()]
@@ -250,7 +251,7 @@ def test_cells_wait_for_what_they_need_and_a_failure_ends_only_those(tmp_path, s
 
 def test_processes_bound_what_runs_together_and_devices_take_turns(tmp_path, stand_in):
     rows = [row(f"r{k}", "MEET") for k in range(6)]  # the first two end only once both have started
-    run(ablation.cells_of(grid(*rows), tmp_path), devices=["cpu", "cuda:1"], processes=2)
+    run(grids.cells_of(grid(*rows), tmp_path), devices=["cpu", "cuda:1"], processes=2)
     words = [line.split() for line in (tmp_path / "order.txt").read_text().splitlines()]
     together = np.cumsum([1 if event == "start" else -1 for event, *_ in words])
     assert together.max() == 2
@@ -266,7 +267,7 @@ def test_processes_bound_what_runs_together_and_devices_take_turns(tmp_path, sta
 
 def test_a_command_is_written_as_one_would_type_it():
     words = ["python", "a b.py", "--x=1", "--on", "--p=W = @KL()", "--p=T = {'a': @B()}", "--p=$'x'", "--e="]
-    written = ablation_run.spell_command(words)
+    written = execution.spell_command(words)
     assert shlex.split(written) == words
     assert written.startswith("""python 'a b.py' --x=1 --on --p='W = @KL()' --p="T = {'a': @B()}" --p=""")
 
@@ -281,7 +282,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_the_runs_first(tmp_path, stand_in):
-    cells = ablation.cells_of(grid(row("a", "WAIT"), row("b", "WAIT"), row("c")), tmp_path)
+    cells = grids.cells_of(grid(row("a", "WAIT"), row("b", "WAIT"), row("c")), tmp_path)
 
     def interrupt():
         while not all((tmp_path / name / "waiting").exists() for name in "ab"):
@@ -303,11 +304,11 @@ def test_an_interrupt_stops_the_runs_first(tmp_path, stand_in):
 
 def table_of(tmp_path, made, results, seeds=()):
     """The table of a grid whose cells left ``results``, keywords of ``leave`` or None, in order."""
-    cells = ablation.cells_of(made, tmp_path / "runs", seeds=seeds)
+    cells = grids.cells_of(made, tmp_path / "runs", seeds=seeds)
     for cell, result in zip(cells, results, strict=True):
         if result is not None:
             leave(cell.folder, **result)
-    return ablation_table.tabulate(made, cells)
+    return tables.tabulate(made, cells)
 
 
 def test_the_table_holds_the_highlighted_rows_with_the_best_in_bold(tmp_path):
@@ -335,7 +336,7 @@ def test_the_table_holds_the_highlighted_rows_with_the_best_in_bold(tmp_path):
 
 def test_rows_to_start_from_are_left_out_and_truths_are_shares(tmp_path):
     made = grid(row("stage 1"), row("yes"), row("no"), columns=("collapsed",))
-    cells = ablation.cells_of(made, tmp_path)
+    cells = grids.cells_of(made, tmp_path)
     cells[0].folder.mkdir(parents=True)
     (cells[0].folder / "teacher.safetensors").touch()
     for cell, collapsed in zip(cells[1:], (True, False), strict=True):
@@ -343,7 +344,7 @@ def test_rows_to_start_from_are_left_out_and_truths_are_shares(tmp_path):
         document = json.loads((cell.folder / "evaluation.json").read_text())
         document["rows"][-1]["collapsed"] = collapsed
         (cell.folder / "evaluation.json").write_text(json.dumps(document))
-    lines = ablation_table.tabulate(made, cells).markdown("x").splitlines()
+    lines = tables.tabulate(made, cells).markdown("x").splitlines()
     assert lines[-2:] == ["| yes | 1.00 |", "| no | 0.00 |"]
     assert not any("stage 1" in line for line in lines)
 
@@ -376,13 +377,13 @@ def test_a_value_that_is_not_finite_is_never_best(tmp_path):
 
 def test_a_run_without_an_evaluator_shows_time_and_steps(tmp_path):
     made = grid(row("stage 1"), row("stage 2"), columns=("distance", "seconds", "steps"))
-    cells = ablation.cells_of(made, tmp_path)
+    cells = grids.cells_of(made, tmp_path)
     leave(cells[0].folder, distance=0, seconds=33.0)
     (cells[0].folder / "evaluation.json").unlink()
     leave(cells[1].folder, distance=2.0)
-    assert ablation_table.read_result(cells[0].folder) is None
+    assert tables.read_result(cells[0].folder) is None
     (cells[0].folder / "teacher.safetensors").touch()
-    lines = ablation_table.tabulate(made, cells).markdown("x").splitlines()
+    lines = tables.tabulate(made, cells).markdown("x").splitlines()
     assert lines[-2:] == ["| stage 1 | – | 33 | 4 |", "| stage 2 | 2.00 | 10 | 4 |"]
 
 
@@ -394,10 +395,10 @@ def test_an_unknown_column_is_an_error_that_lists_the_others(tmp_path):
 def test_the_text_between_the_markers_is_replaced(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("a\n<!-- ablation g -->\nold\n<!-- /ablation g -->\nb\n<!-- ablation h -->\n<!-- /ablation h -->\n")
-    new = ablation_table.insert(path, "g", "new\ntable")
+    new = tables.insert(path, "g", "new\ntable")
     assert new == path.read_text().replace("old", "new\ntable")
     with pytest.raises(ValueError, match="<!-- ablation i -->"):
-        ablation_table.insert(path, "i", "")
+        tables.insert(path, "i", "")
 
 
 # --- the figure ---------------------------------------------------------------------------------------------
@@ -413,22 +414,22 @@ def lines_of(figure):
 def test_dots_are_the_first_column_in_the_order_of_the_rows(tmp_path):
     made = grid(row("a"), row("b"), row("c"), columns=("distance",))
     table = table_of(tmp_path, made, [{"distance": 3.0}, None, {"distance": 2.0}])
-    figure = ablation_figure.draw(table)
+    figure = plots.draw(table)
     assert lines_of(figure) == {"a": [[3.0, 0.0]], "c": [[2.0, 2.0]]}
     axes = figure.axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b", "c"]
     assert axes.get_ylim() == (2.5, -0.5)  # the first row on top
     assert axes.get_xlabel() == "distance to p, lower is better"
-    best = {line.get_label(): line.get_color() == ablation_figure.ACCENT for line in axes.get_lines()}
+    best = {line.get_label(): line.get_color() == figure.ACCENT for line in axes.get_lines()}
     assert (best["a"], best["c"]) == (False, True)
-    assert ablation_figure.draw(table_of(tmp_path / "none", made, [None] * 3)) is None
+    assert plots.draw(table_of(tmp_path / "none", made, [None] * 3)) is None
 
 
 def test_a_numeric_axis_is_the_abscissa(tmp_path):
     axes = {"SBA.lam": ("3", "-1", "0.5"), "gan/Term.coefficient": ("0", "80")}
     made = grid(row(""), axes=axes, columns=("distance",))
     results = [{"distance": 10 * lam + gan + seed} for seed in (0, 1) for lam in (3, 2, 4) for gan in (0, 1)]
-    figure = ablation_figure.draw(table_of(tmp_path, made, results, seeds=(0, 1)))
+    figure = plots.draw(table_of(tmp_path, made, results, seeds=(0, 1)))
     assert lines_of(figure) == {
         "coefficient 0": [[-1, 20.5], [0.5, 40.5], [3, 30.5]],
         "coefficient 80": [[-1, 21.5], [0.5, 41.5], [3, 31.5]],
@@ -441,25 +442,25 @@ def test_curves_are_means_over_seeds_where_all_were_measured(tmp_path):
     results = [{"distance": 1.0, "curve": c} if c else None for c in curves]
     made = grid(row("a"), row("b"), curve="evaluation/distance")
     table = table_of(tmp_path, made, results, seeds=(0, 1))
-    figure = ablation_figure.draw(table)
+    figure = plots.draw(table)
     assert lines_of(figure) == {"a": [[0, 8.0], [16, 5.0]], "b": [[0, 8.0], [32, 3.0]]}
     faint = [line.get_xydata().tolist() for line in figure.axes[0].get_lines() if line.get_alpha() == 0.3]
     assert faint == [[[0, 9.0], [16, 4.0], [32, 2.0]], [[0, 7.0], [16, 6.0]]]
     named = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(named) == ["a", "b", "teacher"]  # "before training" is at 20, far above every run
     assert figure.axes[0].get_xlabel() == "samples seen"
-    wrong = ablation_table.Table(grid(*made.rows, curve="evaluation/distanse"), table.lines, table.columns)
+    wrong = tables.Table(grid(*made.rows, curve="evaluation/distanse"), table.lines, table.columns)
     with pytest.raises(ValueError, match=r"'evaluation/distanse': choose from evaluation/distance"):
-        ablation_figure.draw(wrong)
+        plots.draw(wrong)
 
 
 def test_both_files_of_the_figure_are_written(tmp_path):
     table = table_of(tmp_path, grid(row("a"), columns=("distance",)), [{"distance": 3.0}])
-    png, svg = ablation_figure.save(ablation_figure.draw(table), tmp_path)
+    png, svg = plots.save(plots.draw(table), tmp_path)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
     first = svg.read_bytes()
-    ablation_figure.save(ablation_figure.draw(table), tmp_path)
+    plots.save(plots.draw(table), tmp_path)
     assert svg.read_bytes() == first
 
 
@@ -467,12 +468,12 @@ def test_names_beside_lines_keep_their_order_and_distance():
     random = np.random.default_rng(0)
     for count in (1, 2, 7, 15):
         heights = np.sort(random.uniform(size=count) ** 3)
-        placed = np.array(ablation_figure._apart(heights.tolist(), 0.05))
+        placed = np.array(plots._apart(heights.tolist(), 0.05))
         assert (np.diff(placed) > 0.05 - 1e-9).all()
         assert placed.min() > -1e-9
         assert placed.max() < 1 + 1e-9
-    assert ablation_figure._apart([0.2, 0.5, 0.9], 0.05) == [0.2, 0.5, 0.9]
-    assert ablation_figure._apart([0.4, 0.42, 0.9], 0.1) == pytest.approx([0.36, 0.46, 0.9])
+    assert plots._apart([0.2, 0.5, 0.9], 0.05) == [0.2, 0.5, 0.9]
+    assert plots._apart([0.4, 0.42, 0.9], 0.1) == pytest.approx([0.36, 0.46, 0.9])
 
 
 # --- a cluster ----------------------------------------------------------------------------------------------
@@ -487,7 +488,7 @@ def test_arrays_wait_for_the_tasks_that_their_cells_need():
         row("s2c", needs=["s1a"]),
     ]
     rows += [row("s3", needs=["s2b", "old"]), row("old"), row("alone")]
-    cells = ablation.cells_of(grid(*rows), "g")
+    cells = grids.cells_of(grid(*rows), "g")
     todo = [cell for cell in cells if cell.row.name != "old"]
     sent = []
 
@@ -495,7 +496,7 @@ def test_arrays_wait_for_the_tasks_that_their_cells_need():
         sent.append(line)
         return f"{100 + len(sent)};cluster\n"
 
-    jobs = ablation_run.submit(
+    jobs = execution.submit(
         todo, ["--grid=x"], send, script=Path("a.sbatch"), exports={"PYTHON": "p"}, options=["--qos=q"], at_a_time=3
     )
     common = ["--export=ALL,PYTHON=p", "--qos=q", "a.sbatch", "--grid=x"]
@@ -609,11 +610,11 @@ def test_a_second_invocation_runs_nothing(ablated):
 
 def test_a_run_is_finished_at_its_last_step_and_of_its_own_configuration_only(ablated):
     folder, *_ = ablated
-    made = ablation.read_grid(folder / "tiny.toml")
+    made = grids.read_grid(folder / "tiny.toml")
 
     def finished(*lines, **more):
-        cell = ablation.cells_of(made, folder / "runs", bindings=["Experiment.batch_size = 16", *lines], **more)[2]
-        return ablation.is_finished(cell, ablation.check(cell))
+        cell = grids.cells_of(made, folder / "runs", bindings=["Experiment.batch_size = 16", *lines], **more)[2]
+        return grids.is_finished(cell, grids.check(cell))
 
     assert finished()
     assert not finished(steps=4)  # launch/main.py goes on from step 3

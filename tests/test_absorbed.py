@@ -6,19 +6,19 @@ import math
 
 import pytest
 import torch
-from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, finite_difference, student_of
-from test_field import DIRECTIONS, LEVELS, POINTS, REACH, full, library_gradient, relative_error
 from torch import Tensor
 
-from ratiograph.noising import VarianceExploding
-from ratiograph.normalization import Clamped, RatioNormalized
-from ratiograph.objective import AbsorbedTerm, Term
-from ratiograph.rewards import LinearReward
-from ratiograph.targets import MatchTeacher, RewardTilted, Target
-from ratiograph.teachers.mixture import GaussianMixture
-from ratiograph.times import Uniform
-from ratiograph.types import Condition, Noisy
-from ratiograph.weightings import BE, KL, LR, LS, SBA, Weighting
+from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, finite_difference, student_of
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.normalization import Clamped, RatioNormalized
+from ratiograph.algebra.objective import AbsorbedTerm, Term
+from ratiograph.algebra.rewards import LinearReward
+from ratiograph.algebra.targets import MatchTeacher, RewardTilted, Target
+from ratiograph.algebra.times import Uniform
+from ratiograph.algebra.weightings import BE, KL, LR, LS, SBA, Weighting
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.teachers.mixture import GaussianMixture
+from test_field import DIRECTIONS, LEVELS, POINTS, REACH, full, library_gradient, relative_error
 
 LEVEL = LEVELS["VarianceExploding"]
 DISTINCT = ["KL", "LR", "SoftenedReverseKL", "BE", "Jeffreys", "SquaredHellinger", "LS", "SBA(0.5)", "SBA(3.0)"]

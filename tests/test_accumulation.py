@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_distillation import adversarial, edm, matching, task_of
 from torch import nn
 
-from ratiograph.denoiser_training import DenoiserTraining
-from ratiograph.directions import RatioGradient, ScoreDifference
-from ratiograph.networks import UNet
-from ratiograph.noising import VarianceExploding
-from ratiograph.normalization import Clamped, MeanNormalized, RatioNormalized, TimeNormalized
-from ratiograph.objective import AbsorbedTerm, RewardAscent, Term
-from ratiograph.optim import EMA, Adam
-from ratiograph.randomness import normal
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio
-from ratiograph.rewards import LinearReward
-from ratiograph.samplers import HeunSampler
-from ratiograph.student_passes import Kept, Replayed
-from ratiograph.targets import RewardTilted
-from ratiograph.times import InverseTeacherError, KarrasIndex
-from ratiograph.types import Batch, Condition
-from ratiograph.weightings import JensenShannon, SoftenedReverseKL
+from ratiograph.algebra.directions import RatioGradient, ScoreDifference
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.normalization import Clamped, MeanNormalized, RatioNormalized, TimeNormalized
+from ratiograph.algebra.objective import AbsorbedTerm, RewardAscent, Term
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.algebra.rewards import LinearReward
+from ratiograph.algebra.targets import RewardTilted
+from ratiograph.algebra.times import InverseTeacherError, KarrasIndex
+from ratiograph.algebra.weightings import JensenShannon, SoftenedReverseKL
+from ratiograph.core.randomness import normal
+from ratiograph.core.types import Batch, Condition
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio
+from ratiograph.networks.samplers import HeunSampler
+from ratiograph.tasks.denoiser_training import DenoiserTraining
+from ratiograph.tasks.student_passes import Kept, Replayed
+from ratiograph.training.optim import EMA, Adam
+from test_distillation import adversarial, edm, matching, task_of
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 8, 3

@@ -8,10 +8,10 @@ import torch
 from scipy import ndimage, signal, stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ratiograph import augmentation
-from ratiograph.augmentation import CENTRE, SYM6, Flips, NoAugmentation, NonLeaky, Parameters
-from ratiograph.randomness import BatchGenerator
-from ratiograph.types import Condition
+from ratiograph.core.randomness import BatchGenerator
+from ratiograph.core.types import Condition
+from ratiograph.networks import augmentation
+from ratiograph.networks.augmentation import CENTRE, SYM6, Flips, NoAugmentation, NonLeaky, Parameters
 
 
 def generator(seed=0):

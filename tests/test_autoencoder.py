@@ -10,9 +10,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import tiny_pipelines
-
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.pipeline_files import read_part
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.weights.pipeline_files import read_part
 
 FACTOR = 0.13025
 

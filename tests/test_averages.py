@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import together
-from test_distillation import matching, task_of
 
-from ratiograph import checkpoints, config, parallel, trainer, weight_files
-from ratiograph.evaluation.makers import marked_best, students_of
-from ratiograph.experiment import Task
-from ratiograph.optim import EMA
-from ratiograph.randomness import BatchGenerator
-from ratiograph.types import Batch, Condition
+from ranks import together
+from ratiograph import config
+from ratiograph.core.randomness import BatchGenerator
+from ratiograph.core.types import Batch, Condition
+from ratiograph.evaluation.candidates import marked_best, students_of
+from ratiograph.networks.weights import weight_files
+from ratiograph.training import checkpoints, parallel, trainer
+from ratiograph.training.experiment import Task
+from ratiograph.training.optim import EMA
+from test_distillation import matching, task_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from ratiograph import config, trainer
-from ratiograph.rewards import Reward
+from ratiograph import config
+from ratiograph.algebra.rewards import Reward
+from ratiograph.training import trainer
 
 
 class NaNFrom(Reward):

@@ -8,40 +8,41 @@ import subprocess
 import pytest
 import torch
 from absl import flags
+
+from benchmarks import network, timing
+from benchmarks.inputs import randomised
+from benchmarks.network import SETTINGS, Setting, bench_network
+from benchmarks.step import StepBench, bench_precisions, bench_step
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.ratios import EncoderRatio, StudentScoreHeadRatio
 from test_distillation import adversarial, matching, task_of
 from tools_here import tool
-
-from ratiograph import benchmark, benchmark_network
-from ratiograph.benchmark_inputs import randomised
-from ratiograph.benchmark_step import StepBench, bench_precisions, bench_step
-from ratiograph.networks import UNet
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio
 
 CPU = torch.device("cpu")
 
 
 def test_variants_run_in_turn_and_the_first_round_is_not_counted():
     order = []
-    seconds = benchmark.in_turn({name: lambda n=name: order.append(n) for name in "abc"}, 3, CPU)
+    seconds = timing.in_turn({name: lambda n=name: order.append(n) for name in "abc"}, 3, CPU)
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
-    assert benchmark.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+    assert timing.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 
 
 def test_flops_of_a_product():
     a, b = torch.ones(3, 5), torch.ones(5, 7)
-    assert benchmark.count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert timing.count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
 
 
 def test_records_are_lines_with_date_and_hardware(tmp_path):
     for k in range(2):
-        benchmark.append_record(tmp_path / "b" / "results.jsonl", {"k": k}, CPU)
+        timing.append_record(tmp_path / "b" / "results.jsonl", {"k": k}, CPU)
     lines = [json.loads(line) for line in (tmp_path / "b" / "results.jsonl").read_text().splitlines()]
     assert [line["k"] for line in lines] == [0, 1]
     assert lines[0]["hardware"]["torch"] == torch.__version__
     assert lines[0]["date"].count("-") == 2
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=benchmark.__file__[:-12])
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=timing.__file__[:-12])
     assert head.stdout.startswith(str(lines[0]["revision"]).rstrip("+")) or head.returncode
 
 
@@ -53,33 +54,33 @@ def test_records_by_date_and_revision(tmp_path):
         {"date": "2027-01-01"},
     ]
     path.write_text("".join(json.dumps(each) + "\n" for each in dated))
-    assert benchmark.read_records(path) == dated
-    assert benchmark.read_records(path, "2026") == dated[:2]
-    assert benchmark.read_records(path, "abc") == dated[:1]
+    assert timing.read_records(path) == dated
+    assert timing.read_records(path, "2026") == dated[:2]
+    assert timing.read_records(path, "abc") == dated[:1]
     for start, text, message in [("x", None, "no record of a date"), ("", "[1]\n", "line 1"), ("", "{\n", "line 1")]:
         path.write_text(text or path.read_text())
         with pytest.raises(ValueError, match=message):
-            benchmark.read_records(path, start)
+            timing.read_records(path, start)
     with pytest.raises(ValueError, match=r"no records at .*none"):
-        benchmark.read_records(tmp_path / "none")
+        timing.read_records(tmp_path / "none")
 
 
 def test_the_error_of_a_median():
     """Against the spread of medians of many samples; one slow round does not count."""
     torch.manual_seed(0)
     rounds = 10 + torch.randn(4000, 101)
-    found = torch.tensor([benchmark.standard_error(row) for row in rounds[:200].tolist()])
+    found = torch.tensor([timing.standard_error(row) for row in rounds[:200].tolist()])
     expected = rounds.median(1).values.std() / 10
     assert abs(found.mean() / expected - 1) < 0.1
-    assert benchmark.standard_error([1.0, 1.0, 1.0, 1.0, 50.0]) == 0
-    assert benchmark.standard_error([1.0, 2.0]) is None
+    assert timing.standard_error([1.0, 1.0, 1.0, 1.0, 50.0]) == 0
+    assert timing.standard_error([1.0, 2.0]) is None
 
 
 SMALL = {"sizes": {"resolution": 8, "channels": 16}, "batch_size": 2, "rounds": 3, "device": CPU}
 
 
 def test_a_network_s_settings():
-    record = benchmark_network.bench_network("UNet", settings=["fp32, channels-last", "bf16"], **SMALL)
+    record = bench_network("UNet", settings=["fp32, channels-last", "bf16"], **SMALL)
     rows = {row["variant"]: row for row in record["rows"]}
     assert list(rows) == ["fp32", "fp32, channels-last", "bf16"]
     assert (rows["fp32"]["relative_difference"], rows["fp32"]["faster"]) == (0, 1)
@@ -92,19 +93,19 @@ def test_a_network_s_settings():
 
 
 def test_settings_are_free_combinations():
-    read = {name: benchmark_network.Setting.parse(name) for name in benchmark_network.SETTINGS}
+    read = {name: Setting.parse(name) for name in SETTINGS}
     assert [str(setting) for setting in read.values()] == list(read)
     assert len(set(read.values())) == 2**3
-    assert read["fp32, channels-last, compiled"] == benchmark_network.Setting(last=True, compiled=True)
-    assert read["bf16, channels-last"] == benchmark_network.Setting(last=True, bf16=True)
-    assert benchmark_network.Setting.parse(" compiled,bf16") == read["bf16, compiled"]
+    assert read["fp32, channels-last, compiled"] == Setting(last=True, compiled=True)
+    assert read["bf16, channels-last"] == Setting(last=True, bf16=True)
+    assert Setting.parse(" compiled,bf16") == read["bf16, compiled"]
 
 
 def test_a_setting_given_twice_runs_once(monkeypatch):
     compiled = []
-    monkeypatch.setattr(benchmark_network.compilation, "compile_blocks", compiled.append)
+    monkeypatch.setattr(network.compilation, "compile_blocks", compiled.append)
     settings = ["compiled, channels-last, fp32", "fp32", "fp32, channels-last,compiled"]
-    record = benchmark_network.bench_network("UNet", settings=settings, **SMALL)
+    record = bench_network("UNet", settings=settings, **SMALL)
     assert [row["variant"] for row in record["rows"]] == ["fp32", "fp32, channels-last, compiled"]
     formats = [network.stem.weight.is_contiguous(memory_format=torch.channels_last) for network in compiled]
     assert formats == [False, True]
@@ -129,7 +130,7 @@ def test_a_setting_given_twice_runs_once(monkeypatch):
 )
 def test_networks_that_cannot_be_timed(changes, message):
     with pytest.raises(ValueError, match=message):
-        benchmark_network.bench_network(**{"name": "UNet", "settings": []} | SMALL | changes)
+        bench_network(**{"name": "UNet", "settings": []} | SMALL | changes)
 
 
 TINY = {"gin_file": ["gin/mnist_js.gin"], "gin_param": ["UNet.channels = 16"], "batch_size": 2, "rounds": 3}
@@ -230,8 +231,8 @@ def test_the_floor_is_the_passes_that_the_step_makes(terms, changes, passes):
     bench = StepBench(task, 4, CPU)
     floor = bench.floor()
     assert {name: times for name, (times, _) in floor.items()} == passes
-    least = sum(times * benchmark.count_flops(run) for times, run in floor.values())
-    whole = benchmark.count_flops(bench.step)
+    least = sum(times * timing.count_flops(run) for times, run in floor.values())
+    whole = timing.count_flops(bench.step)
     assert 0.97 * whole <= least <= whole
     assert all(parameter.grad is None for parameter in task.parameters())
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 from absl import flags
-from tools_here import tool
 
-from ratiograph.benchmark import medians
-from ratiograph.benchmark_compare import compared
+from benchmarks.changes import compared
+from benchmarks.timing import medians
+from tools_here import tool
 
 HERE = {"device": "a CPU", "threads": 2, "instructions": []}
 

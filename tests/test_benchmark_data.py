@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
+from benchmarks.data_wait import bench_data, delivery_seconds, waits
+from benchmarks.inputs import drawn, made_up_batch, made_up_condition, made_up_latents
 from ratiograph import config
-from ratiograph.benchmark_data import bench_data, delivery_seconds, waits
-from ratiograph.benchmark_inputs import drawn, made_up_batch, made_up_condition, made_up_latents
-from ratiograph.networks import UNet
+from ratiograph.networks.architectures.unet import UNet
 
 CPU = torch.device("cpu")
 SD15 = [
@@ -73,7 +73,7 @@ def test_latents_of_the_run_s_own_shapes(tmp_path):
 @pytest.mark.parametrize(("more", "draws"), [((), 3), (("gin/base/sd15_lora.gin",), 1)])
 def test_networks_without_weights_are_drawn_and_a_shared_base_once(more, draws, monkeypatch):
     pytest.importorskip("diffusers")
-    from ratiograph.networks.stable_diffusion import TextUNet
+    from ratiograph.networks.architectures.stable_diffusion_unets import TextUNet
 
     seen, draw = [], TextUNet.draw
     monkeypatch.setattr(TextUNet, "draw", lambda network: (seen.append(network), draw(network)))

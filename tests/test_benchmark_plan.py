@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ratiograph import benchmark, benchmark_plan, config
-from ratiograph.benchmark_inputs import made_up_batch, without_files
-from ratiograph.benchmark_plan import _Bytes, bench_plan, planned
-from ratiograph.benchmark_suite import SIZES
-from ratiograph.optim_8bit import Adam8bit
+from benchmarks import plan, timing
+from benchmarks.inputs import made_up_batch, without_files
+from benchmarks.plan import _Bytes, bench_plan, planned
+from benchmarks.suite import SIZES
+from ratiograph import config
+from ratiograph.training.optim_8bit import Adam8bit
 
 CPU = torch.device("cpu")
 FILES = ["gin/mnist_sba.gin"]
@@ -56,7 +57,7 @@ def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
         held = counter.live
         task.step(batch, 4, generator)
         peak = counter.peak
-        flops = benchmark.count_flops(lambda: task.step(batch, 4, generator))
+        flops = timing.count_flops(lambda: task.step(batch, 4, generator))
     plan = planned(files, lines, precision=precision, batch_size=4)
     assert plan.flops == flops
     assert plan.held_gb == pytest.approx(held / 1e9, rel=0.01)
@@ -65,13 +66,13 @@ def test_a_plan_is_the_step_with_real_tensors(files, lines, precision):
 
 
 def test_what_exists_while_the_graph_is_built_is_no_part_of_a_step(monkeypatch):
-    materialise, expected = benchmark_plan._materialise, planned(FILES, TINY, batch_size=4)
+    materialise, expected = plan._materialise, planned(FILES, TINY, batch_size=4)
 
     def wasteful(task):
         torch.empty(10**9)
         materialise(task)
 
-    monkeypatch.setattr(benchmark_plan, "_materialise", wasteful)
+    monkeypatch.setattr(plan, "_materialise", wasteful)
     assert planned(FILES, TINY, batch_size=4) == expected
     assert expected.peak_gb < 0.1
 

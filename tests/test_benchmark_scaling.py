@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ratiograph import benchmark_scaling
-from ratiograph.benchmark_scaling import efficiencies, step_seconds, weak_scaling
+from benchmarks import scaling
+from benchmarks.scaling import efficiencies, step_seconds, weak_scaling
 
 TINY = {"gin_file": ["gin/mnist_sba.gin"], "gin_param": ["UNet.channels = 16"], "batch_size": 2}
 
@@ -21,7 +21,7 @@ def test_a_record_has_a_row_for_each_number(monkeypatch):
         taken.append(ranks)
         return {"seconds": [0.5 * ranks, 0.5 * ranks], "cpu_seconds": [0.25 * ranks]}
 
-    monkeypatch.setattr(benchmark_scaling, "step_seconds", told)
+    monkeypatch.setattr(scaling, "step_seconds", told)
     record = weak_scaling(**TINY, ranks=(1, 2), rounds=2)
     assert taken == [1, 2, 1, 2]
     assert [row["images_per_second"] for row in record["rows"]] == [4.0, 4.0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ratiograph import benchmark_step
-from ratiograph.benchmark_step import StepBench, bench_step
-from ratiograph.benchmark_suite import SIZES
+from benchmarks import step
+from benchmarks.step import StepBench, bench_step
+from benchmarks.suite import SIZES
 
 CPU = torch.device("cpu")
 TINY = {"gin_file": ["gin/mnist_js.gin"], "gin_param": ["UNet.channels = 16"], "batch_size": 2, "precision": "fp32"}
@@ -41,7 +41,7 @@ def test_how_often_each_is_run(rounds, steps, passes, calls):
 
 
 def test_a_step_beyond_patience_is_taken_once(calls, monkeypatch):
-    monkeypatch.setattr(benchmark_step, "PATIENCE", 0.0)
+    monkeypatch.setattr(step, "PATIENCE", 0.0)
     record = bench_step(**TINY, rounds=3, device=CPU)
     assert calls == {"step": 1, "_student": 0, "unit": 0}
     assert record["rounds_seconds"] == {"step": [record["seconds"]]}

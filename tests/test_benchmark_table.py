@@ -6,11 +6,12 @@ import json
 
 import pytest
 from absl import flags
-from tools_here import tool
 
-from ratiograph import benchmark_suite, config
-from ratiograph.benchmark_suite import Measurement, plans, run, steps
-from ratiograph.benchmark_table import COLUMNS, CONFIGURATIONS, render, write
+from benchmarks import suite
+from benchmarks.results_table import COLUMNS, CONFIGURATIONS, render, write
+from benchmarks.suite import Measurement, plans, run, steps
+from ratiograph import config
+from tools_here import tool
 
 HARDWARE = {"device": "EPYC", "threads": 2, "instructions": ["avx2"]}
 DIJS = {"gin_file": ["gin/papers/score_free/cifar10_dijs.gin"], "gin_param": []}
@@ -123,7 +124,7 @@ def test_the_suite_goes_on_after_failures_and_ends_in_time(tmp_path, monkeypatch
         "if 'fail' in sys.argv: sys.exit('error: no memory')\n"
         "time.sleep(60 if 'sleep' in sys.argv else 0); print('did', *sys.argv[1:])"
     )
-    monkeypatch.setattr(benchmark_suite, "TOOL", script)
+    monkeypatch.setattr(suite, "TOOL", script)
     said = []
     wanted = [
         Measurement(("fail",), 0),

@@ -10,24 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ranks import together
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.objective import Objective
+from ratiograph.algebra.times import KarrasIndex
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.ratios import EncoderRatio
+from ratiograph.networks.samplers import HeunSampler
+from ratiograph.networks.students import OneStep
+from ratiograph.networks.weights.weight_files import save_weights
+from ratiograph.tasks.denoiser_training import DenoiserTraining
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.training import checkpoints, parallel
+from ratiograph.training.optim import EMA, Adam
+from ratiograph.training.warm_start import WarmStart
 from test_distillation import adversarial, edm, matching
 from test_fsdp import CPU, advance, flat
-
-from ratiograph import checkpoints, parallel
-from ratiograph.denoiser_training import DenoiserTraining
-from ratiograph.denoisers import EDM
-from ratiograph.distillation import Distillation
-from ratiograph.networks import UNet
-from ratiograph.noising import VarianceExploding
-from ratiograph.objective import Objective
-from ratiograph.optim import EMA, Adam
-from ratiograph.ratios import EncoderRatio
-from ratiograph.samplers import HeunSampler
-from ratiograph.students import OneStep
-from ratiograph.times import KarrasIndex
-from ratiograph.warm_start import WarmStart
-from ratiograph.weight_files import save_weights
 
 pytestmark = pytest.mark.slow
 STEPS = 3  # what begins at zero hides what lies behind it from the first ones

@@ -17,14 +17,13 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import tiny_pipelines
-
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.captions import unpack
-from ratiograph.data.caching import CachedImages, CachedPrompts, cache_shards, write_empty_prompt
+from preparation.latent_cache import CachedImages, CachedPrompts, cache_shards, write_empty_prompt
 from ratiograph.data.captioned import CaptionedStream
+from ratiograph.data.captions import unpack
 from ratiograph.data.latents import LatentStream
 from ratiograph.data.shards import count_samples, verify_shard
-from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 
 TOOL = Path(__file__).parent.parent / "tools" / "cache_latents.py"
 CAPTIONS = ["ab cab", "", "two CATS", "x" * 3000, "e"]

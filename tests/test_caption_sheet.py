@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from ratiograph.caption_sheet import LINES, TEXT, caption_sheet, wrapped
-from ratiograph.sample_files import CaptionSheet
+from ratiograph.reports.caption_sheet import LINES, TEXT, caption_sheet, wrapped
+from ratiograph.reports.sample_files import CaptionSheet
 
 FONT = ImageFont.load_default(TEXT)
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ratiograph.captions import pack, unpack
 from ratiograph.data.captioned import CaptionedStream, CaptionStream
+from ratiograph.data.captions import pack, unpack
 from ratiograph.data.images import BadImage, fitted
 from ratiograph.data.shards import INDEX, count_samples, write_shards
 

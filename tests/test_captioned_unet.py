@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from ratiograph.denoisers import EDM
-from ratiograph.guidance import Guided, NoCaption
-from ratiograph.networks.captioned_unet import CaptionedUNet, EDMFromGrey
-from ratiograph.networks.unet import UNet
-from ratiograph.ratios import TeacherFeatureRatio
-from ratiograph.students import OneStep
-from ratiograph.types import Condition, Evaluation, Nodes, Noisy
-from ratiograph.weight_files import save_weights
-from ratiograph.word_encoder import WordEncoder
+from ratiograph.core.contracts import Evaluation, Nodes
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.architectures.captioned_unet import CaptionedUNet, EDMFromGrey
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.guidance import Guided, NoCaption
+from ratiograph.networks.ratios import TeacherFeatureRatio
+from ratiograph.networks.students import OneStep
+from ratiograph.networks.weights.weight_files import save_weights
+from ratiograph.networks.word_encoder import WordEncoder
 
 CAPTIONS = ["a red seven", "a two", "a blue digit", ""]
 

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratiograph.captions import LENGTH, pack, unpack
-from ratiograph.types import Condition
+from ratiograph.core.types import Condition
+from ratiograph.data.captions import LENGTH, pack, unpack
 
 
 @given(st.lists(st.text(max_size=200), max_size=4))

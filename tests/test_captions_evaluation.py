@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from ratiograph import config
-from ratiograph.captions import pack, unpack
-from ratiograph.data.coloured_digits import COLOURS, coloured_digits_samples, named
+from ratiograph.algebra.rewards import ClassReward
+from ratiograph.core.types import Condition
+from ratiograph.data.captions import pack, unpack
+from ratiograph.data.coloured_digits import COLOURS, named
+from ratiograph.data.embedded import _coloured_digits
 from ratiograph.data.shards import write_shards
 from ratiograph.data.stream import load_all
-from ratiograph.evaluation.captions import CaptionsEvaluator, tilted_shares
+from ratiograph.evaluation.caption_evaluator import CaptionsEvaluator, tilted_shares
 from ratiograph.evaluation.frechet import fit, frechet_distance
 from ratiograph.evaluation.prompt_readings import Readings, prompts, to_grey
 from ratiograph.evaluation.prompt_sheet import GAP, HEAD, prompt_sheet
 from ratiograph.evaluation.small_images import gaussian_of
-from ratiograph.logs import make_grid
-from ratiograph.networks.ink_colour import InkColour
-from ratiograph.rewards import ClassReward
-from ratiograph.types import Condition
-from ratiograph.word_encoder import WordEncoder
+from ratiograph.networks.architectures.ink_colour import InkColour
+from ratiograph.networks.word_encoder import WordEncoder
+from ratiograph.training.logs import make_grid
 
 LOG_REWARDS = (2.0, 0.0, 0.0, 0.0, 0.0)
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def painted(colour, brightness=1.0):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "digits"
-    write_shards(folder, "digits", coloured_digits_samples()[:500], 2)
+    write_shards(folder, "digits", _coloured_digits()[:500], 2)
     return f"{folder}/digits-{{000000,000001}}.tar"
 
 

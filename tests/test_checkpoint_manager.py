@@ -9,9 +9,10 @@ from contextlib import suppress
 import pytest
 import torch
 
-from ratiograph import checkpoints, config, trainer
-from ratiograph.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
-from ratiograph.graph import Node
+from ratiograph import config
+from ratiograph.config.tree import Node
+from ratiograph.training import checkpoints, trainer
+from ratiograph.training.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
 
 
 def task(step, size=64):

@@ -11,25 +11,25 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ranks import together
-from test_compilation import graphs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ratiograph import parallel
-from ratiograph.benchmark_plan import _Bytes, planned
-from ratiograph.compilation import compile_blocks
-from ratiograph.denoisers import EDM
-from ratiograph.differentiation import twice_differentiable
+from benchmarks.plan import _Bytes, planned
+from ranks import together
+from ratiograph.core.differentiation import twice_differentiable
+from ratiograph.core.types import Condition, Noisy
 from ratiograph.networks import checkpointing
-from ratiograph.networks.blocks import ResidualBlock
-from ratiograph.networks.captioned_unet import CaptionedUNet
+from ratiograph.networks.architectures.blocks import ResidualBlock
+from ratiograph.networks.architectures.captioned_unet import CaptionedUNet
+from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
+from ratiograph.networks.architectures.edm_blocks import Attention, ScaleShiftBlock, ShiftBlock
+from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.checkpointing import CheapOperations, Checkpointing, WholeBlocks
-from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
-from ratiograph.networks.edm_blocks import Attention, ScaleShiftBlock, ShiftBlock
-from ratiograph.networks.unet import UNet
-from ratiograph.types import Condition, Noisy
+from ratiograph.networks.compilation import compile_blocks
+from ratiograph.networks.denoisers import EDM
+from ratiograph.training import parallel
+from test_compilation import graphs
 
 SIZES = {"resolution": 8, "channels": 8, "multipliers": (1, 2), "blocks": 1}
 EDM_SIZES = SIZES | {"attention_resolutions": (4,)}

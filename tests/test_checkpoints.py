@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ratiograph import checkpoints
+from ratiograph.training import checkpoints
 
 
 def state(seed: int, size: int = 64) -> dict:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import official_state
 from PIL import Image
 
-from ratiograph.networks.edm import DDPMPP
+from official import official_state
+from ratiograph.networks.architectures.edm import DDPMPP
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [sys.executable, "launch/main.py"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ratiograph.classifier_training import ClassifierEvaluator, ClassifierTraining, RandomAffine
+from ratiograph.core.types import Batch, Condition
 from ratiograph.data.shards import encode_png, write_shards
-from ratiograph.networks.classifier import SHIPPED_WEIGHTS, DigitClassifier, classify_all
-from ratiograph.optim import EMA, Adam
-from ratiograph.types import Batch, Condition
-from ratiograph.weight_files import save_weights
+from ratiograph.networks.architectures.classifier import SHIPPED_WEIGHTS, DigitClassifier, classify_all
+from ratiograph.networks.weights.weight_files import save_weights
+from ratiograph.tasks.classifier_training import ClassifierEvaluator, ClassifierTraining, RandomAffine
+from ratiograph.training.optim import EMA, Adam
 
 CPU = torch.device("cpu")
 

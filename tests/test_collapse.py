@@ -11,7 +11,7 @@ from scipy.stats import entropy
 from ratiograph.data.stream import load_all
 from ratiograph.evaluation import collapse
 from ratiograph.evaluation.collapse import Collapse, mean_pairwise_distance
-from ratiograph.evaluation.samples import class_histogram
+from ratiograph.evaluation.sample_distances import class_histogram
 
 
 @pytest.fixture(scope="module")

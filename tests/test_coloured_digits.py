@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ratiograph.data.coloured_digits import COLOURS, DARKEST, DIGITS, caption_of, coloured_digits_samples, named
-from ratiograph.data.embedded import resolve
+from ratiograph.data.coloured_digits import COLOURS, DARKEST, DIGITS, caption_of, named
+from ratiograph.data.embedded import _coloured_digits, resolve
 from ratiograph.data.shards import read_shard
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return coloured_digits_samples()
+    return _coloured_digits()
 
 
 def pixels(sample):
@@ -34,7 +34,7 @@ def test_captions_and_what_they_name():
 
 
 def test_the_same_every_time_and_no_two_keys_alike(samples):
-    again = coloured_digits_samples()
+    again = _coloured_digits()
     assert samples[:100] == again[:100]
     assert samples[-1] == again[-1]
     assert len({sample["__key__"] for sample in samples}) == len(samples) == 10_000

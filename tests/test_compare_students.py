@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tools_here import tool
 
 from ratiograph import config
-from ratiograph.conditions import Prompts
+from ratiograph.core.draws import SampleDraws
 from ratiograph.evaluation.prompt_sheet import GAP, HEAD
-from ratiograph.logs import make_grid
-from ratiograph.sampling import SampleDraws
-from ratiograph.weight_files import save_weights
-from ratiograph.word_encoder import WordEncoder
+from ratiograph.networks.conditions import Prompts
+from ratiograph.networks.weights.weight_files import save_weights
+from ratiograph.networks.word_encoder import WordEncoder
+from ratiograph.training.logs import make_grid
+from tools_here import tool
 
 LINES = ["EDM.weights = None", "CaptionedUNet.channels = 16", "Experiment.precision = 'fp32'"]
 PROMPTS = ["a red seven", "a two", "a digit"]

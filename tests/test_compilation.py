@@ -6,22 +6,26 @@ import inspect
 import pytest
 import scipy.stats
 import torch
-from ranks import together
 from torch import nn
 from torch._dynamo.utils import counters
 
-from ratiograph import compilation, config, parallel
-from ratiograph.compilation import VARIANTS, compile_blocks, uncompiled
-from ratiograph.denoisers import EDM
-from ratiograph.lora import LoRA
-from ratiograph.networks.captioned_unet import CaptionedUNet
+from ranks import together
+from ratiograph import config
+from ratiograph.core.contracts import Evaluation, Needs, Nodes
+from ratiograph.core.differentiation import uncompiled
+from ratiograph.core.types import Batch, Condition, Noisy
+from ratiograph.networks import compilation
+from ratiograph.networks.architectures.captioned_unet import CaptionedUNet
+from ratiograph.networks.architectures.classifier import DigitClassifier
+from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
+from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, SDXLUNet, UNetFromFolder
+from ratiograph.networks.architectures.unet import MLP, UNet
 from ratiograph.networks.checkpointing import CheapOperations, WholeBlocks
-from ratiograph.networks.classifier import DigitClassifier
-from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
-from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet, UNetFromFolder
-from ratiograph.networks.unet import MLP, UNet
-from ratiograph.ratios import EncoderRatio
-from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes, Noisy
+from ratiograph.networks.compilation import VARIANTS, compile_blocks
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.lora import LoRA
+from ratiograph.networks.ratios import EncoderRatio
+from ratiograph.training import parallel
 
 EDM_SIZES = {"resolution": 8, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
 TEXT_SIZES = {"resolution": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 12}

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from ratiograph import checkpoints
-from ratiograph.captions import unpack
-from ratiograph.conditions import BatchConditions, FixedLabels, Prompts, UniformLabels
-from ratiograph.denoisers import EDM
-from ratiograph.directions import ScoreDifference
-from ratiograph.distillation import Distillation
-from ratiograph.networks import UNet
-from ratiograph.noising import VarianceExploding
-from ratiograph.objective import Objective, Term
-from ratiograph.optim import EMA, Adam
-from ratiograph.sampling import SampleDraws
-from ratiograph.students import OneStep
-from ratiograph.times import KarrasIndex
-from ratiograph.types import Batch, Condition
-from ratiograph.weightings import KL
+from ratiograph.algebra.directions import ScoreDifference
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.objective import Objective, Term
+from ratiograph.algebra.times import KarrasIndex
+from ratiograph.algebra.weightings import KL
+from ratiograph.core.draws import SampleDraws
+from ratiograph.core.types import Batch, Condition
+from ratiograph.data.captions import unpack
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.conditions import BatchConditions, FixedLabels, Prompts, UniformLabels
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.students import OneStep
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.training import checkpoints
+from ratiograph.training.optim import EMA, Adam
 
 
 def edm(seed=0, classes=3):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ratiograph import config
 from ratiograph.config import ConfigError
-from ratiograph.config_values import Reference, accepts, literal, writable
+from ratiograph.config.values import Reference, accepts, literal, writable
 
 
 class ToyWeighting:
@@ -184,7 +184,7 @@ def test_saved_configuration_parses_to_itself(parse, tmp_path):
     assert (first.terms, first.critic, first.teacher) == (second.terms, second.critic, second.teacher)
     assert second.data.folds == {"a": 1, "b": 2}
     assert second.terms[0].weighting.limit == float("inf")
-    assert config.differences(again, tmp_path / "config.gin") == []
+    assert config.changes(again, tmp_path / "config.gin") == []
 
 
 def test_saved_configuration_holds_defaults_and_keeps_macros(parse, tmp_path):
@@ -200,7 +200,7 @@ def test_saved_configuration_holds_defaults_and_keeps_macros(parse, tmp_path):
 def test_differences_names_the_first_binding(parse, tmp_path):
     config.save(parse(BASE), tmp_path / "config.gin")
     other = parse(BASE, "ToyPower.lam = 2.0", overrides={"ToyRun.steps": 20})
-    assert config.differences(other, tmp_path / "config.gin", ignore=["ToyRun.steps"]) == [
+    assert config.changes(other, tmp_path / "config.gin", ignore=["ToyRun.steps"]) == [
         "main/ToyPower.lam is 0.5 there and 2.0 here"
     ]
 
@@ -211,8 +211,8 @@ def test_a_parameter_that_an_older_file_leaves_out_has_its_default_there(parse, 
     older = [line for line in saved.read_text().splitlines() if not line.startswith("main/ToyPower.limit")]
     assert len(older) == len(saved.read_text().splitlines()) - 1
     saved.write_text("\n".join(older) + "\n")
-    assert config.differences(parse(BASE), saved) == []
-    assert config.differences(parse(BASE, "ToyPower.limit = 3.0"), saved) == [
+    assert config.changes(parse(BASE), saved) == []
+    assert config.changes(parse(BASE, "ToyPower.limit = 3.0"), saved) == [
         "main/ToyPower.limit is 1e999 there and 3.0 here"
     ]
 

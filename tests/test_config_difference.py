@@ -5,8 +5,8 @@ import re
 import pytest
 
 from ratiograph import config
-from ratiograph.config_difference import ABSENT, differences, full_bindings, read_bindings
-from ratiograph.config_values import ConfigError, Reference
+from ratiograph.config.differences import ABSENT, differences, full_bindings, read_bindings
+from ratiograph.config.values import ConfigError, Reference
 
 PLAIN = """
 Experiment.steps = 100

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ratiograph import config
-from ratiograph.config_files import check_files, missing_files
+from ratiograph.config.locating import check_files, missing_files
 
 ROOT = Path(__file__).resolve().parents[1]
 TILT = "gin/sd15_reward_tilt.gin"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratiograph import config, graph
+from ratiograph import config
+from ratiograph.config import tree
 
 RUN = """
 Experiment.task = @RatioTraining()
@@ -65,17 +66,17 @@ def test_a_file_of_ones_own_may_import(planted):
 def test_comparing_with_a_folder_s_configuration_imports_nothing(planted):
     Path("mine.gin").write_text(RUN.replace("steps = 1", "steps = 2"))
     cfg = config.parse(["mine.gin"])
-    assert "Experiment.steps is 1 there and 2 here" in config.differences(cfg, "run/config.gin")
+    assert "Experiment.steps is 1 there and 2 here" in config.changes(cfg, "run/config.gin")
     assert not Path("trace").exists()
 
 
 def test_a_saved_configuration_may_import_what_the_program_knows(planted):
-    Path("run/config.gin").write_text("import ratiograph.times\n" + RUN)
+    Path("run/config.gin").write_text("import ratiograph.algebra.times\n" + RUN)
     config.parse(["run/config.gin"])
 
 
 OWN = """
-from ratiograph.weightings import Weighting
+from ratiograph.algebra.weightings import Weighting
 __all__ = ["Tempered{n}"]
 class Tempered{n}(Weighting):
     def __init__(self, *, temperature: float = 1.0):
@@ -99,9 +100,9 @@ def test_a_component_of_ones_own_is_known_once_it_was_imported_and_drawn(tmp_pat
     config.save(cfg, saved)
     with torch.device("meta"):
         again = config.build(config.parse([str(saved)]))  # this program ran the module already
-    tree = graph.render_tree(graph.describe(again))
-    assert "weighting: Tempered1  temperature=2.5" in tree
-    assert graph.describe(torch.nn.ReLU()).children == ()
+    text = tree.render_tree(tree.describe(again))
+    assert "weighting: Tempered1  temperature=2.5" in text
+    assert tree.describe(torch.nn.ReLU()).children == ()
     assert not config.is_component(torch.nn.ReLU)
 
 
@@ -111,7 +112,7 @@ def test_a_module_that_registers_nothing_or_a_taken_name_or_is_not_there_says_so
     module_of(tmp_path, monkeypatch, "own_needing", "import no_such_package_here\n")
     for module, message in {
         "own_unlisted": "own_unlisted has no __all__, the list of names that gin files may use: add it.",
-        "own_taken": "own_taken has a component KL, which is the name of one of ratiograph.weightings: call it "
+        "own_taken": "own_taken has a component KL, which is the name of one of ratiograph.algebra.weightings: call it "
         "something else.",
         "own_absent": "cannot import own_absent: No module named 'own_absent'. Put the folder that it lies in on "
         "PYTHONPATH.",

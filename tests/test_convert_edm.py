@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from absl import flags
+
 from official import (
     MARKER,
     NETWORKS,
@@ -28,14 +29,13 @@ from official import (
     official_state,
     random,
 )
-
 from ratiograph import config
-from ratiograph.denoisers import EDM
-from ratiograph.edm_pickles import read_network
-from ratiograph.edm_weights import Description, convert_file, our_name
-from ratiograph.noising import RectifiedFlow, VarianceExploding, VariancePreserving
-from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
-from ratiograph.types import Condition, Noisy, expand
+from ratiograph.algebra.noising import RectifiedFlow, VarianceExploding, VariancePreserving
+from ratiograph.core.types import Condition, Noisy, expand
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.preconditioning import VEPreconditioned, VPPreconditioned
+from ratiograph.networks.weights.edm_pickles import read_network
+from ratiograph.networks.weights.edm_weights import Description, convert_file, our_name
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = Path(os.environ.get("RATIOGRAPH_EDM_REFERENCE", ROOT.parent / "shared" / "reference" / "edm"))
@@ -134,9 +134,7 @@ def test_gin_lines_build_the_same_denoiser(monkeypatch):
     network = random(NETWORKS["adm"]())
     official_pickle(Path("net.pkl"), network, monkeypatch)
     convert_file("net.pkl", "out")
-    Path("run.gin").write_text(
-        "import ratiograph.networks.edm\nimport ratiograph.preconditioning\ninclude 'out/network.gin'\n"
-    )
+    Path("run.gin").write_text("import ratiograph.networks.architectures.edm\ninclude 'out/network.gin'\n")
     denoiser = config.build(config.parse(["run.gin"], root="EDM"))
     denoiser.load()
     with torch.no_grad():

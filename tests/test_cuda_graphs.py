@@ -5,16 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_compilation import NETWORKS, made
 from torch import nn
 
-from ratiograph import config, cuda_graphs
-from ratiograph.benchmark_inputs import made_up_batch, randomised
-from ratiograph.cuda_graphs import MOST, WARM, record_passes
-from ratiograph.denoisers import EDM
-from ratiograph.distillation_check import check_parallel
-from ratiograph.networks.unet import UNet
-from ratiograph.types import Condition
+from benchmarks.inputs import made_up_batch, randomised
+from ratiograph import config
+from ratiograph.core.types import Condition
+from ratiograph.networks import cuda_graphs
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.cuda_graphs import MOST, WARM, record_passes
+from ratiograph.networks.denoisers import EDM
+from ratiograph.tasks.distillation_check import check_parallel
+from test_compilation import NETWORKS, made
 
 
 class Simulated:
@@ -153,7 +154,7 @@ def test_steps_with_recorded_passes_are_the_steps_without(run_file, monkeypatch)
         return [parameter.detach() for parameter in task.parameters()]
 
     before = record_passes
-    monkeypatch.setattr("ratiograph.distillation.record_passes", lambda task: before(task, Simulated, "cpu"))
+    monkeypatch.setattr("ratiograph.tasks.distillation.record_passes", lambda task: before(task, Simulated, "cpu"))
     plain = steps()
     assert not Simulated.made
     assert equal(steps("Distillation.cuda_graphs=True"), plain)

@@ -4,9 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ratiograph.denoising_weights import EDMWeight, EpsilonWeight, SampleWeight, SNRClipped, weighted_denoising_loss
-from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding
-from ratiograph.types import expand
+from ratiograph.algebra.denoising_weights import (
+    EDMWeight,
+    EpsilonWeight,
+    SampleWeight,
+    SNRClipped,
+    weighted_denoising_loss,
+)
+from ratiograph.algebra.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding
+from ratiograph.core.types import expand
 
 TIMES = {VarianceExploding: (0.05, 3.0, 80.0), ScaledLinearDDPM: (3.0, 500.0, 999.0), RectifiedFlow: (0.1, 0.5, 0.9)}
 

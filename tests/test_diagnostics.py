@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from exact import ROWS
 
-from ratiograph.diagnostics import RatioDiagnostics, bregman_divergence, field_metrics, ratio_metrics
-from ratiograph.weightings import KL, LS, CustomWeighting
+from exact import ROWS
+from ratiograph.algebra.diagnostics import RatioDiagnostics, bregman_divergence, field_metrics, ratio_metrics
+from ratiograph.algebra.weightings import KL, LS, CustomWeighting
 
 M = 0.8
 

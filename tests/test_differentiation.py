@@ -10,7 +10,7 @@ from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ratiograph.differentiation import recomputed_alike, twice_differentiable
+from ratiograph.core.differentiation import recomputed_alike, twice_differentiable
 
 # (channels in, out, kernel, stride, padding, dilation, groups, height, width)
 SHAPES = [

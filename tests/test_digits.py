@@ -11,11 +11,11 @@ from scipy.spatial.distance import pdist
 
 from ratiograph import config
 from ratiograph.data.stream import load_all
-from ratiograph.evaluation.digits import METRICS, DigitsEvaluator, _Digits, _Reference
+from ratiograph.evaluation.digit_evaluator import METRICS, DigitsEvaluator, _Digits, _Reference
+from ratiograph.evaluation.inception_score import inception_score
 from ratiograph.evaluation.manifold import Manifold
-from ratiograph.evaluation.rows import RowCache, file_identity
-from ratiograph.evaluation.scores import inception_score
-from ratiograph.networks.classifier import DigitClassifier
+from ratiograph.evaluation.result_cache import RowCache, file_identity
+from ratiograph.networks.architectures.classifier import DigitClassifier
 
 CPU = torch.device("cpu")
 TEACHER_ROWS = ["teacher, 1 evaluation", "teacher, 35 evaluations", "teacher, 5 evaluations"]
@@ -273,7 +273,7 @@ def test_row_with_an_identity_is_measured_once(evaluator, real, own_cache):
 
 def test_rows_of_an_older_protocol_are_measured_again(evaluator, real, own_cache, monkeypatch):
     evaluator.measure("teacher", resampler(real), evaluations=35, identity="a")
-    monkeypatch.setattr("ratiograph.evaluation.digits.PROTOCOL", 1)
+    monkeypatch.setattr("ratiograph.evaluation.digit_evaluator.PROTOCOL", 1)
     assert "cached" not in evaluator.measure("teacher", resampler(real), evaluations=35, identity="a")
 
 

@@ -5,24 +5,25 @@ import copy
 import pytest
 import torch
 
-from ratiograph import checkpoints
-from ratiograph.augmentation import Flips, NonLeaky
-from ratiograph.denoisers import EDM, Denoiser
-from ratiograph.directions import RatioGradient, ScoreDifference
-from ratiograph.distillation import Distillation
-from ratiograph.networks import UNet
-from ratiograph.noising import VarianceExploding
-from ratiograph.objective import Objective, Term
-from ratiograph.optim import EMA, Adam
-from ratiograph.positives import TeacherSamples
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
-from ratiograph.samplers import HeunSampler
-from ratiograph.students import OneStep
-from ratiograph.times import KarrasIndex, SigmaSquared
-from ratiograph.types import Batch, Condition, Evaluation, Needs
-from ratiograph.warm_start import WarmStart
-from ratiograph.weightings import KL, LR, JensenShannon, SoftenedReverseKL
+from ratiograph.algebra.directions import RatioGradient, ScoreDifference
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.objective import Objective, Term
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.algebra.times import KarrasIndex, SigmaSquared
+from ratiograph.algebra.weightings import KL, LR, JensenShannon, SoftenedReverseKL
+from ratiograph.core.contracts import Denoiser, Evaluation, Needs
+from ratiograph.core.types import Batch, Condition
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.augmentation import Flips, NonLeaky
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
+from ratiograph.networks.samplers import HeunSampler
+from ratiograph.networks.students import OneStep
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.tasks.positives import TeacherSamples
+from ratiograph.training import checkpoints
+from ratiograph.training.optim import EMA, Adam
+from ratiograph.training.warm_start import WarmStart
 
 
 def edm(seed):

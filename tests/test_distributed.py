@@ -6,19 +6,19 @@ import copy
 
 import pytest
 import torch
-from ranks import together
-from test_distillation import adversarial, matching, task_of
 from torch import nn
 
-from ratiograph import distributed
-from ratiograph.directions import RatioGradient
-from ratiograph.normalization import Clamped, MeanNormalized, RatioNormalized
-from ratiograph.objective import Term
-from ratiograph.randomness import BatchGenerator
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.ratios import StudentScoreHeadRatio
-from ratiograph.types import Batch, Condition
-from ratiograph.weightings import JensenShannon
+from ranks import together
+from ratiograph.algebra.directions import RatioGradient
+from ratiograph.algebra.normalization import Clamped, MeanNormalized, RatioNormalized
+from ratiograph.algebra.objective import Term
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.algebra.weightings import JensenShannon
+from ratiograph.core import distributed
+from ratiograph.core.randomness import BatchGenerator
+from ratiograph.core.types import Batch, Condition
+from ratiograph.networks.ratios import StudentScoreHeadRatio
+from test_distillation import adversarial, matching, task_of
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 8, 4

@@ -1,4 +1,4 @@
-"""doctor.py: each thing that would end a run later is found beforehand, with its remedy; a run without them passes."""
+"""doctor_checks.py: each thing that would end a run later is found beforehand, with its remedy; other runs pass."""
 
 import importlib.util
 import shutil
@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from absl import flags
-from tools_here import tool
 
-from ratiograph import checkpoints, config, doctor
-from ratiograph.workdir import locked
+import doctor_checks
+from ratiograph import config
+from ratiograph.training import checkpoints
+from ratiograph.training.workdir import locked
+from tools_here import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(importlib.util.find_spec("ratiograph").origin).parent / "assets"
@@ -23,7 +25,7 @@ def examine(workdir, *changes, gin="gin/mnist_sba.gin", device="cpu"):
     cfg = config.parse([gin], changes)
     with torch.device("meta"):
         experiment = config.build(cfg)
-    return {finding.subject: finding for finding in doctor.examine(experiment, workdir=workdir, device=device)}
+    return {finding.subject: finding for finding in doctor_checks.examine(experiment, workdir=workdir, device=device)}
 
 
 def failing(found):
@@ -87,7 +89,8 @@ def test_a_workdir_in_use_or_of_no_use_is_found(tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file: choose another --workdir" in failing(examine(tmp_path / "file" / "run"))["workdir"]
     script = (
-        f"from ratiograph.workdir import locked\nwith locked({str(tmp_path)!r}):\n    print(flush=True)\n    input()"
+        "from ratiograph.training.workdir import locked\n"
+        + f"with locked({str(tmp_path)!r}):\n    print(flush=True)\n    input()"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -122,9 +125,9 @@ def test_a_device_that_is_not_there_is_found(tmp_path):
 def test_the_command_ends_with_1_where_something_would_fail(tmp_path, capsys):
     def run(*options):
         with tool("doctor") as command:
-            flags.FLAGS(["doctor.py", f"--workdir={tmp_path / 'run'}", "--device=cpu", *options])
+            flags.FLAGS(["doctor_checks.py", f"--workdir={tmp_path / 'run'}", "--device=cpu", *options])
             with pytest.raises(SystemExit) as end:
-                command.main(["doctor.py"])
+                command.main(["doctor_checks.py"])
         return end.value.code, capsys.readouterr().out
 
     code, told = run("--gin_file=gin/mixture2d_scores.gin")

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ratiograph.denoisers import EDM
-from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
-from ratiograph.networks.edm_blocks import (
+from ratiograph.algebra.noising import RectifiedFlow, VarianceExploding, VariancePreserving
+from ratiograph.core.types import Condition, Noisy, expand
+from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
+from ratiograph.networks.architectures.edm_blocks import (
     Attention,
     ClassEmbedding,
     CosineSine,
@@ -24,9 +25,8 @@ from ratiograph.networks.edm_blocks import (
     box_down,
     box_up,
 )
-from ratiograph.noising import RectifiedFlow, VarianceExploding, VariancePreserving
-from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
-from ratiograph.types import Condition, Noisy, expand
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.preconditioning import VEPreconditioned, VPPreconditioned
 
 SMALL = {"resolution": 8, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
 MAKE = {

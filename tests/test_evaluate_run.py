@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratiograph import config, trainer
+from ratiograph import config
+from ratiograph.training import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [

@@ -11,19 +11,19 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import tiny_runs
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from ratiograph.autoencoder import Autoencoder
+import tiny_runs
+from ratiograph.core.draws import SampleDraws
 from ratiograph.evaluation.alignment import ClipScore
+from ratiograph.evaluation.candidates import AveragedStudent
 from ratiograph.evaluation.features import EfficientNetLite0Features, to_pixels
 from ratiograph.evaluation.frechet import fit, frechet_distance
-from ratiograph.evaluation.makers import AveragedStudent
+from ratiograph.evaluation.image_sources import CaptionedSamples, FolderStream, stream_images
 from ratiograph.evaluation.metrics import in_batch_similarity
-from ratiograph.evaluation.sources import CaptionedSamples, FolderStream, stream_images
-from ratiograph.sampling import SampleDraws
-from ratiograph.text_encoders import SD15CaptionEncoder
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.text_encoders import SD15CaptionEncoder
 
 CPU = torch.device("cpu")
 WORDS = ("ab", "cab", "two", "CATS", "a", "dog")

@@ -22,8 +22,8 @@ from ratiograph.evaluation.features import (
     resized,
     to_pixels,
 )
-from ratiograph.networks.classifier import DigitClassifier, classify_all
-from ratiograph.weight_files import save_weights
+from ratiograph.networks.architectures.classifier import DigitClassifier, classify_all
+from ratiograph.networks.weights.weight_files import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # TorchScript is what clean-fid reads
 

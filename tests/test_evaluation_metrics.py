@@ -6,14 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import tokenizer
 from torch import nn
 
-from ratiograph import captions
+from ratiograph.algebra.rewards import LinearReward
+from ratiograph.data import captions
 from ratiograph.evaluation.alignment import ClipScore, RewardScore
 from ratiograph.evaluation.documents import merged, read_document
 from ratiograph.evaluation.feature_sets import FeatureSet, read_statistics, write_statistics
 from ratiograph.evaluation.frechet import fit, frechet_with_error
+from ratiograph.evaluation.inception_score import inception_score
 from ratiograph.evaluation.kid import kernel_distance, unbiased_distance
 from ratiograph.evaluation.manifold import Manifold
 from ratiograph.evaluation.metrics import (
@@ -25,9 +26,8 @@ from ratiograph.evaluation.metrics import (
     NearestNeighbours,
     in_batch_similarity,
 )
-from ratiograph.evaluation.scores import inception_score
-from ratiograph.reward_models import CLIPReward
-from ratiograph.rewards import LinearReward
+from ratiograph.networks.rewards.clip_rewards import CLIPReward
+from tiny_pipelines import tokenizer
 
 CPU = torch.device("cpu")
 

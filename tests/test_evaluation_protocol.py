@@ -9,31 +9,39 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tools_here
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
-from ratiograph import captions, config, weight_files
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.conditions import BatchConditions, UniformLabels
+import tools_here
+from ratiograph import config
+from ratiograph.core.draws import SampleDraws
+from ratiograph.core.types import Condition
+from ratiograph.data import captions
 from ratiograph.data.shards import encode_png
 from ratiograph.data.stream import ShardStream
 from ratiograph.evaluation.alignment import ImageScore
+from ratiograph.evaluation.candidates import AveragedStudent, LastStudent
 from ratiograph.evaluation.feature_sets import FeatureSet, read_statistics, write_statistics
 from ratiograph.evaluation.features import DigitFeatures, InceptionFeatures, to_pixels
 from ratiograph.evaluation.frechet import fit, frechet_distance
-from ratiograph.evaluation.makers import AveragedStudent, LastStudent
+from ratiograph.evaluation.image_evaluator import ImageEvaluator
+from ratiograph.evaluation.image_sources import (
+    CaptionedSamples,
+    FolderStream,
+    StudentSamples,
+    coco_captions,
+    stream_images,
+)
 from ratiograph.evaluation.manifold import Manifold, expected_coverage
 from ratiograph.evaluation.metrics import Frechet, InBatchSimilarity, NearestNeighbours
-from ratiograph.evaluation.protocol import ImageEvaluator
-from ratiograph.evaluation.sources import CaptionedSamples, FolderStream, StudentSamples, coco_captions, stream_images
-from ratiograph.report import write_report
-from ratiograph.sampling import SampleDraws
-from ratiograph.text_encoders import SD15CaptionEncoder
-from ratiograph.types import Condition
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.conditions import BatchConditions, UniformLabels
+from ratiograph.networks.text_encoders import SD15CaptionEncoder
+from ratiograph.networks.weights import weight_files
+from ratiograph.reports.run_report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -42,7 +50,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Rows of a test are its own; the digits' shards are written once for all tests."""
-    monkeypatch.setattr("ratiograph.evaluation.rows.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("ratiograph.evaluation.result_cache.cache_folder", lambda: tmp_path)
 
 
 class Generator(nn.Module):

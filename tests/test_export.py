@@ -13,24 +13,24 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import tiny_pipelines
-import tiny_runs
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ratiograph import config, weight_files
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.denoisers import Encoding
-from ratiograph.export import export_lora, export_pipeline, load_student, scheduler_config
-from ratiograph.noising import ScaledLinearDDPM
-from ratiograph.students import OneStepDDPM
-from ratiograph.teachers.stable_diffusion import (
+import tiny_pipelines
+import tiny_runs
+from ratiograph import config
+from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.types import Condition, Encoding
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.students import OneStepDDPM
+from ratiograph.networks.teachers.stable_diffusion import (
     EpsilonPrediction,
     SamplePrediction,
     StableDiffusion,
     VelocityPrediction,
 )
-from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
-from ratiograph.types import Condition
+from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.networks.weights import weight_files
+from ratiograph.reports.export import export_lora, export_pipeline, load_student, scheduler_config
 
 PROMPTS = ["ab cab", "two CATS"]
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 1.0}

@@ -7,18 +7,19 @@ import pytest
 import torch
 from absl import flags
 from PIL import Image
-from tools_here import tool
 
-from ratiograph import checkpoints, config
-from ratiograph.captions import pack
-from ratiograph.conditions import BatchConditions
-from ratiograph.export import export_lora, export_pipeline, export_plain
-from ratiograph.guidance import Guided, NoCaption
-from ratiograph.samplers import HeunSampler
-from ratiograph.sampling import SampleDraws
-from ratiograph.student_files import load_student, read_experiment
-from ratiograph.weight_files import load_weights, save_weights
-from ratiograph.word_encoder import WordEncoder
+from ratiograph import config
+from ratiograph.core.draws import SampleDraws
+from ratiograph.data.captions import pack
+from ratiograph.networks.conditions import BatchConditions
+from ratiograph.networks.guidance import Guided, NoCaption
+from ratiograph.networks.samplers import HeunSampler
+from ratiograph.networks.weights.weight_files import load_weights, save_weights
+from ratiograph.networks.word_encoder import WordEncoder
+from ratiograph.reports.export import export_lora, export_pipeline, export_plain
+from ratiograph.tasks.student_files import load_student, read_experiment
+from ratiograph.training import checkpoints
+from tools_here import tool
 
 SIZES = (
     *("CaptionedUNet.resolution = 8", "CaptionedUNet.channels = 16", "EncodedStream.encoder = @WordEncoder()"),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from ratiograph import checkpoints, config, trainer
-from ratiograph.experiment import Task
-from ratiograph.faults import Means, StepGuard, Watchdog
-from ratiograph.optim import Adam
+from ratiograph import config
+from ratiograph.training import checkpoints, trainer
+from ratiograph.training.experiment import Task
+from ratiograph.training.faults import Means, StepGuard, Watchdog
+from ratiograph.training.optim import Adam
 
 CPU = torch.device("cpu")
 

@@ -12,19 +12,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, finite_difference, student_of
 from torch import Tensor
 
-from ratiograph.directions import RatioGradient, ScoreDifference
-from ratiograph.distillation import Distillation
-from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
-from ratiograph.objective import Objective, Term
-from ratiograph.optim import EMA, Adam
-from ratiograph.targets import MatchTeacher, Target
-from ratiograph.teachers.mixture import ExactRatio
-from ratiograph.times import SigmaSquared, Uniform
-from ratiograph.types import Condition, Noisy
-from ratiograph.weightings import KL, LR, LS, Weighting
+from exact import LOCATION, ROWS, SCALE, TEACHER, TILTS, evaluate, finite_difference, student_of
+from ratiograph.algebra.directions import RatioGradient, ScoreDifference
+from ratiograph.algebra.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
+from ratiograph.algebra.objective import Objective, Term
+from ratiograph.algebra.targets import MatchTeacher, Target
+from ratiograph.algebra.times import SigmaSquared, Uniform
+from ratiograph.algebra.weightings import KL, LR, LS, Weighting
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.teachers.mixture import ExactRatio
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.training.optim import EMA, Adam
 
 LEVELS = {
     "VarianceExploding": (VarianceExploding(), 0.5),

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import special, stats
 
-from ratiograph import config, trainer
-from ratiograph.figures import normalization, runs, scores, theory
-from ratiograph.figures.drawing import TABLE, columns, curves, save, spread
-from ratiograph.logs import make_grid
-from ratiograph.noising import VarianceExploding
-from ratiograph.teachers.mixture import ExactRatio, GaussianMixture
-from ratiograph.times import LogNormalSigma
-from ratiograph.types import Condition, Evaluation, Nodes
+from paper_figures import normalized_weights, run_curves, score_difference, weighting_curves
+from paper_figures.drawing import TABLE, columns, curves, save, spread
+from ratiograph import config
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.times import LogNormalSigma
+from ratiograph.core.contracts import Evaluation, Nodes
+from ratiograph.core.types import Condition
+from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture
+from ratiograph.training import trainer
+from ratiograph.training.logs import make_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "figures.py"
@@ -64,7 +66,7 @@ def test_overlapping_labels_stay_about_their_mean():
 
 
 def test_normalized_variance_is_exact_and_reached_by_samples():
-    rows = theory.normalized_variance(samples=100_000, step=0.5, largest=2.0)
+    rows = weighting_curves.normalized_variance(samples=100_000, step=0.5, largest=2.0)
     by_row = curves(rows)
     assert list(by_row) == list(OMEGA)
     y = np.linspace(-60, 60, 240_001)
@@ -78,17 +80,17 @@ def test_normalized_variance_is_exact_and_reached_by_samples():
                 omega = OMEGA[label](np.exp(m * y - m * m / 2))
                 mean = (density * omega).sum()
                 assert exact == pytest.approx((density * (omega / mean - 1) ** 2).sum(), rel=1e-6, abs=1e-12)
-            sampled = 0 < exact < theory.TOP and round(10 * m) % 5 == 0
+            sampled = 0 < exact < weighting_curves.TOP and round(10 * m) % 5 == 0
             assert math.isfinite(row["monte_carlo"]) == math.isfinite(row["importance_sampling"]) == sampled
             if sampled:
                 assert row["importance_sampling"] == pytest.approx(exact, rel=0.1)  # of 10,000 samples: 5 s.e.
                 assert abs(row["monte_carlo"] / exact - 1) < 5 * row["standard_error"]
-                reached += 3 * row["standard_error"] <= theory.BAR
+                reached += 3 * row["standard_error"] <= weighting_curves.BAR
     assert reached >= 8
 
 
 def test_generators_are_those_of_the_papers_with_value_and_slope_0_and_curvature_1():
-    by_row = curves(theory.h_curves(largest=4.0, points=41))
+    by_row = curves(weighting_curves.h_curves(largest=4.0, points=41))
     r = columns(by_row["KL"], "ratio")[0]
     h = {
         "KL": r * np.log(r) - r + 1,
@@ -110,7 +112,7 @@ def test_generators_are_those_of_the_papers_with_value_and_slope_0_and_curvature
 
 
 def test_weightings_are_those_of_the_table():
-    for label, mine in curves(theory.weighting_curves(largest=3.0, points=61)).items():
+    for label, mine in curves(weighting_curves.weighting_curves(largest=3.0, points=61)).items():
         log_ratio, r, rho, omega, relative = columns(mine, "log_ratio", "r", "rho", "omega", "relative")
         np.testing.assert_allclose(rho, np.exp(log_ratio))
         np.testing.assert_allclose(r * rho, 1)
@@ -119,20 +121,20 @@ def test_weightings_are_those_of_the_table():
 
 
 def test_normalisation_takes_out_bias_and_drift_and_nothing_else():
-    rows = normalization.normalized_weights(steps=200, batch_size=256)
+    rows = normalized_weights.normalized_weights(steps=200, batch_size=256)
     found = {(row["weighting"], row["ratio"], row["stage"]): row for row in rows}
-    before, ratio, _ = normalization.STAGES
+    before, ratio, _ = normalized_weights.STAGES
     exact = 1 + found["BE / forward KL", "exact", before]["normalized_variance"]
     # omega is a product: E of e^(b cos) over a period is I0(b), the noise is log-normal.
-    bias = special.i0(2 * normalization.BIAS) / special.i0(normalization.BIAS) ** 2
-    drift = special.i0(2 * normalization.DRIFT) / special.i0(normalization.DRIFT) ** 2
-    noise = math.exp(normalization.SPREAD**2)
+    bias = special.i0(2 * normalized_weights.BIAS) / special.i0(normalized_weights.BIAS) ** 2
+    drift = special.i0(2 * normalized_weights.DRIFT) / special.i0(normalized_weights.DRIFT) ** 2
+    noise = math.exp(normalized_weights.SPREAD**2)
     off = 1 + found["BE / forward KL", "miscalibrated", before]["normalized_variance"]
     assert off == pytest.approx(exact * bias * drift * noise, rel=0.05)
     mended = 1 + found["BE / forward KL", "miscalibrated", ratio]["normalized_variance"]
     assert exact * noise < mended < exact * noise * 1.05  # what is left of the bias inside a bin
     for row in TABLE:
-        stages = [found[row.label, "miscalibrated", stage] for stage in normalization.STAGES]
+        stages = [found[row.label, "miscalibrated", stage] for stage in normalized_weights.STAGES]
         assert stages[2]["step_variance"] < 1e-12
         if row.label == "KL":
             assert all(stage["normalized_variance"] < 1e-12 for stage in stages)
@@ -175,7 +177,7 @@ class ExactTask:
 
 def test_score_difference_is_that_of_the_densities():
     task = ExactTask()
-    rows = scores.score_difference(task, samples=70, generator=torch.Generator().manual_seed(0), batch=32)
+    rows = score_difference.score_difference(task, samples=70, generator=torch.Generator().manual_seed(0), batch=32)
     p, q, expected = task.teacher, task.student.q, []
     for evaluation in task.evaluations:
         noisy, condition = evaluation.noisy, Condition()
@@ -207,7 +209,7 @@ def scored():
 
 def test_correlations_are_scipys(scored):
     difference, log_ratio = columns(scored, "score_difference", "log_ratio")
-    for label, (pearson, spearman, within) in scores.correlations(scored, "score_difference").items():
+    for label, (pearson, spearman, within) in score_difference.correlations(scored, "score_difference").items():
         if label == "KL":
             assert np.isnan([pearson, spearman, within]).all()
             continue
@@ -216,19 +218,19 @@ def test_correlations_are_scipys(scored):
         assert spearman == pytest.approx(stats.spearmanr(omega, difference)[0], rel=1e-9)
         groups = zip(omega.reshape(8, 100), difference.reshape(8, 100), strict=True)
         assert within == pytest.approx(np.mean([stats.spearmanr(*group)[0] for group in groups]), rel=1e-9)
-    found = scores.correlations(scored, "score_difference")
+    found = score_difference.correlations(scored, "score_difference")
     assert found["BE / forward KL"][1] > 0.5 > -0.5 > found["BE / forward KL"][2]  # the times hid the sign
 
 
 def test_grouped_weights_are_means_in_order_of_the_difference(scored):
     difference, log_ratio = columns(scored, "score_difference", "log_ratio")
-    everywhere = scores.percentiles(scored, "score_difference")
+    everywhere = score_difference.percentiles(scored, "score_difference")
     np.testing.assert_allclose(everywhere, 100 * (stats.rankdata(difference) - 0.5) / 800)
-    at_equal_times = scores.percentiles(scored, "score_difference", bins=8)
+    at_equal_times = score_difference.percentiles(scored, "score_difference", bins=8)
     np.testing.assert_allclose(at_equal_times[300:400], stats.rankdata(difference[300:400]) - 0.5)
     for percentile in (everywhere, at_equal_times):
         order = np.argsort(percentile)
-        for label, means in scores.grouped_weights(scored, percentile, groups=4).items():
+        for label, means in score_difference.grouped_weights(scored, percentile, groups=4).items():
             omega = OMEGA[label](np.exp(log_ratio))
             np.testing.assert_allclose(means, omega[order].reshape(4, 200).mean(1) / omega.mean(), rtol=1e-9)
 
@@ -269,9 +271,9 @@ def lambdas(tmp_path):
 
 
 def test_lambda_curves_read_whatever_a_run_has(lambdas):
-    found = runs.find_runs(lambdas)
+    found = run_curves.find_runs(lambdas)
     assert {label: path.name for label, path in found.items()} == {"λ = -1": "b", "λ = 0 (KL)": "a", "λ = 3": "c"}
-    rows = runs.lambda_curves(found)
+    rows = run_curves.lambda_curves(found)
     values = [tuple(row.values()) for row in rows]
     expected = [
         ("λ = -1", 640, 8.0, math.nan),
@@ -282,7 +284,7 @@ def test_lambda_curves_read_whatever_a_run_has(lambdas):
         ("λ = 3", 140, 4.0, 6.0),
     ]
     assert repr(values) == repr(expected)  # in which NaN is NaN
-    figure = runs.draw_lambda_curves(rows)
+    figure = run_curves.draw_lambda_curves(rows)
     drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert drawn == [[[0.64, 8], [1.28, 4]], [[0, 26], [0.12, 3.5]], [[0.07, 8], [0.14, 4]]]
     assert len(figure.axes[1].lines) == 2  # who never measured it has no curve
@@ -299,23 +301,23 @@ def test_lambda_curves_read_whatever_a_run_has(lambdas):
     ],
 )
 def test_the_legend_is_what_the_gin_file_binds(gin, label, tmp_path):
-    assert runs.label_of(write_run(tmp_path / "folder", gin, [])) == label
+    assert run_curves.label_of(write_run(tmp_path / "folder", gin, [])) == label
 
 
 def test_runs_without_anything_to_draw_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"no folder with a config\.gin"):
-        runs.find_runs(tmp_path)
+        run_curves.find_runs(tmp_path)
     folder = write_run(tmp_path / "run", "WEIGHTING = @KL()", [{"step": 1, "loss": 2.0}], colours=(1,))
     with pytest.raises(ValueError, match="no run has evaluation/frechet_distance"):
-        runs.lambda_curves({"run": folder})
+        run_curves.lambda_curves({"run": folder})
     with pytest.raises(ValueError, match="holds 1 grids"):
-        runs.initialisations({"run": folder})
+        run_curves.initialisations({"run": folder})
     with pytest.raises(ValueError, match=r"has no config\.gin"):
-        scores.load_run(tmp_path, torch.device("cpu"))
+        score_difference.load_run(tmp_path, torch.device("cpu"))
 
 
 def test_initialisations_show_the_first_and_the_last_grid(lambdas):
-    rows = runs.initialisations(runs.find_runs(lambdas))
+    rows = run_curves.initialisations(run_curves.find_runs(lambdas))
     assert [(row["run"], row["stage"], row["step"]) for row in rows[:4]] == [
         ("λ = -1", "before", 0),
         ("λ = -1", "after", 100),
@@ -323,7 +325,7 @@ def test_initialisations_show_the_first_and_the_last_grid(lambdas):
         ("λ = 0 (KL)", "after", 100),
     ]
     assert repr([row["frechet_distance"] for row in rows]) == "[nan, nan, 26.0, 3.5, nan, nan]"
-    figure = runs.draw_initialisations(rows)
+    figure = run_curves.draw_initialisations(rows)
     pictures = [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
     whole = np.asarray(Image.open(rows[0]["file"]))
     for picture, value in zip(pictures, [255, 0, 0, 0, 255, 255], strict=True):  # all before, then all after
@@ -332,15 +334,15 @@ def test_initialisations_show_the_first_and_the_last_grid(lambdas):
 
 
 def test_saved_files_hold_the_figure_and_its_numbers(tmp_path):
-    rows = theory.h_curves(points=21)
-    paths = save(theory.draw_h_curves(rows), rows, tmp_path / "new" / "h")
+    rows = weighting_curves.h_curves(points=21)
+    paths = save(weighting_curves.draw_h_curves(rows), rows, tmp_path / "new" / "h")
     assert [path.name for path in paths] == ["h.png", "h.svg", "h.csv"]
     assert Image.open(paths[0]).size == (2000, 768)
     text = paths[1].read_text()
     assert all(row.label in text for row in TABLE)
     assert [(row["weighting"], float(row["h"])) for row in read(paths[2])] == [(r["weighting"], r["h"]) for r in rows]
     first = [path.read_bytes() for path in paths]
-    save(theory.draw_h_curves(rows), rows, tmp_path / "new" / "h")
+    save(weighting_curves.draw_h_curves(rows), rows, tmp_path / "new" / "h")
     assert [path.read_bytes() for path in paths] == first
 
 
@@ -385,8 +387,8 @@ def test_figures_of_runs_are_drawn_by_their_commands(trained, lambdas, tmp_path)
     assert len(rows) == 300
     assert "Spearman" in done.stdout
     assert "mine=2" in {row["run"] for row in read(tmp_path / "out" / "lambda_curves.csv")}
-    task, step = scores.load_run(trained, torch.device("cpu"))
-    drawn = scores.score_difference(task, samples=300, generator=torch.Generator().manual_seed(0))
+    task, step = score_difference.load_run(trained, torch.device("cpu"))
+    drawn = score_difference.score_difference(task, samples=300, generator=torch.Generator().manual_seed(0))
     assert step == 3
     np.testing.assert_allclose([float(row["log_ratio"]) for row in rows], columns(drawn, "log_ratio")[0], atol=1e-6)
     assert np.ptp(columns(drawn, "log_ratio")[0]) > 0  # the trained estimator's, not the zero it starts from

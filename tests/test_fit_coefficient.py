@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from absl import flags
-from tools_here import tool
 
-from ratiograph.captions import pack
-from ratiograph.types import Condition
+from ratiograph.core.types import Condition
+from ratiograph.data.captions import pack
+from tools_here import tool
 
 RING = "--gin_file=gin/mixture2d_reward_ascent.gin"
 STD = 0.7

@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 from absl import flags
-from tools_here import tool
 
 from ratiograph import config
+from ratiograph.algebra.rewards import ClassReward
+from ratiograph.core.types import Condition
 from ratiograph.data.stream import load_all
-from ratiograph.networks.classifier import DigitClassifier
-from ratiograph.rewards import ClassReward
-from ratiograph.types import Condition
+from ratiograph.networks.architectures.classifier import DigitClassifier
+from tools_here import tool
 
 RING = "gin/mixture2d_first_order.gin"
 

@@ -8,20 +8,20 @@ import os
 
 import pytest
 import torch
+
 from ranks import together
+from ratiograph.algebra.normalization import MeanNormalized
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.core.randomness import BatchGenerator
+from ratiograph.core.types import Batch, Condition, Noisy
+from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.ratios import EncoderRatio, StudentScoreMeanRatio
+from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
+from ratiograph.tasks.ratio_training import RatioTraining
+from ratiograph.training import parallel
 from test_accumulation import over_the_batch, teacher_training
 from test_distillation import adversarial, matching, task_of
-
-from ratiograph import parallel
-from ratiograph.networks import UNet
-from ratiograph.networks.stable_diffusion import SD15UNet
-from ratiograph.normalization import MeanNormalized
-from ratiograph.randomness import BatchGenerator
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.ratio_training import RatioTraining
-from ratiograph.ratios import EncoderRatio, StudentScoreMeanRatio
-from ratiograph.teachers.stable_diffusion import StableDiffusion
-from ratiograph.types import Batch, Condition, Noisy
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 8, 2

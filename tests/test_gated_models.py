@@ -10,11 +10,11 @@ pytest.importorskip("transformers")
 
 import huggingface_hub
 
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.networks.stable_diffusion import SD15UNet, UNetFromFolder
-from ratiograph.reward_images import place_of
-from ratiograph.teachers.stable_diffusion import StableDiffusion
-from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, UNetFromFolder
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.rewards.image_rewards import place_of
+from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
+from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 
 NAME = "hf://owner/name"
 ASKING = {

@@ -8,7 +8,11 @@ import torch
 from ratiograph import config
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin").rglob("*.gin") if not {"base", "papers"} & set(p.parts))
+FILES = sorted(
+    str(p.relative_to(ROOT))
+    for p in (ROOT / "gin").rglob("*.gin")
+    if not {"base", "papers"} & set(p.relative_to(ROOT).parts)
+)
 NARROW = {"UNet.channels": 16, "CaptionedUNet.channels": 16, "MLP.width": 16}
 TINY = NARROW | {"EDM.weights": None, "EDMFromGrey.weights": None, "EncoderRatio.encoder_weights": None}
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from ratiograph import config, graph, graph_canvas, graph_svg
+from ratiograph import config
+from ratiograph.config import tree
+from ratiograph.reports import canvas, graph_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +64,7 @@ def experiment(tmp_path):
 
 @pytest.fixture
 def node(experiment):
-    return graph.describe(experiment)
+    return tree.describe(experiment)
 
 
 def weights(module):
@@ -101,7 +103,7 @@ def test_internals_are_counted_and_not_drawn(node):
 def test_a_shared_object_is_described_once():
     module = torch.nn.Module
     shared = SharedLeaf()
-    node = graph.describe(SharedOwner(first=shared, second=[shared]), package=__name__)
+    node = tree.describe(SharedOwner(first=shared, second=[shared]), package=__name__)
     assert [(c.name, c.shared, c.parameters) for c in node.children] == [("first", False, 3), ("second[0]", True, 0)]
     assert issubclass(SharedLeaf, module)
 
@@ -121,12 +123,12 @@ class SharedOwner:
 
 
 def test_tree_shows_every_node_in_order(node, monkeypatch):
-    lines = graph.render_tree(node).splitlines()
+    lines = tree.render_tree(node).splitlines()
     task = node.child("task")
     assert lines[0] == "experiment: Experiment  steps=30  batch_size=16"
     assert (
         lines[2]
-        == f"│   ├── student: OneStep  sigma_init=1.5  {graph.count(task.child('student').parameters)} parameters"
+        == f"│   ├── student: OneStep  sigma_init=1.5  {tree.count(task.child('student').parameters)} parameters"
     )
     assert "│   │   │   │   └── weighting: SBA  lam=-0.25" in lines
     assert lines[-1] == "└── data: ShardStream  urls=mnist"
@@ -141,7 +143,7 @@ def test_tree_shows_every_node_in_order(node, monkeypatch):
     ("value", "text"), [(12, "12"), (994_561, "995 k"), (1_234_567, "1.23 M"), (2.6e9, "2.6 G"), (999, "999")]
 )
 def test_counts_in_words(value, text):
-    assert graph.count(value) == text
+    assert tree.count(value) == text
 
 
 @pytest.mark.parametrize(
@@ -154,19 +156,19 @@ def test_counts_in_words(value, text):
     ],
 )
 def test_short_values(value, text):
-    assert graph.short(value, 28) == text
+    assert tree.short(value, 28) == text
 
 
 def test_a_ratio_on_the_student_score_is_drawn_with_its_source():
     with torch.device("meta"):
-        described = graph.describe(config.build(config.parse(["gin/mnist_dmd2.gin"], [], {})))
-    assert "  student_score -->|features| ratio" in graph.to_mermaid(described).splitlines()
-    assert "  teacher -->|features| ratio" not in graph.to_mermaid(described).splitlines()
-    assert graph.to_svg(described, title="x").count("features, the same pass") == 1
+        described = tree.describe(config.build(config.parse(["gin/mnist_dmd2.gin"], [], {})))
+    assert "  student_score -->|features| ratio" in tree.to_mermaid(described).splitlines()
+    assert "  teacher -->|features| ratio" not in tree.to_mermaid(described).splitlines()
+    assert tree.to_svg(described, title="x").count("features, the same pass") == 1
 
 
 def test_mermaid_has_the_edges_of_a_step(node):
-    lines = [line.strip() for line in graph.to_mermaid(node).splitlines()]
+    lines = [line.strip() for line in tree.to_mermaid(node).splitlines()]
     assert lines[0] == "flowchart LR"
     edges = {line for line in lines if re.fullmatch(r"\w+ --> \w+", line)}
     assert edges == {"teacher --> term0", "ratio --> term0", "student_score --> term0", "ratio --> term1"}
@@ -181,13 +183,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 def lines_into_terms(svg):
     """Colours of the lines that end at a term's card, from its network."""
     ends = [(p.get("stroke"), re.findall(r"[-\d.]+", p.get("d"))) for p in ET.fromstring(svg).iter(f"{SVG}path")]
-    return sorted(colour for colour, d in ends if colour and float(d[-2]) == graph_svg.TERM_X - 2)
+    return sorted(colour for colour, d in ends if colour and float(d[-2]) == graph_picture.TERM_X - 2)
 
 
 def test_svg_draws_the_edges_of_a_step(node):
-    border = graph_canvas.BORDER
+    border = canvas.BORDER
     expected = [border["teacher"], border["student_score"], border["ratio"], border["ratio"]]
-    assert lines_into_terms(graph.to_svg(node)) == sorted(expected)
+    assert lines_into_terms(tree.to_svg(node)) == sorted(expected)
 
 
 def test_svg_of_a_step_draws_only_what_exists(tmp_path):
@@ -196,9 +198,9 @@ def test_svg_of_a_step_draws_only_what_exists(tmp_path):
     )
     text = text.replace("@MeanNormalized()", "@KL()").replace("@RatioGradient()", "@ScoreDifference()")
     text = "\n".join(line for line in text.splitlines() if not line.startswith(("MeanNormalized", "SBA")))
-    svg = graph.to_svg(graph.describe(experiment_of(text, tmp_path)))
+    svg = tree.to_svg(tree.describe(experiment_of(text, tmp_path)))
     assert "ratio estimator" not in svg
-    border = graph_canvas.BORDER
+    border = canvas.BORDER
     assert lines_into_terms(svg) == sorted([border["teacher"], border["student_score"]] * 2)
 
 
@@ -209,12 +211,12 @@ def test_a_network_that_no_term_asks_is_marked(tmp_path):
         .replace("SBA.lam = -0.25", "")
         .replace("@RatioGradient", "@ScoreDifference")
     )
-    svg = graph.to_svg(graph.describe(experiment_of(text, tmp_path)))
+    svg = tree.to_svg(tree.describe(experiment_of(text, tmp_path)))
     assert svg.count("no term asks it") == 1
     paths = [re.findall(r"[-\d.]+", p.get("d")) for p in ET.fromstring(svg).iter(f"{SVG}path")]
-    entering = [d for d in paths if len(d) == 8 and float(d[-2]) == graph_svg.NETWORK_X - 2]
+    entering = [d for d in paths if len(d) == 8 and float(d[-2]) == graph_picture.NETWORK_X - 2]
     assert len(entering) == 2  # teacher and student score, not the ratio
-    assert "no term asks it" not in graph.to_svg(graph.describe(experiment_of(TWO_TERMS, tmp_path)))
+    assert "no term asks it" not in tree.to_svg(tree.describe(experiment_of(TWO_TERMS, tmp_path)))
 
 
 def overlaps(a, b):
@@ -225,8 +227,8 @@ def overlaps(a, b):
 def test_pictures_are_self_contained_and_nothing_overlaps_or_runs_out(name, node):
     if name == "mnist_teacher":
         with torch.device("meta"):
-            node = graph.describe(config.build(config.parse(["gin/mnist_teacher.gin"])))
-    svg = graph_svg.draw_tree(node, "a tree") if name == "tree" else graph.to_svg(node, 'a <title> & "more"')
+            node = tree.describe(config.build(config.parse(["gin/mnist_teacher.gin"])))
+    svg = graph_picture.draw_tree(node, "a tree") if name == "tree" else tree.to_svg(node, 'a <title> & "more"')
     root = ET.fromstring(svg)
     assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
     assert root.find(f"{SVG}title").text == ("a tree" if name == "tree" else 'a <title> & "more"')
@@ -249,14 +251,14 @@ def test_pictures_are_self_contained_and_nothing_overlaps_or_runs_out(name, node
 @pytest.mark.parametrize("size", [11, 14.5])
 def test_width_estimate_is_an_upper_bound_and_not_wasteful(text, size):
     measured = ImageFont.load_default(100).getlength(text) * size / 100  # a Helvetica-like face
-    assert measured <= graph_canvas.width_of(text, size) <= 1.45 * measured
+    assert measured <= canvas.width_of(text, size) <= 1.45 * measured
 
 
 def test_fit_keeps_what_fits_and_cuts_what_does_not():
-    assert graph_canvas.fit("short", 12, 100) == "short"
-    cut = graph_canvas.fit("a rather long piece of text", 12, 100)
+    assert canvas.fit("short", 12, 100) == "short"
+    cut = canvas.fit("a rather long piece of text", 12, 100)
     assert cut.endswith("…")
-    assert graph_canvas.width_of(cut, 12) <= 100
+    assert canvas.width_of(cut, 12) <= 100
 
 
 def draw_tool():

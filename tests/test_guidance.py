@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ratiograph.denoisers import EDM, Denoiser
-from ratiograph.guidance import Clipped, Guided
-from ratiograph.networks.unet import MLP, UNet
-from ratiograph.ratios import TeacherFeatureRatio
-from ratiograph.rewards import LinearReward
-from ratiograph.samplers import HeunSampler
-from ratiograph.targets import RewardTilted
-from ratiograph.teachers.mixture import GaussianMixture
-from ratiograph.types import Condition, Evaluation, Needs, Nodes, Noisy
+from ratiograph.algebra.rewards import LinearReward
+from ratiograph.algebra.targets import RewardTilted
+from ratiograph.core.contracts import Denoiser, Evaluation, Needs, Nodes
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.architectures.unet import MLP, UNet
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.guidance import Clipped, Guided
+from ratiograph.networks.ratios import TeacherFeatureRatio
+from ratiograph.networks.samplers import HeunSampler
+from ratiograph.networks.teachers.mixture import GaussianMixture
 
 MIXTURE = GaussianMixture(
     means=[[0.0, 1.0], [-1.0, 0.5], [2.0, -1.0]],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratiograph import checkpoints
+from ratiograph.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 

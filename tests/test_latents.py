@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ratiograph.captions import unpack
+from ratiograph.data.captions import unpack
 from ratiograph.data.latents import CachedCaptionStream, LatentStream, picture, write_latents
 from ratiograph.data.shards import INDEX, count_samples, write_shards
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ratiograph.captions import pack
+from ratiograph.data.captions import pack
 from ratiograph.data.latents import LatentStream, write_latents
 
 CAPTIONS = [f"caption {number}" for number in range(12)]

@@ -16,10 +16,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from ratiograph import config, trainer
-from ratiograph.loggers import Logger, TensorBoard, Trackio, WeightsAndBiases, bindings, kept_id
-from ratiograph.logs import read_metrics
-from ratiograph.run_logger import RunLogger
+from ratiograph import config
+from ratiograph.training import trainer
+from ratiograph.training.loggers import Logger, TensorBoard, Trackio, WeightsAndBiases, bindings, kept_id
+from ratiograph.training.logs import read_metrics
+from ratiograph.training.run_logger import RunLogger
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
 CONFIG = "DATA = 'mnist'\n\nExperiment.steps = 3\nUNet.multipliers = (\n    1,\n    2,\n)\n"
@@ -156,7 +157,7 @@ def test_a_run_s_loggers_come_from_gin(tmp_path, wandb):
     losses = []
     for name, lines in (
         ("plain", []),
-        ("told", ["import ratiograph.loggers", "Experiment.loggers = [@WeightsAndBiases()]"]),
+        ("told", ["import ratiograph.training.loggers", "Experiment.loggers = [@WeightsAndBiases()]"]),
     ):
         torch.manual_seed(0)
         parsed = config.parse(["gin/mixture2d_scores.gin"], [*sizes, *lines], {"Experiment.steps": 2})
@@ -186,7 +187,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_loggers import interrupted
-from ratiograph.loggers import Trackio, WeightsAndBiases
+from ratiograph.training.loggers import Trackio, WeightsAndBiases
 interrupted(Path(sys.argv[2]), [{logger}()])
 """
 

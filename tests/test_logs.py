@@ -15,11 +15,11 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ratiograph import display
-from ratiograph.display import sparkline
-from ratiograph.loggers import TensorBoard
-from ratiograph.logs import duration, make_grid, read_metrics, significant
-from ratiograph.run_logger import RunLogger
+from ratiograph.training import display
+from ratiograph.training.display import sparkline
+from ratiograph.training.loggers import TensorBoard
+from ratiograph.training.logs import duration, make_grid, read_metrics, significant
+from ratiograph.training.run_logger import RunLogger
 
 
 def quiet() -> Console:
@@ -189,7 +189,7 @@ def test_live_display_shows_progress_and_latest_values(tmp_path, monkeypatch):
 
 def test_plain_output_when_standard_output_is_a_pipe_even_if_colour_is_forced(tmp_path):
     script = (
-        "import sys; from ratiograph.run_logger import RunLogger\n"
+        "import sys; from ratiograph.training.run_logger import RunLogger\n"
         "with RunLogger(sys.argv[1], 4) as log:\n"
         "    log.message('student σ = 2.5'); log.log(2, {'loss/a': 1.5})\n"
     )
@@ -249,7 +249,8 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
 
 def test_importing_logs_imports_neither_torch_nor_tensorboard():
     heavy = "torch", "tensorboard", "wandb", "trackio"
-    script = f"import sys, ratiograph.loggers, ratiograph.run_logger; print([m for m in {heavy} if m in sys.modules])"
+    script = "import sys, ratiograph.training.loggers, ratiograph.training.run_logger\n"
+    script += f"print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 

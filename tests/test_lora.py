@@ -9,14 +9,13 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import tiny_pipelines
-
-from ratiograph.lora import LoRA, share_bases
-from ratiograph.networks.stable_diffusion import SD15UNet, UNetFromFolder
-from ratiograph.noising import ScaledLinearDDPM
-from ratiograph.optim import EMA, Adam
-from ratiograph.students import OneStepDDPM
-from ratiograph.teachers.stable_diffusion import StableDiffusion
-from ratiograph.types import Condition
+from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.types import Condition
+from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, UNetFromFolder
+from ratiograph.networks.lora import LoRA, share_bases
+from ratiograph.networks.students import OneStepDDPM
+from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
+from ratiograph.training.optim import EMA, Adam
 
 SIZES = {
     "resolution": 8,

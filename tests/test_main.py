@@ -10,8 +10,9 @@ from unittest.mock import create_autospec
 import pytest
 from absl.testing import flagsaver
 
-from ratiograph import config, trainer
-from ratiograph.preemption import Preempted
+from ratiograph import config
+from ratiograph.training import trainer
+from ratiograph.training.preemption import Preempted
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launch" / "main.py"
@@ -124,7 +125,7 @@ def test_what_no_step_depends_on_may_change(main):
 def test_a_folder_in_use_is_left_alone(main, capsys):
     main("--workdir=out")
     before = Path("out/config.gin").read_bytes()
-    script = "from ratiograph.workdir import locked\nwith locked('out'):\n    print(flush=True)\n    input()"
+    script = "from ratiograph.training.workdir import locked\nwith locked('out'):\n    print(flush=True)\n    input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         code, calls = main("--workdir=out", "--gin_param=Adam.lr=0.5")

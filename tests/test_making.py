@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from ratiograph.data.cifar import CIFAR10
-from ratiograph.data.making import Watch, make_shards
-from ratiograph.data.pool import in_order
-from ratiograph.data.preparing import Preparation, centre_crop, plain, upright
+from preparation.cifar import CIFAR10
+from preparation.cropping import Preparation, centre_crop, plain, upright
+from preparation.parallel_map import in_order
+from preparation.shard_maker import Watch, make_shards
+from preparation.sources import COCO, EDMZip, Folder, ImageNet
 from ratiograph.data.shards import read_shard, verify_shard
-from ratiograph.data.sources import COCO, EDMZip, Folder, ImageNet
 from ratiograph.data.stream import ShardStream
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_shards.py"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ratiograph.evaluation import manifold
+from ratiograph.evaluation.inception_score import inception_score
 from ratiograph.evaluation.manifold import Manifold, expected_coverage, nearest_distances
-from ratiograph.evaluation.scores import inception_score
 
 
 def distances(x, y):

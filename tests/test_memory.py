@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ratiograph.memory import available_memory, peak_memory, require_memory
+from ratiograph.training.memory import available_memory, peak_memory, require_memory
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def test_the_peak_is_of_this_process():
     """2 GB in this one, then 400 MB touched and given back in a process of its own."""
     torch.ones(500_000_000)
     code = (
-        "import torch; from ratiograph.memory import peak_memory\n"
+        "import torch; from ratiograph.training.memory import peak_memory\n"
         "cpu = torch.device('cpu'); before = peak_memory(cpu)\n"
         "x = torch.ones(100_000_000); del x; print(before, peak_memory(cpu))"
     )

@@ -7,10 +7,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from ratiograph import config
-from ratiograph.lora import LoRA, share_bases
-from ratiograph.memory_plan import activations, memory_plan, render, shortage
-from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet
-from ratiograph.types import Condition, Needs
+from ratiograph.core.contracts import Needs
+from ratiograph.core.types import Condition
+from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, SDXLUNet
+from ratiograph.networks.lora import LoRA, share_bases
+from ratiograph.training.memory_plan import activations, memory_plan, render, shortage
 
 UNET = {"resolution": 16, "block_out_channels": (32, 64), "cross_attention_dim": 12, "norm_groups": 4}
 SD15 = UNET | {"attention_heads": 4, "layers_per_block": 1}
@@ -97,7 +98,7 @@ def test_a_shared_base_is_counted_once():
 
 
 def test_the_teacher_is_held_in_half_precision():
-    from ratiograph.denoisers import freeze
+    from ratiograph.networks.denoisers import freeze
 
     task = built(meta=False)
     freeze(task.teacher, torch.bfloat16)
@@ -184,9 +185,9 @@ def test_a_device_that_is_too_small_is_told(monkeypatch):
     needed = memory_plan(task, "fp32").held() / 1e9
     built = sum(parameter.nbytes for parameter in task.parameters()) / 1e9
     cpu = torch.device("cpu")
-    monkeypatch.setattr("ratiograph.memory_plan.available_memory", lambda device: needed - built + 0.001)
+    monkeypatch.setattr("ratiograph.training.memory_plan.available_memory", lambda device: needed - built + 0.001)
     assert shortage(task, "fp32", cpu) == ""
-    monkeypatch.setattr("ratiograph.memory_plan.available_memory", lambda device: needed - built - 0.001)
+    monkeypatch.setattr("ratiograph.training.memory_plan.available_memory", lambda device: needed - built - 0.001)
     assert "warning" in shortage(task, "fp32", cpu)
     assert f"about {needed:.1f} GB and cpu has {needed - 0.001:.1f} GB left" in shortage(task, "fp32", cpu)
     assert shortage(task, "fp32", cpu, parts=2) == ""

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from ratiograph.directions import RatioGradient, ScoreDifference
-from ratiograph.evaluation.mixture import MixtureEvaluator
-from ratiograph.noising import RectifiedFlow, VariancePreserving
-from ratiograph.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
-from ratiograph.targets import MatchTeacher, RewardTilted
-from ratiograph.teachers.mixture import (
+from ratiograph.algebra.directions import RatioGradient, ScoreDifference
+from ratiograph.algebra.noising import RectifiedFlow, VariancePreserving
+from ratiograph.algebra.rewards import ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward, SumReward
+from ratiograph.algebra.targets import MatchTeacher, RewardTilted
+from ratiograph.core.contracts import Evaluation, Needs, Nodes
+from ratiograph.core.types import Batch, Condition, Noisy
+from ratiograph.evaluation.mixture_evaluator import MixtureEvaluator
+from ratiograph.networks.teachers.mixture import (
     ExactRatio,
     ExactTilted,
     GaussianMixture,
@@ -22,7 +24,6 @@ from ratiograph.teachers.mixture import (
     RingMixture,
     tilt,
 )
-from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes, Noisy
 
 WEIGHTS = [0.2, 0.5, 0.3]
 MEANS = [[0.0, 1.0], [-1.0, 0.5], [2.0, -1.0]]

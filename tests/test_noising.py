@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ratiograph.denoisers import EDM
-from ratiograph.networks.unet import MLP
-from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
-from ratiograph.teachers.mixture import GaussianMixture
-from ratiograph.types import Condition, Noisy
+from ratiograph.algebra.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.architectures.unet import MLP
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.teachers.mixture import GaussianMixture
 
 CONTINUOUS = {"ve": VarianceExploding(), "vp": VariancePreserving(), "flow": RectifiedFlow()}
 PROCESSES = {**CONTINUOUS, "ddpm": ScaledLinearDDPM()}

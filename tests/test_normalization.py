@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from exact import ROWS
 
-from ratiograph.noising import ScaledLinearDDPM, VarianceExploding, VariancePreserving
-from ratiograph.normalization import Clamped, MeanNormalized, RatioNormalized, TimeNormalized
-from ratiograph.times import DDPMSteps, KarrasIndex, LogitNormal, LogNormalSigma, Uniform
-from ratiograph.weightings import BE, KL, LR, LS, ReverseKL
+from exact import ROWS
+from ratiograph.algebra.noising import ScaledLinearDDPM, VarianceExploding, VariancePreserving
+from ratiograph.algebra.normalization import Clamped, MeanNormalized, RatioNormalized, TimeNormalized
+from ratiograph.algebra.times import DDPMSteps, KarrasIndex, LogitNormal, LogNormalSigma, Uniform
+from ratiograph.algebra.weightings import BE, KL, LR, LS, ReverseKL
 
 T = torch.zeros(())
 

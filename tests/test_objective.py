@@ -6,22 +6,23 @@ import itertools
 
 import pytest
 import torch
-from exact import LOCATION, SCALE, TEACHER, student_of
 from torch import Tensor
 
-from ratiograph.checkpoints import load_strict
-from ratiograph.denoisers import EDM
-from ratiograph.directions import RatioGradient, ScoreDifference
-from ratiograph.networks.unet import MLP
-from ratiograph.noising import RectifiedFlow
-from ratiograph.objective import Objective, RewardAscent, Term
-from ratiograph.ratios import EncoderRatio, RatioEstimator
-from ratiograph.rewards import BlackBoxReward, ClassReward, LinearReward, Reward
-from ratiograph.targets import RewardTilted, RewardTiltedNoJacobian, RewardWeighted
-from ratiograph.teachers.mixture import ExactRatio
-from ratiograph.times import InverseTeacherError, SigmaSquared, TimeWeight
-from ratiograph.types import Batch, Condition, Evaluation, Needs, Nodes
-from ratiograph.weightings import BE, KL, LR, LS, SoftenedReverseKL
+from exact import LOCATION, SCALE, TEACHER, student_of
+from ratiograph.algebra.directions import RatioGradient, ScoreDifference
+from ratiograph.algebra.noising import RectifiedFlow
+from ratiograph.algebra.objective import Objective, RewardAscent, Term
+from ratiograph.algebra.rewards import BlackBoxReward, ClassReward, LinearReward, Reward
+from ratiograph.algebra.targets import RewardTilted, RewardTiltedNoJacobian, RewardWeighted
+from ratiograph.algebra.times import InverseTeacherError, SigmaSquared, TimeWeight
+from ratiograph.algebra.weightings import BE, KL, LR, LS, SoftenedReverseKL
+from ratiograph.core.contracts import Evaluation, Needs, Nodes, RatioEstimator
+from ratiograph.core.types import Batch, Condition
+from ratiograph.networks.architectures.unet import MLP
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.ratios import EncoderRatio
+from ratiograph.networks.teachers.mixture import ExactRatio
+from ratiograph.training.checkpoints import load_strict
 
 FREE = Condition()
 

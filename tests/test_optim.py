@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ratiograph.optim import EMA, Adam
+from ratiograph.training.optim import EMA, Adam
 
 
 def test_average_follows_its_half_life():

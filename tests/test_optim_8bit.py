@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ratiograph.optim import Adam
-from ratiograph.optim_8bit import Adam8bit
+from ratiograph.training.optim import Adam
+from ratiograph.training.optim_8bit import Adam8bit
 
 
 def test_what_is_missing_is_named(monkeypatch):

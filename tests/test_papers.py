@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from ratiograph import config
-from ratiograph.denoiser_training import DenoiserTraining
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.types import Batch, Condition, Noisy
-from ratiograph.weightings import KL, SBA, ForwardKL, Jeffreys, JensenShannon, ReverseKL, SoftenedReverseKL
-from ratiograph.weightings import SquaredHellinger as Hellinger
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.algebra.weightings import KL, SBA, ForwardKL, Jeffreys, JensenShannon, ReverseKL, SoftenedReverseKL
+from ratiograph.algebra.weightings import SquaredHellinger as Hellinger
+from ratiograph.core.types import Batch, Condition, Noisy
+from ratiograph.tasks.denoiser_training import DenoiserTraining
 
 ROOT = Path(__file__).parent.parent
 PAPERS = ROOT / "gin" / "papers"

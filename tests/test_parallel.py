@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ratiograph import checkpoints, config, distributed, trainer
+from ratiograph import config
+from ratiograph.core import distributed
+from ratiograph.training import checkpoints, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.inputs import made_up_batch, randomised
 from ratiograph import config
-from ratiograph.benchmark_inputs import made_up_batch, randomised
-from ratiograph.faults import Means, StepGuard
-from ratiograph.networks.classifier import DigitClassifier
+from ratiograph.networks.architectures.classifier import DigitClassifier
+from ratiograph.training.faults import Means, StepGuard
 
 B = 4
 TINY = {"UNet.channels": 8, "UNet.attention": False, "EDM.weights": None, "EncoderRatio.encoder_weights": None}

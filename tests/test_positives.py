@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from ratiograph.denoisers import EDM
-from ratiograph.networks import MLP, UNet
-from ratiograph.positives import ExactSamples, RealSamples, TeacherSamples
-from ratiograph.samplers import EulerSampler, HeunSampler, StochasticHeunSampler
-from ratiograph.students import OneStep
-from ratiograph.teachers.mixture import RingMixture
-from ratiograph.types import Batch, Condition
+from ratiograph.core.types import Batch, Condition
+from ratiograph.networks.architectures.unet import MLP, UNet
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.samplers import EulerSampler, HeunSampler, StochasticHeunSampler
+from ratiograph.networks.students import OneStep
+from ratiograph.networks.teachers.mixture import RingMixture
+from ratiograph.tasks.positives import ExactSamples, RealSamples, TeacherSamples
 
 RING = RingMixture(std=0.05)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratiograph import checkpoints, config, trainer
-from ratiograph.preemption import EXIT_CODE, Preempted, Preemption
+from ratiograph import config
+from ratiograph.training import checkpoints, trainer
+from ratiograph.training.preemption import EXIT_CODE, Preempted, Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["Experiment.evaluator = None", "Experiment.batch_size = 16", "Experiment.log_every = 4", "MLP.width = 8"]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ratiograph.noising import ScaledLinearDDPM, VarianceExploding
-from ratiograph.randomness import BatchGenerator, integers, normal, uniform
-from ratiograph.teachers.mixture import GaussianMixture
-from ratiograph.times import DDPMSteps, KarrasIndex, LogitNormal, LogNormalSigma, Uniform
+from ratiograph.algebra.noising import ScaledLinearDDPM, VarianceExploding
+from ratiograph.algebra.times import DDPMSteps, KarrasIndex, LogitNormal, LogNormalSigma, Uniform
+from ratiograph.core.randomness import BatchGenerator, integers, normal, uniform
+from ratiograph.networks.teachers.mixture import GaussianMixture
 
 CPU = torch.device("cpu")
 MIXTURE = GaussianMixture(means=[[0.0, 1.0], [2.0, -1.0]], std=[0.1, 0.3], weights=[1.0, 3.0])

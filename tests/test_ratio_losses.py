@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized, Scaled
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized, Scaled
 
 
 def test_the_logistic_loss():

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratiograph import config, trainer
-from ratiograph.networks import MLP
-from ratiograph.noising import VarianceExploding
-from ratiograph.optim import Adam
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.ratio_training import RatioEvaluator, RatioTraining
-from ratiograph.ratios import EncoderRatio
-from ratiograph.teachers.mixture import RingMixture
-from ratiograph.times import KarrasIndex
-from ratiograph.types import Condition, Noisy
+from ratiograph import config
+from ratiograph.algebra.noising import VarianceExploding
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.algebra.times import KarrasIndex
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.architectures.unet import MLP
+from ratiograph.networks.ratios import EncoderRatio
+from ratiograph.networks.teachers.mixture import RingMixture
+from ratiograph.tasks.ratio_training import RatioEvaluator, RatioTraining
+from ratiograph.training import trainer
+from ratiograph.training.optim import Adam
 
 ROOT = Path(__file__).parent.parent
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from ratiograph.denoisers import EDM
-from ratiograph.networks import MLP, UNet
-from ratiograph.noising import RectifiedFlow, VarianceExploding
-from ratiograph.ratio_losses import LogisticLoss
-from ratiograph.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
-from ratiograph.types import Condition, Evaluation, Needs, Nodes
-from ratiograph.weight_files import save_weights
+from ratiograph.algebra.noising import RectifiedFlow, VarianceExploding
+from ratiograph.algebra.ratio_losses import LogisticLoss
+from ratiograph.core.contracts import Evaluation, Needs, Nodes
+from ratiograph.core.types import Condition
+from ratiograph.networks.architectures.unet import MLP, UNet
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio, TeacherFeatureRatio
+from ratiograph.networks.weights.weight_files import save_weights
 
 NOTHING = Needs()
 

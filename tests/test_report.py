@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ratiograph import report_charts
-from ratiograph.logs import make_grid
-from ratiograph.report import write_report
-from ratiograph.report_charts import Axis, line_chart, log_ticks, nice_ticks, smooth, tick_label
-from ratiograph.report_results import bar_chart, mini_bars
+from ratiograph.reports import charts
+from ratiograph.reports.charts import Axis, line_chart, log_ticks, nice_ticks, smooth, tick_label
+from ratiograph.reports.results import bar_chart, mini_bars
+from ratiograph.reports.run_report import write_report
+from ratiograph.training.logs import make_grid
 
 VOID = {"meta", "img", "br", "wbr", "hr", "link", "input"}
 SELF_CLOSED = {"path", "line", "rect"}
@@ -332,7 +332,7 @@ def test_degenerate_curves_stay_inside_the_plot(values):
     (curve,) = page.all("path")
     found = points(curve["d"])
     assert len(found) == len(values)
-    assert all(0 <= x <= report_charts.WIDTH and 0 <= y <= report_charts.HEIGHT for x, y in found)
+    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in found)
 
 
 def test_smoothing_equals_the_slow_sum_and_ignores_gaps():

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ratiograph.logs import make_grid
-from ratiograph.report import write_report
-from ratiograph.report_runs import write_comparison
+from ratiograph.reports.comparison import write_comparison
+from ratiograph.reports.run_report import write_report
+from ratiograph.training.logs import make_grid
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from test_report import Page, points
 
-from ratiograph.diagnostics import RatioDiagnostics
-from ratiograph.report import write_report
-from ratiograph.report_charts import Guide, bin_chart, calibration_chart, line_chart
-from ratiograph.report_diagnostics import checks, collapse_banner, quality_charts, trust, verdict
+from ratiograph.algebra.diagnostics import RatioDiagnostics
+from ratiograph.reports.charts import Guide, bin_chart, calibration_chart, line_chart
+from ratiograph.reports.run_report import write_report
+from ratiograph.reports.trust import checks, collapse_banner, quality_charts, trust, verdict
+from test_report import Page, points
 
 M = 0.7  # distance of p = N(0, 1) and q = N(M, 1), so that l(x) = M^2/2 - M x
 

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import Page, cells
 
 from ratiograph import config
-from ratiograph.config_difference import read_bindings
-from ratiograph.report_published import Measured, own_rows, published_table, read_published
+from ratiograph.config.differences import read_bindings
+from ratiograph.reports.published import Measured, own_rows, published_table, read_published
+from test_report import Page, cells
 
 PAPERS = Path(__file__).parent.parent / "gin" / "papers"
 RECIPES = sorted(p for p in PAPERS.glob("*/*.gin") if "stage1" not in p.name)

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_report import Page, cells, points
 
-from ratiograph.config_difference import ABSENT
-from ratiograph.report import write_report
-from ratiograph.report_curves import curves_section, quality_section
-from ratiograph.report_overlay import colour_class, overlay_chart
-from ratiograph.report_results import results_table, spread
-from ratiograph.report_runs import labels_of, merged_evaluation, write_comparison
+from ratiograph.config.differences import ABSENT
+from ratiograph.reports.comparison import labels_of, merged_evaluation, write_comparison
+from ratiograph.reports.curves import curves_section, quality_section
+from ratiograph.reports.overlay import colour_class, overlay_chart
+from ratiograph.reports.results import results_table, spread
+from ratiograph.reports.run_report import write_report
+from test_report import Page, cells, points
 
 TOOL = Path(__file__).parent.parent / "tools" / "report.py"
 METRICS = {

@@ -27,17 +27,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import LOCATION, SCALE, TEACHER, TILTS, evaluate, student_of
-from test_field import full
 from torch import Tensor
 
-from ratiograph.directions import ScoreDifference
-from ratiograph.objective import AbsorbedTerm, Objective, RewardAscent, Term
-from ratiograph.rewards import BlackBoxReward, ClassReward, LinearReward, Reward, ScaledReward
-from ratiograph.targets import RewardTilted
-from ratiograph.teachers.mixture import ExactRatio, GaussianMixture, MixtureClassifier, tilt
-from ratiograph.types import Condition, Nodes, Noisy
-from ratiograph.weightings import KL, LR
+from exact import LOCATION, SCALE, TEACHER, TILTS, evaluate, student_of
+from ratiograph.algebra.directions import ScoreDifference
+from ratiograph.algebra.objective import AbsorbedTerm, Objective, RewardAscent, Term
+from ratiograph.algebra.rewards import BlackBoxReward, ClassReward, LinearReward, Reward, ScaledReward
+from ratiograph.algebra.targets import RewardTilted
+from ratiograph.algebra.weightings import KL, LR
+from ratiograph.core.contracts import Nodes
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture, MixtureClassifier, tilt
+from test_field import full
 
 FREE = Condition()
 REWARDS = {

@@ -13,20 +13,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import LocalEntryNotFoundError
-from tiny_pipelines import autoencoder, tokenizer
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from ratiograph import captions
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.denoisers import EDM
-from ratiograph.networks.unet import UNet
-from ratiograph.reward_images import MEAN, STD, DecodedReward, Remembered, cropped, normalised, padded
-from ratiograph.reward_models import AestheticReward, CLIPReward, PickScoreReward
-from ratiograph.reward_preferences import HPSv2Reward, ImageReward
-from ratiograph.rewards import BlackBoxReward, Reward, ScaledReward, SumReward
-from ratiograph.targets import RewardTilted, RewardTiltedCumulant
-from ratiograph.types import Condition, Evaluation, Nodes, Noisy
+from ratiograph.algebra.rewards import BlackBoxReward, Reward, ScaledReward, SumReward
+from ratiograph.algebra.targets import RewardTilted, RewardTiltedCumulant
+from ratiograph.core.contracts import Evaluation, Nodes
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.data import captions
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.rewards.clip_rewards import AestheticReward, CLIPReward, PickScoreReward
+from ratiograph.networks.rewards.image_rewards import MEAN, STD, DecodedReward, Remembered, cropped, normalised, padded
+from ratiograph.networks.rewards.preference_rewards import HPSv2Reward, ImageReward
+from tiny_pipelines import autoencoder, tokenizer
 
 CAPTIONS = ["ab abc", "a longer one, cab", "ab abc"]
 TOLD = Condition(caption=captions.pack(CAPTIONS))

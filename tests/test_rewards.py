@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ratiograph.rewards import (
+from ratiograph.algebra.rewards import (
     BlackBoxReward,
     ClassReward,
     LinearReward,
@@ -19,7 +19,7 @@ from ratiograph.rewards import (
     check_means,
     take_means,
 )
-from ratiograph.types import Condition
+from ratiograph.core.types import Condition
 
 FREE = Condition()
 CURVATURE = [[-1.0, 0.4], [0.4, 0.3]]

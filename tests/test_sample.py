@@ -15,16 +15,17 @@ import pytest
 import torch
 from absl import flags
 from PIL import Image
-from tools_here import tool
 
-from ratiograph import checkpoints, config
-from ratiograph.autoencoder import Autoencoder
-from ratiograph.guidance import Guided
-from ratiograph.samplers import DDIMSampler, HeunSampler
-from ratiograph.sampling import SampleDraws
-from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
-from ratiograph.types import Condition
-from ratiograph.weight_files import load_weights, save_weights
+from ratiograph import config
+from ratiograph.core.draws import SampleDraws
+from ratiograph.core.types import Condition
+from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.guidance import Guided
+from ratiograph.networks.samplers import DDIMSampler, HeunSampler
+from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.networks.weights.weight_files import load_weights, save_weights
+from ratiograph.training import checkpoints
+from tools_here import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "sample.py"

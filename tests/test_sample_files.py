@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from ratiograph.core.draws import SampleDraws
 from ratiograph.data.stream import ShardStream
-from ratiograph.sample_files import ArrayFile, GridFile, ImageFolder, ShardFolder, batches, fill, pixels
-from ratiograph.sampling import SampleDraws
+from ratiograph.reports.sample_files import ArrayFile, GridFile, ImageFolder, ShardFolder, batches, fill, pixels
 
 SHAPE = (3, 4, 6)
 SETTINGS = {"seed": 0}

@@ -8,18 +8,18 @@ import math
 import pytest
 import torch
 
-from ratiograph.guidance import Guided
-from ratiograph.noising import ScaledLinearDDPM
-from ratiograph.samplers import (
+from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.draws import GeneratorDraws, SampleDraws
+from ratiograph.core.types import Condition, Noisy
+from ratiograph.networks.guidance import Guided
+from ratiograph.networks.samplers import (
     DDIMSampler,
     EulerSampler,
     HeunSampler,
     StochasticHeunSampler,
     TrailingDDIMSampler,
 )
-from ratiograph.sampling import GeneratorDraws, SampleDraws
-from ratiograph.teachers.mixture import GaussianMixture, RingMixture
-from ratiograph.types import Condition, Noisy
+from ratiograph.networks.teachers.mixture import GaussianMixture, RingMixture
 
 FREE = Condition()
 MEAN, STD = torch.tensor([0.7, -0.3], dtype=torch.float64), 0.5

@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
-from ratiograph.evaluation import samples
-from ratiograph.evaluation.samples import class_histogram, energy_distance, mmd_rbf
+from ratiograph.evaluation import sample_distances
+from ratiograph.evaluation.sample_distances import class_histogram, energy_distance, mmd_rbf
 
 
 def draw(seed, n, d=2):
@@ -31,7 +31,7 @@ def by_loops(x, y, kernel, unbiased):
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("block", [7, 1024])
 def test_both_distances_are_the_double_sums(monkeypatch, unbiased, block):
-    monkeypatch.setattr(samples, "BLOCK", block)
+    monkeypatch.setattr(sample_distances, "BLOCK", block)
     x, y = draw(0, 23), draw(1, 31) * 1.5 + 0.3
     expected = by_loops(x, y, lambda d: -d, unbiased)
     assert energy_distance(x, y, unbiased=unbiased) == pytest.approx(expected, rel=1e-12)

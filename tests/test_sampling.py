@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from ratiograph.sampling import SampleDraws
-from ratiograph.students import OneStep, OneStepDDPM
+from ratiograph.core.draws import SampleDraws
+from ratiograph.networks.students import OneStep, OneStepDDPM
 
 
 def drawn(indices, seed=3):

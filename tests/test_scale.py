@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import together
 
-from ratiograph import checkpoints, config, randomness, trainer
+from ranks import together
+from ratiograph import config
+from ratiograph.core import randomness
+from ratiograph.training import checkpoints, trainer
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import tiny_runs
 from diffusers import DiffusionPipeline
 
+import tiny_runs
 from ratiograph import config
-from ratiograph.export import export_pipeline
-from ratiograph.sampling import SampleDraws
+from ratiograph.core.draws import SampleDraws
+from ratiograph.reports.export import export_pipeline
 
 TILT = "gin/sd15_reward_tilt.gin"
 RUNS = {

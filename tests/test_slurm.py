@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, missing
 
-from ratiograph import checkpoints
+from ratiograph.training import checkpoints
+from slurm_cluster import Cluster, missing
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "launch" / "slurm"

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ratiograph.evaluation.captions import CaptionsEvaluator
-from ratiograph.evaluation.digits import DigitsEvaluator
+from ratiograph.evaluation.caption_evaluator import CaptionsEvaluator
+from ratiograph.evaluation.digit_evaluator import DigitsEvaluator
 from ratiograph.evaluation.frechet import fit, frechet_distance
 from ratiograph.evaluation.small_images import gaussian_of, levels_of, spelt, tilted
-from ratiograph.word_encoder import WordEncoder
+from ratiograph.networks.word_encoder import WordEncoder
 
 
 @pytest.mark.parametrize("make", [DigitsEvaluator, lambda **sizes: CaptionsEvaluator(encoder=WordEncoder(), **sizes)])

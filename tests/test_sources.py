@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ratiograph.data.cifar import CIFAR10, CIFAR100
-from ratiograph.data.places import Damaged
-from ratiograph.data.sources import COCO, EDMZip, Folder, ImageNet
+from preparation.cifar import CIFAR10, CIFAR100
+from preparation.image_bytes import Damaged
+from preparation.sources import COCO, EDMZip, Folder, ImageNet
 
 
 def png(value: int, size=(4, 4)) -> bytes:

@@ -15,26 +15,26 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import tiny_pipelines
 from diffusers import DDIMScheduler
 
-from ratiograph import config, trainer
+import tiny_pipelines
+from ratiograph import config
+from ratiograph.algebra.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
+from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
+from ratiograph.core.differentiation import twice_differentiable
+from ratiograph.core.types import Condition, Encoding, Noisy
 from ratiograph.data.latents import write_latents
-from ratiograph.denoisers import Encoding
-from ratiograph.differentiation import twice_differentiable
-from ratiograph.guidance import EmptyPrompt, Guided, NoCaption
-from ratiograph.networks.stable_diffusion import SD15UNet, SDXLUNet, UNetFromFolder
-from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
-from ratiograph.pipeline_files import fit, read_part
-from ratiograph.ratio_losses import LogisticLoss, R1Penalized
-from ratiograph.students import OneStepDDPM
-from ratiograph.teachers.stable_diffusion import (
+from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, SDXLUNet, UNetFromFolder
+from ratiograph.networks.guidance import EmptyPrompt, Guided, NoCaption
+from ratiograph.networks.students import OneStepDDPM
+from ratiograph.networks.teachers.stable_diffusion import (
     EpsilonPrediction,
     SamplePrediction,
     StableDiffusion,
     VelocityPrediction,
 )
-from ratiograph.types import Condition, Noisy
+from ratiograph.networks.weights.pipeline_files import fit, read_part
+from ratiograph.training import trainer
 
 ROOT = Path(__file__).parent.parent
 PAPERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin" / "papers").rglob("sd*.gin"))
@@ -483,7 +483,7 @@ def test_nothing_imports_diffusers_before_it_is_used():
     code = (
         "import sys; from ratiograph import config; "
         "config.parse(['gin/papers/dmd2/sd15_without_gan.gin'], [], {}); "
-        "assert 'ratiograph.networks.stable_diffusion' in sys.modules; "
+        "assert 'ratiograph.networks.architectures.stable_diffusion_unets' in sys.modules; "
         "assert not {'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=300)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from ratiograph import config
-
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     *("diffusers", "transformers", "peft", "open_clip", "timm", "torchvision", "torchmetrics", "cleanfid"),
@@ -29,7 +27,7 @@ from absl import app
 sys.path.insert(0, "launch")
 others = time.process_time()
 import main
-from ratiograph.distillation import Distillation
+from ratiograph.tasks.distillation import Distillation
 
 take = Distillation.step
 
@@ -56,12 +54,15 @@ def output_of(code: str, *arguments: str) -> list[str]:
 @pytest.fixture(scope="module")
 def imported():
     """Names of all modules that are there once a configuration is read and the trainer is at hand."""
-    code = "import sys\nfrom ratiograph import config\nconfig.parse(['gin/mnist_sba.gin'])\nimport ratiograph.trainer\n"
+    code = "import sys\nfrom ratiograph import config\nconfig.parse(['gin/mnist_sba.gin'])\n"
+    code += "import ratiograph.training.trainer\n"
     return set(output_of(code + "print(*sys.modules)")[-1].split())
 
 
 def test_all_components_are_registered(imported):
-    assert set(config.COMPONENT_MODULES) <= imported
+    assert {
+        f"ratiograph.{name}" for name in ("algebra.weightings", "networks.teachers.mixture", "data.latents")
+    } <= imported
     assert {"torch", "gin", "numpy"} <= imported
 
 
@@ -78,7 +79,7 @@ def test_a_run_without_compiled_networks_imports_no_compiler(tmp_path):
     code += "try:\n    app.run(main.main)\nfinally:\n    print(*sys.modules)"
     run = ["--gin_file=gin/mixture2d_ratio.gin", "--steps=2", "--batch_size=16", f"--workdir={tmp_path}"]
     imported = set(output_of(code, *run, "--gin_param=Experiment.evaluator=None")[-1].split())
-    assert "ratiograph.optim" in imported
+    assert "ratiograph.training.optim" in imported
     assert not imported & {"sympy", "torch._dynamo", "torch._inductor"}
 
 

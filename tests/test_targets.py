@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
-from exact import LOCATION, SCALE, TEACHER, evaluate, student_of
 from torch import Tensor
 
-from ratiograph.denoisers import EDM, set_precision
-from ratiograph.directions import RatioGradient, ScoreDifference
-from ratiograph.networks.unet import UNet
-from ratiograph.objective import AbsorbedTerm, Objective, Term
-from ratiograph.rewards import BlackBoxReward, ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward
-from ratiograph.targets import (
+from exact import LOCATION, SCALE, TEACHER, evaluate, student_of
+from ratiograph.algebra.directions import RatioGradient, ScoreDifference
+from ratiograph.algebra.objective import AbsorbedTerm, Objective, Term
+from ratiograph.algebra.rewards import BlackBoxReward, ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward
+from ratiograph.algebra.targets import (
     MatchTeacher,
     RewardTilted,
     RewardTiltedCumulant,
@@ -24,9 +22,19 @@ from ratiograph.targets import (
     Target,
     log_mean_reward,
 )
-from ratiograph.teachers.mixture import ExactRatio, ExactTilted, GaussianMixture, MixtureClassifier, RingMixture, tilt
-from ratiograph.types import Batch, Condition, Evaluation, Nodes, Noisy
-from ratiograph.weightings import KL, LR, LS
+from ratiograph.algebra.weightings import KL, LR, LS
+from ratiograph.core.contracts import Evaluation, Nodes
+from ratiograph.core.types import Batch, Condition, Noisy
+from ratiograph.networks.architectures.unet import UNet
+from ratiograph.networks.denoisers import EDM, set_precision
+from ratiograph.networks.teachers.mixture import (
+    ExactRatio,
+    ExactTilted,
+    GaussianMixture,
+    MixtureClassifier,
+    RingMixture,
+    tilt,
+)
 
 FREE = Condition()
 PLANE = GaussianMixture(
@@ -487,7 +495,7 @@ def test_no_probe_is_refused():
 
 def test_the_normaliser_is_of_all_ranks(monkeypatch):
     """Two ranks with 50 samples each estimate what one does from the 100."""
-    from ratiograph import targets
+    from ratiograph.algebra import targets
 
     reward, x0 = LinearReward(slope=[0.7]), points(1)
     monkeypatch.setattr(targets, "ranks", lambda: 2)

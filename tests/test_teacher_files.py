@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from official import NETWORKS, SMALL, asked, official_pickle, official_state, random
 
-from ratiograph import edm_weights
-from ratiograph.denoisers import EDM, freeze, set_precision
-from ratiograph.edm_weights import convert_file
-from ratiograph.networks.edm import ADM, DDPMPP, NCSNPP
-from ratiograph.preconditioning import VEPreconditioned, VPPreconditioned
-from ratiograph.types import Noisy
-from ratiograph.weight_files import load_weights, save_weights
+from official import NETWORKS, SMALL, asked, official_pickle, official_state, random
+from ratiograph.core.types import Noisy
+from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
+from ratiograph.networks.denoisers import EDM, freeze, set_precision
+from ratiograph.networks.preconditioning import VEPreconditioned, VPPreconditioned
+from ratiograph.networks.weights import edm_weights
+from ratiograph.networks.weights.edm_weights import convert_file
+from ratiograph.networks.weights.weight_files import load_weights, save_weights
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ratiograph import config, trainer
-from ratiograph.distillation import Distillation
-from ratiograph.logs import make_grid
-from ratiograph.samplers import HeunSampler
-from ratiograph.teacher_grid import draw_teacher
+from ratiograph import config
+from ratiograph.networks.samplers import HeunSampler
+from ratiograph.reports.teacher_grid import draw_teacher
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.training import trainer
+from ratiograph.training.logs import make_grid
 
 TINY = [
     "EDM.weights = None",

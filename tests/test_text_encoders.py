@@ -11,8 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import tiny_pipelines
-
-from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 
 CAPTIONS = ["ab cab", "", "Two CATS", "x" * 10_000]
 

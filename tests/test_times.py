@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from exact import LOCATION, SCALE, TEACHER, evaluate, student_of
 
-from ratiograph.directions import ScoreDifference
-from ratiograph.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
-from ratiograph.objective import Term
-from ratiograph.times import (
+from exact import LOCATION, SCALE, TEACHER, evaluate, student_of
+from ratiograph.algebra.directions import ScoreDifference
+from ratiograph.algebra.noising import RectifiedFlow, ScaledLinearDDPM, VarianceExploding, VariancePreserving
+from ratiograph.algebra.objective import Term
+from ratiograph.algebra.times import (
     DDPMSteps,
     FixedSigma,
     InverseTeacherError,
@@ -22,8 +22,9 @@ from ratiograph.times import (
     Uniform,
     UnitTimeWeight,
 )
-from ratiograph.types import Condition, Needs
-from ratiograph.weightings import KL
+from ratiograph.algebra.weightings import KL
+from ratiograph.core.contracts import Needs
+from ratiograph.core.types import Condition
 
 COUNT = 100_000
 LEVELS = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])

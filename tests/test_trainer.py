@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratiograph import checkpoints, config, trainer, weight_files
-from ratiograph.checkpoint_manager import CheckpointManager
+from ratiograph import config
+from ratiograph.networks.weights import weight_files
+from ratiograph.training import checkpoints, trainer
+from ratiograph.training.checkpoint_manager import CheckpointManager
 
 TINY = [
     "EDM.weights = None",
@@ -126,7 +128,7 @@ def test_lasting_nans_end_the_run_with_the_earlier_checkpoint_intact(tmp_path):
 def test_an_overflowing_identity_does_not_end_the_run(tmp_path, monkeypatch):
     """E_q[e^l] is infinite in fp32 from l = 89 on; the weights may be fine."""
     infinite = torch.tensor(float("inf"))
-    monkeypatch.setattr("ratiograph.critics.ratio_metrics", lambda *ratios: {"ratio/mean_exp_student": infinite})
+    monkeypatch.setattr("ratiograph.tasks.critics.ratio_metrics", lambda *ratios: {"ratio/mean_exp_student": infinite})
     run(tmp_path, steps=2)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ratiograph.updates import Updates
+from ratiograph.training.updates import Updates
 
 
 class Told:

@@ -11,17 +11,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from ratiograph.data import urls
+from ratiograph.data import remote
 from ratiograph.data.embedded import resolve
+from ratiograph.data.remote import RemoteShard
 from ratiograph.data.shards import INDEX, encode_png, write_shards
 from ratiograph.data.stream import ShardStream, load_all
-from ratiograph.data.urls import RemoteShard
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RATIOGRAPH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(urls, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     return tmp_path / "cache" / "shards"
 
 
@@ -136,8 +136,8 @@ def test_a_cut_transfer_is_tried_again_and_never_left_behind(server, cache):
 
 def test_waits_double(monkeypatch):
     waits = []
-    monkeypatch.setattr(urls, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(urls.time, "sleep", waits.append)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
     with pytest.raises(ValueError, match="cannot be fetched, after 5 tries"):
         resolve("pipe:exit 3")
     assert waits == [0, 1, 2, 4, 8]
@@ -202,7 +202,7 @@ def test_s3_is_read_by_aws(tmp_path, folder, monkeypatch):
 
 
 def test_more_bytes_than_a_shard_can_have_are_not_taken(monkeypatch, cache):
-    monkeypatch.setattr(urls, "LARGEST_SHARD", 10_000)
+    monkeypatch.setattr(remote, "LARGEST_SHARD", 10_000)
     with pytest.raises(ValueError, match="after 1 tries: more than 10000 bytes came"):
         resolve("pipe:cat /dev/zero")
     assert not list(cache.glob("*/*.tar"))
@@ -212,7 +212,7 @@ def test_more_bytes_than_a_shard_can_have_are_not_taken(monkeypatch, cache):
 def test_the_cache_loses_what_was_used_longest_ago(server, folder, cache, monkeypatch):
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
     monkeypatch.setenv("RATIOGRAPH_CACHE_GIGABYTES", str(2.5 * max(sizes.values()) / 1e9))
-    monkeypatch.setattr(urls, "IN_USE", 0)
+    monkeypatch.setattr(remote, "IN_USE", 0)
 
     def use(number):
         (path,) = resolve(f"{server.url}/set-00000{number}.tar")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from ratiograph import variance
-from ratiograph.normalization import Clamped
-from ratiograph.weightings import (
+from paper_figures import weight_variance
+from ratiograph.algebra.normalization import Clamped
+from ratiograph.algebra.weightings import (
     BE,
     KL,
     LR,
@@ -59,7 +59,7 @@ def by_densities(log_omega, m: float) -> float:
 
 
 def closed(weighting, m: float) -> float:
-    return float(variance.closed_form(weighting, torch.tensor(m, dtype=torch.float64)))
+    return float(weight_variance.closed_form(weighting, torch.tensor(m, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("m", DISTANCES)
@@ -71,7 +71,7 @@ def test_closed_form_is_the_integral_over_the_densities(row, m):
 @pytest.mark.parametrize("m", DISTANCES)
 @pytest.mark.parametrize("weighting", EVERY, ids=name_of)
 def test_quadrature_of_the_librarys_weighting_is_the_closed_form(weighting, m):
-    assert variance.quadrature(weighting, m) == pytest.approx(closed(weighting, m), rel=1e-6)
+    assert weight_variance.quadrature(weighting, m) == pytest.approx(closed(weighting, m), rel=1e-6)
 
 
 def test_closed_forms_at_numbers_worked_out_by_hand():
@@ -86,7 +86,7 @@ def test_closed_forms_at_numbers_worked_out_by_hand():
         (SBA(lam=3.0), [0, e**2.25 - 1, e**9 - 1]),
         (JensenShannon(), [0, None, None]),
     ):
-        for found, value in zip(variance.closed_form(weighting, m).tolist(), values, strict=True):
+        for found, value in zip(weight_variance.closed_form(weighting, m).tolist(), values, strict=True):
             assert value is None or found == pytest.approx(value, rel=1e-14, abs=1e-15)
 
 
@@ -96,13 +96,13 @@ def test_overlap_is_its_integral(m):
         return 2 * np.exp(-y * y / 2 - m * y / 2) / (1 + np.exp(-m * y)) / math.sqrt(2 * math.pi)
 
     half = integral(integrand, np.array([0, *np.geomspace(1e-3, 40, 60)]))
-    found = float(variance.overlap(torch.tensor(m, dtype=torch.float64)))
+    found = float(weight_variance.overlap(torch.tensor(m, dtype=torch.float64)))
     assert found == pytest.approx(math.exp(-m * m / 8) * half, rel=1e-11)
 
 
 def test_overlap_between_its_limits():
     m = torch.tensor([0.0, 0.01, 40.0], dtype=torch.float64)
-    zero, small, large = variance.overlap(m).tolist()
+    zero, small, large = weight_variance.overlap(m).tolist()
     assert zero == pytest.approx(0.5, rel=1e-15)
     assert small == pytest.approx(0.5 - 0.01**2 / 8, abs=1e-8)  # p q / (p + q) to second order
     assert large == pytest.approx(math.sqrt(math.pi / 2) * math.exp(-200) / 40, rel=1e-2)
@@ -125,10 +125,10 @@ def test_monte_carlo_reaches_two_percent_where_its_standard_error_says_so():
             if exact > 1e5:
                 continue
             generator = torch.Generator().manual_seed(7)
-            plain = variance.monte_carlo(weighting, m, samples, generator)
-            weighed = variance.importance_sampling(weighting, m, samples // 2, generator)
+            plain = weight_variance.monte_carlo(weighting, m, samples, generator)
+            weighed = weight_variance.importance_sampling(weighting, m, samples // 2, generator)
             assert weighed == pytest.approx(exact, rel=0.02)
-            if 3 * variance.standard_error(weighting, m, samples) <= 0.02:
+            if 3 * weight_variance.standard_error(weighting, m, samples) <= 0.02:
                 reached += 1
                 assert plain == pytest.approx(exact, rel=0.02)
             else:
@@ -140,9 +140,9 @@ def test_monte_carlo_reaches_two_percent_where_its_standard_error_says_so():
 @pytest.mark.parametrize("weighting", [LR(), SoftenedReverseKL(), Jeffreys(), SquaredHellinger()], ids=name_of)
 def test_standard_error_is_the_spread_of_repeated_estimates(weighting):
     generator, samples, m = torch.Generator().manual_seed(3), 20_000, 0.8
-    estimates = [variance.monte_carlo(weighting, m, samples, generator) for _ in range(300)]
+    estimates = [weight_variance.monte_carlo(weighting, m, samples, generator) for _ in range(300)]
     spread = np.std(estimates) / closed(weighting, m)  # known to 1 / sqrt(600) = 4 %
-    assert variance.standard_error(weighting, m, samples) == pytest.approx(spread, rel=0.15)
+    assert weight_variance.standard_error(weighting, m, samples) == pytest.approx(spread, rel=0.15)
 
 
 @pytest.mark.parametrize(("exponent", "m"), [(0.5, 1.0), (1.0, 0.7), (3.0, 0.25)])
@@ -152,7 +152,7 @@ def test_standard_error_of_an_exponential_from_its_moments(exponent, m):
     gradient = np.array([-2 * two, 1.0])
     covariance = np.array([[two - 1, three - two], [three - two, four - two**2]])
     expected = math.sqrt(gradient @ covariance @ gradient / 1000) / (two - 1)
-    assert variance.standard_error(SBA(lam=exponent), m, 1000) == pytest.approx(expected, rel=1e-9)
+    assert weight_variance.standard_error(SBA(lam=exponent), m, 1000) == pytest.approx(expected, rel=1e-9)
 
 
 def test_any_weighting_has_a_quadrature_and_only_rows_a_closed_form():
@@ -163,9 +163,9 @@ def test_any_weighting_has_a_quadrature_and_only_rows_a_closed_form():
         return integral(lambda y: (2 + np.clip(y - 0.5, -1, 1)) ** power * stats.norm.pdf(y), edges)
 
     expected = by_hand(2) / by_hand(1) ** 2 - 1
-    assert variance.quadrature(bent, 1.0) == pytest.approx(expected, rel=1e-3)
-    assert variance.quadrature(Clamped(weighting=BE(), limit=3.0), 3.0) < closed(BE(), 3.0) / 10
+    assert weight_variance.quadrature(bent, 1.0) == pytest.approx(expected, rel=1e-3)
+    assert weight_variance.quadrature(Clamped(weighting=BE(), limit=3.0), 3.0) < closed(BE(), 3.0) / 10
     with pytest.raises(ValueError, match="CustomWeighting has no closed form"):
         closed(bent, 1.0)
     with pytest.raises(ValueError, match="too heavy-tailed"):
-        variance.quadrature(SBA(lam=60.0), 2.0)
+        weight_variance.quadrature(SBA(lam=60.0), 2.0)

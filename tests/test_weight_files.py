@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ratiograph import weight_files
+from ratiograph.networks.weights import weight_files
 
 
 def net(width: int = 4) -> nn.Module:

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import ROWS
 from torch import Tensor
 
-from ratiograph.weightings import (
+from exact import ROWS
+from ratiograph.algebra.weightings import (
     BE,
     KL,
     LR,

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from ratiograph.captions import pack
-from ratiograph.guidance import NoCaption
-from ratiograph.types import Batch, Condition
-from ratiograph.word_encoder import EncodedStream, WordEncoder
+from ratiograph.core.types import Batch, Condition
+from ratiograph.data.captions import pack
+from ratiograph.networks.guidance import NoCaption
+from ratiograph.networks.word_encoder import EncodedStream, WordEncoder
 
 
 def test_words_have_one_vector_wherever_they_stand():
@@ -25,7 +25,8 @@ def test_words_have_one_vector_wherever_they_stand():
 
 
 def test_the_same_in_another_process():
-    code = "from ratiograph.word_encoder import *; print(WordEncoder(width=3).encode(['blue']).text[0, 0].tolist())"
+    code = "from ratiograph.networks.word_encoder import *\n"
+    code += "print(WordEncoder(width=3).encode(['blue']).text[0, 0].tolist())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == WordEncoder(width=3).encode(["blue"]).text[0, 0].tolist()
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from ratiograph.workdir import locked
+from ratiograph.training.workdir import locked
 
 HOLDER = """
 import sys, time
-from ratiograph.workdir import locked
+from ratiograph.training.workdir import locked
 with locked(sys.argv[1]):
     if "fork" in sys.argv:
         import os

@@ -4,13 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tiny_pipelines
 import torch
-from test_cache_latents import CAPTIONS, cached, write_inputs
 
-from ratiograph import config, trainer
-from ratiograph.data.caching import cache_shards, write_empty_prompt
-from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+import tiny_pipelines
+from preparation.latent_cache import cache_shards, write_empty_prompt
+from ratiograph import config
+from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.training import trainer
+from test_cache_latents import CAPTIONS, cached, write_inputs
 
 ROOT = Path(__file__).parent.parent
 UNET = {

@@ -72,42 +72,48 @@ BINDINGS = {
 REPEATED = ("gin_file", "vary", "gin_param", "sbatch")
 
 
-def grid_of(ablation):
+def grid_of():
     """The grid of --grid, or of --gin_file and --vary."""
     import dataclasses
+
+    from ablations import grids
 
     if bool(FLAGS.grid) == bool(FLAGS.vary):
         raise ValueError("give either --grid=FILE.toml, or --gin_file=FILE.gin with --vary='BINDING = value, value'")
     if FLAGS.grid and FLAGS.gin_file:
         raise ValueError("--gin_file goes with --vary; a grid file names its own")
     if FLAGS.grid:
-        grid = ablation.read_grid(FLAGS.grid)
+        grid = grids.read_grid(FLAGS.grid)
     else:
         if not FLAGS.gin_file:
             raise ValueError("--vary needs a configuration to vary: give --gin_file=FILE.gin")
-        row = ablation.Row(name="", gin_files=tuple(FLAGS.gin_file))
+        row = grids.Row(name="", gin_files=tuple(FLAGS.gin_file))
         name = Path(FLAGS.folder or "ablation").name
-        grid = ablation.Grid(name=name, rows=(row,), axes=axes_of(ablation, FLAGS.vary))
+        grid = grids.Grid(name=name, rows=(row,), axes=axes_of(FLAGS.vary))
     given = {"columns": FLAGS.columns and tuple(FLAGS.columns), "curve": FLAGS.curve}
     return dataclasses.replace(grid, **{key: value for key, value in given.items() if value is not None})
 
 
-def axes_of(ablation, texts):
+def axes_of(texts):
     """The axes of --vary, each given once."""
-    axes = [ablation.parse_axis(text) for text in texts]
+    from ablations import grids
+
+    axes = [grids.parse_axis(text) for text in texts]
     for key, _ in axes:
         if [other for other, _ in axes].count(key) > 1:
             raise ValueError(f"--vary gives {key} twice: write all its values in one")
     return dict(axes)
 
 
-def cells_of(ablation, grid, folder):
+def cells_of(grid, folder):
     """The grid's cells with the lines that flags add."""
+    from ablations import grids
+
     lines = [f"{key} = {FLAGS[flag].value!r}" for flag, key in BINDINGS.items() if FLAGS[flag].value is not None]
     if not all(seed.isdecimal() for seed in FLAGS.seeds) or len(set(FLAGS.seeds)) < len(FLAGS.seeds):
         raise ValueError(f"--seeds={','.join(FLAGS.seeds)}: write different whole numbers, such as --seeds=0,1,2")
     seeds = [int(seed) for seed in FLAGS.seeds]
-    return ablation.cells_of(grid, folder, seeds=seeds, bindings=[*FLAGS.gin_param, *lines], steps=FLAGS.steps)
+    return grids.cells_of(grid, folder, seeds=seeds, bindings=[*FLAGS.gin_param, *lines], steps=FLAGS.steps)
 
 
 def arguments(*dropped):
@@ -126,7 +132,7 @@ def arguments(*dropped):
 
 def shown(*dropped):
     """The command line that this one is, without the ``dropped`` flags."""
-    from ratiograph.ablation_run import spell_command
+    from ablations.execution import spell_command
 
     return spell_command(["python", "tools/ablate.py", *arguments(*dropped)])
 
@@ -134,14 +140,18 @@ def shown(*dropped):
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def plan(ablation, cells):
+def plan(cells):
     """The folders of finished runs, once every cell of the grid is known to be right."""
-    return {cell.folder for cell in cells if ablation.is_finished(cell, ablation.check(cell))}
+    from ablations import grids
+
+    return {cell.folder for cell in cells if grids.is_finished(cell, grids.check(cell))}
 
 
-def wanted(ablation, cells, done):
+def wanted(cells, done):
     """The unfinished cells that --only asks for and those they need."""
-    return [cell for cell in ablation.with_needs(asked(cells), cells) if cell.folder not in done]
+    from ablations import grids
+
+    return [cell for cell in grids.with_needs(asked(cells), cells) if cell.folder not in done]
 
 
 def asked(cells):
@@ -161,8 +171,8 @@ def run_here(todo, done):
     from rich.console import Console
     from rich.text import Text
 
-    from ratiograph.ablation_run import run_cells
-    from ratiograph.logs import duration
+    from ablations.execution import run_cells
+    from ratiograph.training.logs import duration
 
     console, started, seconds = Console(highlight=False, soft_wrap=True), time.monotonic(), []
     processes = FLAGS.processes or 2
@@ -186,17 +196,18 @@ def run_here(todo, done):
     return [end for end in ended if end.error]
 
 
-def run_task(ablation, cells, index):
+def run_task(cells, index):
     """Becomes the run of one cell, so that a cluster's signals reach it."""
-    from ratiograph.ablation_run import command, spell_command
+    from ablations import grids
+    from ablations.execution import command, spell_command
 
     if index >= len(cells):
         raise ValueError(f"--task={index}: the grid has the cells 0 to {len(cells) - 1}")
     cell = cells[index]
-    missing = [c for c in cells if c.folder in cell.needs and not ablation.is_finished(c, ablation.check(c))]
+    missing = [c for c in cells if c.folder in cell.needs and not grids.is_finished(c, grids.check(c))]
     if missing:
         raise ValueError(f"'{cell.name}' needs '{missing[0].name}', which has not finished: run it first")
-    if ablation.is_finished(cell, ablation.check(cell)):
+    if grids.is_finished(cell, grids.check(cell)):
         print(f"{cell.name}: done already, {cell.folder}")
         return
     log = cell.folder / "log.txt"
@@ -216,7 +227,7 @@ def submit(todo, folder):
     Raises:
         ValueError: sbatch refuses.
     """
-    from ratiograph.ablation_run import spell_command, submit
+    from ablations.execution import spell_command, submit
 
     printed = []
 
@@ -242,11 +253,12 @@ def submit(todo, folder):
         print(f"when they have ended: {shown(*rest)} --table_only")
 
 
-def list_cells(ablation, cells, done):
+def list_cells(cells, done):
     """The runs that --only asks for and those they need: number in the grid, state and command."""
-    from ratiograph.ablation_run import command, spell_command
+    from ablations import grids
+    from ablations.execution import command, spell_command
 
-    for cell in ablation.with_needs(asked(cells), cells):
+    for cell in grids.with_needs(asked(cells), cells):
         begun = "begun" if list(cell.folder.glob("checkpoints/*.pt")) else "to do"
         state = "done" if cell.folder in done else begun
         print(f"{cell.index:3d}  {state:5}  {cell.name}\n     {spell_command(command(cell, FLAGS.device[0]))}")
@@ -254,45 +266,45 @@ def list_cells(ablation, cells, done):
 
 def write(grid, cells, folder):
     """Table and figure into the folder, and the table into --out."""
-    from ratiograph import ablation_figure, ablation_table
-    from ratiograph.files import write_atomically
+    from ablations import plots, tables
+    from ratiograph.core.files import write_atomically
 
     made = shown("processes", "threads", "device", "table_only", "only")
-    table = ablation_table.tabulate(grid, cells)
+    table = tables.tabulate(grid, cells)
     text = table.markdown(made)
     if FLAGS.out:
-        write_atomically(Path(FLAGS.out), ablation_table.insert(Path(FLAGS.out), grid.name, text).encode())
+        write_atomically(Path(FLAGS.out), tables.insert(Path(FLAGS.out), grid.name, text).encode())
     document = json.dumps(table.document(made), indent=1, ensure_ascii=False)
     for name, content in {"table.md": text + "\n", "table.json": document + "\n", "table.csv": table.csv()}.items():
         write_atomically(folder / name, content.encode())
-    figure = ablation_figure.draw(table)
+    figure = plots.draw(table)
     if figure:
-        ablation_figure.save(figure, folder)
+        plots.save(figure, folder)
     print(f"\n{text}\n\n{folder}: table.md, table.json, table.csv{', figure.png, figure.svg' if figure else ''}")
 
 
 def work():
     """The exit code."""
-    from ratiograph import ablation, ablation_table
+    from ablations import tables
 
-    grid = grid_of(ablation)
+    grid = grid_of()
     if FLAGS.slurm and not FLAGS.slurm_dry_run and not shutil.which("sbatch"):
         raise ValueError("--slurm: there is no sbatch on PATH; run it on a login node, or see --slurm_dry_run")
     folder = Path(FLAGS.folder or f"runs/{grid.name}")
-    cells = cells_of(ablation, grid, folder)
+    cells = cells_of(grid, folder)
     task = os.environ.get("SLURM_ARRAY_TASK_ID") if FLAGS.task is None else FLAGS.task
     if FLAGS.table_only:
         write(grid, cells, folder)
         return 0
     if task is not None and not (FLAGS.dry_run or FLAGS.slurm or FLAGS.slurm_dry_run):
-        run_task(ablation, cells, int(task))
+        run_task(cells, int(task))
         return 0
     if FLAGS.out:
-        ablation_table.insert(Path(FLAGS.out), grid.name, "")  # a missing marker is said before hours of training
-    done = plan(ablation, cells)
-    todo = wanted(ablation, cells, done)
+        tables.insert(Path(FLAGS.out), grid.name, "")  # a missing marker is said before hours of training
+    done = plan(cells)
+    todo = wanted(cells, done)
     if FLAGS.dry_run:
-        list_cells(ablation, cells, done)
+        list_cells(cells, done)
     elif not todo and (FLAGS.slurm or FLAGS.slurm_dry_run):
         print("every run is done: make the table with --table_only")
     elif FLAGS.slurm or FLAGS.slurm_dry_run:

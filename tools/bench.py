@@ -72,7 +72,7 @@ def sizes():
 
 def network(device):
     """The record of one network's forward and backward passes."""
-    from ratiograph.benchmark_network import SETTINGS, bench_network
+    from benchmarks.network import SETTINGS, bench_network
 
     settings = list(SETTINGS) if FLAGS.settings == "all" else [each.strip() for each in FLAGS.settings.split(";")]
     told = {"settings": settings, "batch_size": FLAGS.batch_size, "rounds": FLAGS.rounds, "device": device}
@@ -81,21 +81,21 @@ def network(device):
 
 def step(device):
     """The record of a training step, its floor, and the step in units of a plain pass."""
-    from ratiograph.benchmark_step import bench_step
+    from benchmarks.step import bench_step
 
     return bench_step(**asked(), precision=FLAGS.precision, rounds=FLAGS.rounds, device=device)
 
 
 def precisions(device):
     """The record of a step in fp32 and in bf16."""
-    from ratiograph.benchmark_step import bench_precisions
+    from benchmarks.step import bench_precisions
 
     return bench_precisions(**asked(), rounds=FLAGS.rounds, device=device)
 
 
 def data(device):
     """The record of a run's data."""
-    from ratiograph.benchmark_data import bench_data
+    from benchmarks.data_wait import bench_data
 
     told = {"precision": FLAGS.precision, "steps": FLAGS.rounds, "made_up": FLAGS.made_up}
     return bench_data(**asked(), **told, device=device)
@@ -103,7 +103,7 @@ def data(device):
 
 def scaling(device):
     """The record of weak scaling."""
-    from ratiograph.benchmark_scaling import weak_scaling
+    from benchmarks.scaling import weak_scaling
 
     if not FLAGS.gin_file:
         raise ValueError("say which step to scale: --gin_file=gin/mnist_js.gin")
@@ -112,7 +112,7 @@ def scaling(device):
 
 def plan(device):
     """The record of a plan."""
-    from ratiograph.benchmark_plan import bench_plan
+    from benchmarks.plan import bench_plan
 
     return bench_plan(**asked(), precision="bf16" if FLAGS.precision == "auto" else FLAGS.precision)
 
@@ -122,50 +122,50 @@ MEASUREMENTS = {each.__name__: each for each in (network, step, precisions, data
 
 def measure(kind):
     """Takes one measurement, writes its record and prints it."""
-    from ratiograph import benchmark, benchmark_show, trainer
+    from benchmarks import printing, timing
+    from ratiograph.training import trainer
 
-    before, device = benchmark.load(), trainer.choose_device(FLAGS.device)
+    before, device = timing.load(), trainer.choose_device(FLAGS.device)
     record = MEASUREMENTS[kind](device) | {"load": before}
-    print(benchmark_show.shown(benchmark.append_record(Path(FLAGS.out), record, device)))
+    print(printing.shown(timing.append_record(Path(FLAGS.out), record, device)))
 
 
 def plans():
     """Plans every configuration of the table, each in a process of its own."""
-    from ratiograph import benchmark_suite
+    from benchmarks import suite
 
-    benchmark_suite.run(benchmark_suite.plans(FLAGS.precision), minutes=float("inf"), common=[f"--out={FLAGS.out}"])
+    suite.run(suite.plans(FLAGS.precision), minutes=float("inf"), common=[f"--out={FLAGS.out}"])
 
 
 def compare(old, new):
     """Prints what changed between two runs; exits with 3 if something became worse."""
-    from ratiograph import benchmark, benchmark_compare
+    from benchmarks import changes, timing
 
-    runs = [
-        benchmark.read_records(Path(name), start) for name, _, start in (each.partition("@") for each in (old, new))
-    ]
-    changes = benchmark_compare.compared(*runs, tolerance=FLAGS.tolerance)
-    print(benchmark_compare.render(changes))
+    runs = [timing.read_records(Path(name), start) for name, _, start in (each.partition("@") for each in (old, new))]
+    changes = changes.compared(*runs, tolerance=FLAGS.tolerance)
+    print(changes.render(changes))
     sys.exit(3 if any(change.worse for change in changes) else 0)
 
 
 def table():
     """Prints the table of everything measured, and writes it to --readme."""
-    from ratiograph import benchmark, benchmark_table
+    from benchmarks import results_table, timing
 
-    text = benchmark_table.render(benchmark.read_records(Path(FLAGS.out)))
+    text = results_table.render(timing.read_records(Path(FLAGS.out)))
     print(text)
     if FLAGS.readme:
-        benchmark_table.write(Path(FLAGS.readme), text)
+        results_table.write(Path(FLAGS.readme), text)
 
 
 def gpu():
     """Measures steps of all configurations until the time is up."""
-    from ratiograph import benchmark_suite, trainer
+    from benchmarks import suite
+    from ratiograph.training import trainer
 
     device = "cuda" if FLAGS.device == "auto" else FLAGS.device
     trainer.choose_device(device)
     common = [f"--device={device}", f"--out={FLAGS.out}"]
-    counts = benchmark_suite.run(benchmark_suite.steps(FLAGS.tiny), minutes=FLAGS.minutes, common=common)
+    counts = suite.run(suite.steps(FLAGS.tiny), minutes=FLAGS.minutes, common=common)
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

@@ -37,7 +37,8 @@ flags.DEFINE_float("maximum_watermark", None, "Greatest probability of a waterma
 
 def caption_encoder():
     """(the teacher's caption encoder, its usual resolution), by whether its U-Net is told pooled captions and sizes."""
-    from ratiograph import pipeline_files, text_encoders
+    from ratiograph.networks import text_encoders
+    from ratiograph.networks.weights import pipeline_files
 
     pipeline_files.folder_of(FLAGS.teacher, "unet", "--teacher", weights=False)
     config = pipeline_files.config_of(FLAGS.teacher, "unet")
@@ -50,10 +51,10 @@ def caption_encoder():
 
 def samples_of(source, encoder, resolution, device):
     """What the cache will hold, and the settings that made it."""
-    from ratiograph.autoencoder import Autoencoder
-    from ratiograph.data.caching import CachedImages, CachedPrompts
+    from preparation.latent_cache import CachedImages, CachedPrompts
     from ratiograph.data.captioned import CaptionedStream
     from ratiograph.data.embedded import resolve
+    from ratiograph.networks.autoencoder import Autoencoder
 
     settings = {"source": source, "teacher": FLAGS.teacher}
     if FLAGS.caption_only:
@@ -78,8 +79,8 @@ def cache(source, folder):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from ratiograph.data.caching import cache_shards, write_empty_prompt
-    from ratiograph.trainer import choose_device
+    from preparation.latent_cache import cache_shards, write_empty_prompt
+    from ratiograph.training.trainer import choose_device
 
     device = choose_device(FLAGS.device)
     encoder, standard = caption_encoder()

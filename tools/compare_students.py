@@ -36,7 +36,9 @@ def load(folder, device):
         ValueError: no run of the captions world in the folder.
         FileNotFoundError: the run left no student.
     """
-    from ratiograph import config, trainer, weight_files
+    from ratiograph import config
+    from ratiograph.networks.weights import weight_files
+    from ratiograph.training import trainer
 
     if not (folder / "config.gin").is_file():
         raise ValueError(f"{folder} has no config.gin: give the folder of a run as --run")
@@ -52,8 +54,8 @@ def load(folder, device):
 
 def draw():
     """The picture of the flags."""
-    from ratiograph import trainer
-    from ratiograph.evaluation.captions import sheet_of, student_of, teacher_name, teacher_of
+    from ratiograph.evaluation.caption_evaluator import sheet_of, student_of, teacher_name, teacher_of
+    from ratiograph.training import trainer
 
     device, samplers = trainer.choose_device(FLAGS.device), {}
     for run in FLAGS.run:

@@ -20,7 +20,7 @@ import sys
 
 from absl import app, flags
 
-from ratiograph.edm_weights import DENOISERS, convert_file
+from ratiograph.networks.weights.edm_weights import DENOISERS, convert_file
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("preconditioning", None, list(DENOISERS), "Class of the denoiser, for plain state dicts.")

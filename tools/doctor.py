@@ -36,8 +36,8 @@ def findings():
     """The configuration's own finding, then those of what it describes."""
     import torch
 
+    from doctor_checks import Finding, examine
     from ratiograph import config
-    from ratiograph.doctor import Finding, examine
 
     overrides = {key: FLAGS[flag].value for flag, key in OVERRIDES.items() if FLAGS[flag].value is not None}
     try:

@@ -128,11 +128,11 @@ def scores():
 
     found = {"clip": ClipScore(folder=FLAGS.clip)} if FLAGS.clip else {}
     if FLAGS.hps:
-        from ratiograph.reward_preferences import HPSv2Reward
+        from ratiograph.networks.rewards.preference_rewards import HPSv2Reward
 
         found["hps"] = RewardScore(reward=HPSv2Reward(weights=FLAGS.hps), label="HPSv2")
     if FLAGS.aesthetic:
-        from ratiograph.reward_models import AestheticReward
+        from ratiograph.networks.rewards.clip_rewards import AestheticReward
 
         if not FLAGS.clip:
             raise ValueError("--aesthetic needs --clip, the folder of CLIP ViT-L/14")
@@ -145,7 +145,7 @@ def images(place):
     """The stream of the images at ``place``: an embedded data set, shards, a folder or an .npz."""
     from ratiograph.data.embedded import EMBEDDED
     from ratiograph.data.stream import ShardStream
-    from ratiograph.evaluation.sources import FolderStream
+    from ratiograph.evaluation.image_sources import FolderStream
 
     if place in EMBEDDED:
         return ShardStream(urls=place, labels=False)
@@ -158,7 +158,7 @@ def evaluator(stream, source=None):
     """The evaluator of the flags, against ``--reference`` or else ``stream``."""
     import numpy as np
 
-    from ratiograph.evaluation.protocol import ImageEvaluator
+    from ratiograph.evaluation.image_evaluator import ImageEvaluator
 
     reference, statistics = FLAGS.reference, None
     if reference and reference.endswith(".npz") and Path(reference).is_file():
@@ -185,9 +185,9 @@ def evaluator(stream, source=None):
 
 def captioned():
     """The source of samples that the flags ask for, or None for the run's own conditions."""
-    from ratiograph.autoencoder import Autoencoder
-    from ratiograph.evaluation.sources import CaptionedSamples, StudentSamples
-    from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+    from ratiograph.evaluation.image_sources import CaptionedSamples, StudentSamples
+    from ratiograph.networks.autoencoder import Autoencoder
+    from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 
     autoencoder = Autoencoder(weights=FLAGS.pipeline) if FLAGS.pipeline else None
     if not FLAGS.captions:
@@ -209,7 +209,8 @@ def place():
     """The device of ``--device``; joins the other processes of a torchrun or srun launch."""
     import torch
 
-    from ratiograph import distributed, trainer
+    from ratiograph.core import distributed
+    from ratiograph.training import trainer
 
     device = trainer.choose_device(FLAGS.device)
     if device.type == "cuda" and device.index is None:
@@ -221,7 +222,7 @@ def place():
 
 def shown(judge, function):
     """``function()`` while a bar shows how many images the evaluator has seen, of rank 0's part."""
-    from ratiograph import distributed
+    from ratiograph.core import distributed
 
     if not distributed.is_main():
         return function()
@@ -247,8 +248,9 @@ def of_run(workdir):
     if not (workdir / "config.gin").is_file():
         raise ValueError(f"{workdir} has no config.gin: give the folder of a run, 'stats' or 'folder A B'")
 
-    from ratiograph import config, trainer
-    from ratiograph.evaluation.finished import load_students
+    from ratiograph import config
+    from ratiograph.tasks.student_files import load_students
+    from ratiograph.training import trainer
 
     experiment = config.build(config.parse([str(workdir / "config.gin")], FLAGS.gin_param))
     task = experiment.task
@@ -269,7 +271,7 @@ def of_run(workdir):
 
 def of_folders(samples, real):
     """The document of one folder against another."""
-    from ratiograph.evaluation.sources import stream_images
+    from ratiograph.evaluation.image_sources import stream_images
 
     made, judge, device = images(samples), evaluator(images(real)), place()
 
@@ -283,7 +285,7 @@ def of_folders(samples, real):
 
 def statistics():
     """Writes the statistics of ``--data``, and prints how far one half of the images is from the other."""
-    from ratiograph.distributed import is_main
+    from ratiograph.core.distributed import is_main
     from ratiograph.evaluation.feature_sets import write_statistics
 
     if not FLAGS.data or not FLAGS.out or not FLAGS.out.endswith(".npz"):
@@ -323,9 +325,9 @@ def main(argv):
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("ratiograph").setLevel(logging.ERROR)  # what was left out is printed with the results
 
-    from ratiograph import distributed
+    from ratiograph.core import distributed
+    from ratiograph.core.files import write_atomically
     from ratiograph.evaluation.documents import merged, read_document
-    from ratiograph.files import write_atomically
 
     try:
         apply_preset()

@@ -34,8 +34,9 @@ def evaluate(workdir, folder):
 
     import torch
 
-    from ratiograph import config, trainer
-    from ratiograph.evaluation.finished import load_students
+    from ratiograph import config
+    from ratiograph.tasks.student_files import load_students
+    from ratiograph.training import trainer
 
     cfg = config.parse([str(workdir / "config.gin")], FLAGS.gin_param, {})
     torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # as launch/main.py and the trainer seed random weights
@@ -63,8 +64,8 @@ def main(argv):
         out = Path(FLAGS.out) if FLAGS.out else workdir / "evaluation.json"
         document = evaluate(workdir, out.parent)
 
-        from ratiograph.files import write_atomically
-        from ratiograph.report import write_report
+        from ratiograph.core.files import write_atomically
+        from ratiograph.reports.run_report import write_report
 
         write_atomically(out, json.dumps(document, indent=1).encode())
         if not FLAGS.out:

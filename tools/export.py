@@ -32,7 +32,7 @@ def main(argv):
             raise ValueError("give two names: tools/export.py WORKDIR OUT")
         if FLAGS.lora and (FLAGS.half or FLAGS.teacher):
             raise ValueError("--lora writes adapters in float32 and no other part: drop --half and --teacher")
-        from ratiograph import export
+        from ratiograph.reports import export
 
         lines, (workdir, out) = FLAGS.gin_param, map(Path, argv[1:])
         if FLAGS.lora:

@@ -26,42 +26,42 @@ flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ..., for score_d
 
 def normalized_variance():
     """Var[ω]/E[ω]² of two unit Gaussians over their distance, exact and from samples (f-distill Fig. 5a)."""
-    from ratiograph.figures import theory
+    from paper_figures import weighting_curves
 
-    rows = theory.normalized_variance(samples=FLAGS.samples or 2_000_000, seed=FLAGS.seed)
-    return rows, theory.draw_normalized_variance(rows)
+    rows = weighting_curves.normalized_variance(samples=FLAGS.samples or 2_000_000, seed=FLAGS.seed)
+    return rows, weighting_curves.draw_normalized_variance(rows)
 
 
 def h_curves():
     """The generators h(r) and f(ρ) of every divergence (Di-Bregman Table 1, f-distill Fig. 4a)."""
-    from ratiograph.figures import theory
+    from paper_figures import weighting_curves
 
-    rows = theory.h_curves()
-    return rows, theory.draw_h_curves(rows)
+    rows = weighting_curves.h_curves()
+    return rows, weighting_curves.draw_h_curves(rows)
 
 
 def weighting_curves():
     """The weightings ω over l, r and ρ (Di-Bregman Table 1, f-distill Fig. 4b)."""
-    from ratiograph.figures import theory
+    from paper_figures import weighting_curves
 
-    rows = theory.weighting_curves()
-    return rows, theory.draw_weighting_curves(rows)
+    rows = weighting_curves.weighting_curves()
+    return rows, weighting_curves.draw_weighting_curves(rows)
 
 
 def normalized_weights():
     """The variance of ω before and after the two normalisations, on exact mixtures (f-distill Fig. 5b)."""
-    from ratiograph.figures import normalization
+    from paper_figures import normalized_weights
 
-    rows = normalization.normalized_weights(seed=FLAGS.seed)
-    return rows, normalization.draw_normalized_weights(rows)
+    rows = normalized_weights.normalized_weights(seed=FLAGS.seed)
+    return rows, normalized_weights.draw_normalized_weights(rows)
 
 
 def reward_error():
     """The error of first- and second-order R_t over noise, against exact mixtures (Di-Bregman Eq. 24 and 25)."""
-    from ratiograph.figures import tilts
+    from paper_figures import reward_tilts
 
-    rows = tilts.reward_error(samples=FLAGS.samples or 1000, seed=FLAGS.seed)
-    return rows, tilts.draw_reward_error(rows)
+    rows = reward_tilts.reward_error(samples=FLAGS.samples or 1000, seed=FLAGS.seed)
+    return rows, reward_tilts.draw_reward_error(rows)
 
 
 def score_difference():
@@ -71,38 +71,38 @@ def score_difference():
 
     import torch
 
-    from ratiograph.figures import scores
-    from ratiograph.trainer import choose_device
+    from paper_figures import score_difference
+    from ratiograph.training.trainer import choose_device
 
     device = choose_device(FLAGS.device)
-    task, step = scores.load_run(Path(FLAGS.workdir), device)
+    task, step = score_difference.load_run(Path(FLAGS.workdir), device)
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    rows = scores.score_difference(task, samples=FLAGS.samples or 6400, generator=generator)
+    rows = score_difference.score_difference(task, samples=FLAGS.samples or 6400, generator=generator)
     print(f"step {step}; correlation of ω with the difference: Pearson's, Spearman's, and Spearman's at equal times")
-    for by, symbol in scores.DIFFERENCES.items():
-        for label, values in scores.correlations(rows, by).items():
+    for by, symbol in score_difference.DIFFERENCES.items():
+        for label, values in score_difference.correlations(rows, by).items():
             print(f"  {symbol}  {label:20}" + "".join(f"{value:8.3f}" for value in values))
-    return rows, scores.draw_score_difference(rows)
+    return rows, score_difference.draw_score_difference(rows)
 
 
 def lambda_curves():
     """Fréchet distance and inception score over training, --folder or --run (Di-Bregman Fig. 1, 4, 5)."""
     chosen = chosen_runs()
 
-    from ratiograph.figures import runs
+    from paper_figures import run_curves
 
-    rows = runs.lambda_curves(chosen)
-    return rows, runs.draw_lambda_curves(rows)
+    rows = run_curves.lambda_curves(chosen)
+    return rows, run_curves.draw_lambda_curves(rows)
 
 
 def initialisations():
     """Samples before and after training, --folder or --run (score-free paper, Fig. 3)."""
     chosen = chosen_runs()
 
-    from ratiograph.figures import runs
+    from paper_figures import run_curves
 
-    rows = runs.initialisations(chosen)
-    return rows, runs.draw_initialisations(rows)
+    rows = run_curves.initialisations(chosen)
+    return rows, run_curves.draw_initialisations(rows)
 
 
 WITHOUT_RUN = (normalized_variance, h_curves, weighting_curves, normalized_weights, reward_error)
@@ -124,14 +124,14 @@ def chosen_runs():
     if not FLAGS.folder:
         return named
 
-    from ratiograph.figures.runs import find_runs
+    from paper_figures.run_curves import find_runs
 
     return find_runs(Path(FLAGS.folder)) | named
 
 
 def draw(name):
     """Draws one figure and writes its files."""
-    from ratiograph.figures.drawing import save
+    from paper_figures.drawing import save
 
     rows, figure = FIGURES[name]()
     for path in save(figure, rows, Path(FLAGS.out) / name):

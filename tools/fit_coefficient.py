@@ -34,7 +34,7 @@ def terms_of(task):
     Raises:
         ValueError: the objective is not the two of them, or the other's weighting asks a ratio.
     """
-    from ratiograph.objective import RewardAscent, Term
+    from ratiograph.algebra.objective import RewardAscent, Term
 
     terms = list(task.objective.terms.values()) if hasattr(task, "objective") else []
     ascents = [term for term in terms if isinstance(term, RewardAscent)]
@@ -52,7 +52,7 @@ def samples_of_p(experiment, device, generator):
     Raises:
         ValueError: the run has neither data nor a teacher that can be sampled.
     """
-    from ratiograph.types import Batch, Condition
+    from ratiograph.core.types import Batch, Condition
 
     size, teacher = min(FLAGS.batch_size, FLAGS.samples), experiment.task.teacher
     if experiment.data is not None:
@@ -114,7 +114,8 @@ def fit():
     """(c, its standard error, E[w], samples used, groups used)."""
     import torch
 
-    from ratiograph import config, trainer
+    from ratiograph import config
+    from ratiograph.training import trainer
 
     experiment = config.build(config.parse(FLAGS.gin_file, FLAGS.gin_param, {}))
     task, device = experiment.task, trainer.choose_device(FLAGS.device)

@@ -34,8 +34,8 @@ def tilted_targets(cfg, task):
     Raises:
         ValueError: there is none, or gin's names cannot be told apart.
     """
-    from ratiograph.config_values import spell
-    from ratiograph.targets import Tilted
+    from ratiograph.algebra.targets import Tilted
+    from ratiograph.config.values import spell
 
     terms = task.objective.terms.values() if hasattr(task, "objective") else ()
     targets = [term.target for term in terms if isinstance(term.target, Tilted)]
@@ -56,9 +56,9 @@ def samples_of_p(experiment, device, generator):
     Raises:
         ValueError: the run has neither data nor a teacher that can be sampled.
     """
+    from ratiograph.core.types import Batch, Condition
     from ratiograph.data.embedded import resolve
     from ratiograph.data.shards import count_samples
-    from ratiograph.types import Batch, Condition
 
     if experiment.data is not None:
         batches = experiment.data.batches(FLAGS.batch_size, FLAGS.seed)
@@ -89,12 +89,12 @@ def log_rewards(targets, batches, samples):
 
 def entry(name, target, log_reward, source):
     """The lines of one target."""
-    from ratiograph import graph
-    from ratiograph.targets import log_mean_reward
+    from ratiograph.algebra.targets import log_mean_reward
+    from ratiograph.config import tree
 
     log_z, error = map(float, log_mean_reward(log_reward))
     effective = len(log_reward) / float((log_reward - log_z).mul(2).exp().mean())
-    tree = graph.render_tree(graph.describe(target.reward, "reward"))
+    tree = tree.render_tree(tree.describe(target.reward, "reward"))
     facts = [
         f"log Z = log E[R] of {source}",
         f"{len(log_reward):,} samples, {effective:,.0f} effective ones; standard error of log Z {error:.2g}",
@@ -107,7 +107,8 @@ def fit():
     """The text of the gin file."""
     import torch
 
-    from ratiograph import config, trainer
+    from ratiograph import config
+    from ratiograph.training import trainer
 
     cfg = config.parse(FLAGS.gin_file, FLAGS.gin_param, {} if FLAGS.data is None else {"DATA": FLAGS.data})
     experiment = config.build(cfg)
@@ -127,7 +128,7 @@ def main(argv):
             raise ValueError(f"'{argv[1]}' is no flag. Did you mean --gin_file={argv[1]}?")
         if not FLAGS.gin_file:
             raise ValueError("no configuration: name one, e.g. --gin_file=gin/mnist_reward_tilt.gin")
-        from ratiograph.files import write_atomically
+        from ratiograph.core.files import write_atomically
 
         text = fit()
         write_atomically(Path(FLAGS.out), text.encode())

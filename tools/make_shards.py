@@ -46,7 +46,7 @@ OPTIONS = ("split", "labels", "annotations", "captions")  # flags of some source
 
 def source_of(kind, path):
     """The source that the command line names."""
-    from ratiograph.data import cifar, sources
+    from preparation import cifar, sources
 
     kinds = (cifar.CIFAR10, cifar.CIFAR100, sources.ImageNet, sources.EDMZip, sources.Folder, sources.COCO)
     kinds = {source.kind: source for source in kinds}
@@ -64,7 +64,7 @@ def progress_bar():
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ratiograph.data.making import Watch
+    from preparation.shard_maker import Watch
 
     class Bar(Watch):
         def __init__(self):
@@ -138,7 +138,7 @@ def cores():
 
 def make(kind, path, folder):
     """The index of the shards, written."""
-    from ratiograph.data.making import make_shards
+    from preparation.shard_maker import make_shards
 
     bar, source = progress_bar(), source_of(kind, path)
     print(f"listing {path}", file=sys.stderr)

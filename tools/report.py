@@ -34,7 +34,7 @@ def draw_teachers(workdirs):
     """Leaves samples/teacher.png in every run's folder."""
     from rich.console import Console
 
-    from ratiograph.teacher_grid import draw_teacher
+    from ratiograph.reports.teacher_grid import draw_teacher
 
     console = Console(stderr=True)
     for workdir in workdirs:
@@ -50,9 +50,9 @@ def main(argv):
         if FLAGS.out and Path(FLAGS.out).is_dir():
             raise ValueError(f"--out={FLAGS.out} is a folder: give the page's name too, {FLAGS.out}/report.html")
 
-        from ratiograph.report import write_report
-        from ratiograph.report_files import check_run
-        from ratiograph.report_runs import labels_of, write_comparison
+        from ratiograph.reports.comparison import labels_of, write_comparison
+        from ratiograph.reports.run_files import check_run
+        from ratiograph.reports.run_report import write_report
 
         labels_of(workdirs)
         for workdir in workdirs:

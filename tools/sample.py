@@ -52,7 +52,9 @@ flags.DEFINE_string("precision", "auto", "auto, fp32 or bf16.")
 
 def build(workdir, device):
     """(the run's task with its student's weights, what encodes its captions or None), on the device."""
-    from ratiograph import denoisers, student_files, trainer
+    from ratiograph.networks import denoisers
+    from ratiograph.tasks import student_files
+    from ratiograph.training import trainer
 
     with_teacher = FLAGS.compare or FLAGS.sampler is not None
     experiment = student_files.read_experiment(workdir, memory=with_teacher, bindings=FLAGS.gin_param)
@@ -81,8 +83,8 @@ def student_weights(workdir):
 
 def conditions(experiment, workdir, device):
     """What the samples are told: the flags' captions or classes, or what the run itself shows."""
-    from ratiograph import student_files
-    from ratiograph.conditions import FixedLabels
+    from ratiograph.networks.conditions import FixedLabels
+    from ratiograph.tasks import student_files
 
     task = experiment.task
     if FLAGS.prompts:
@@ -109,7 +111,7 @@ def captions():
 
 def prompts(experiment, device):
     """The captions of the flags' file, as the student's network is told them."""
-    from ratiograph.conditions import Prompts
+    from ratiograph.networks.conditions import Prompts
 
     told, encoder = captions(), caption_encoder(experiment)
     found = Prompts(captions=told, encoder=encoder)
@@ -121,8 +123,8 @@ def prompts(experiment, device):
 
 def caption_encoder(experiment):
     """What the run's own data is encoded by, or the text encoders of a pipeline."""
-    from ratiograph.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
-    from ratiograph.word_encoder import EncodedStream
+    from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
+    from ratiograph.networks.word_encoder import EncodedStream
 
     if isinstance(experiment.data, EncodedStream) and not FLAGS.pipeline:
         return experiment.data.encoder
@@ -135,7 +137,7 @@ def caption_encoder(experiment):
 
 def pipeline(student):
     """The pipeline for captions and latents: the flag's, or for captions the one that the student started from."""
-    from ratiograph.pipeline_files import HUB
+    from ratiograph.networks.weights.pipeline_files import HUB
 
     source = getattr(student.denoiser, "weights", None)
     if FLAGS.pipeline or not FLAGS.prompts or source is None or not hasattr(student.denoiser.network, "sized"):
@@ -152,7 +154,7 @@ def decoder(student, device):
 
     import torch
 
-    from ratiograph.autoencoder import Autoencoder
+    from ratiograph.networks.autoencoder import Autoencoder
 
     autoencoder = Autoencoder(weights=source)
     autoencoder.load()
@@ -161,8 +163,8 @@ def decoder(student, device):
 
 def teacher_sampler(task):
     """The sampler that the flags ask for; by default the one of the teacher's kind."""
-    from ratiograph import samplers
-    from ratiograph.students import OneStepDDPM
+    from ratiograph.networks import samplers
+    from ratiograph.networks.students import OneStepDDPM
 
     classes = {
         "heun": samplers.HeunSampler,
@@ -177,7 +179,7 @@ def teacher_sampler(task):
 
 def guide(task):
     """The teacher at the flags' guidance scale."""
-    from ratiograph.guidance import Guided
+    from ratiograph.networks.guidance import Guided
 
     guides = [module for module in task.teacher.modules() if isinstance(module, Guided)]
     if not guides and task.student.captioned:
@@ -202,7 +204,7 @@ def makers(task):
 
 def files(workdir, names):
     """Where the samples of the makers ``names`` go."""
-    from ratiograph import sample_files
+    from ratiograph.reports import sample_files
 
     out = Path(FLAGS.out)
     if FLAGS.uint8 and out.suffix != ".npz":
@@ -242,8 +244,10 @@ def run():
     from rich.console import Console
     from rich.progress import Progress
 
-    from ratiograph import distributed, sample_files, trainer
-    from ratiograph.sampling import SampleDraws
+    from ratiograph.core import distributed
+    from ratiograph.core.draws import SampleDraws
+    from ratiograph.reports import sample_files
+    from ratiograph.training import trainer
 
     own = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
     device = trainer.choose_device(own if FLAGS.device == "auto" else FLAGS.device)

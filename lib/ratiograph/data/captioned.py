@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ratiograph.captions import pack
-from ratiograph.types import Batch, Condition
-
-from .filters import Filters
-from .images import IMAGE_SUFFIXES, BadImage, fitted, to_tensor
-from .shards import DamagedSample, damaged_sample, no_image
-from .stream import SampleStream
-from .tars import shown
+from ratiograph.core.types import Batch, Condition
+from ratiograph.data.captions import pack
+from ratiograph.data.filters import Filters
+from ratiograph.data.images import IMAGE_SUFFIXES, BadImage, fitted, to_tensor
+from ratiograph.data.shards import DamagedSample, damaged_sample, no_image
+from ratiograph.data.stream import SampleStream
+from ratiograph.data.tars import shown
 
 __all__ = ["CaptionStream", "CaptionedStream"]
 

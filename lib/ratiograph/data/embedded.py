@@ -15,9 +15,9 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from .coloured_digits import coloured_digits_samples
-from .shards import encode_png, verify_shard, write_shards
-from .urls import RemoteShard, cache_folder, fetch_indexes, is_remote, local
+from ratiograph.data.coloured_digits import coloured_digits_samples
+from ratiograph.data.remote import RemoteShard, cache_folder, fetch_indexes, is_remote, local
+from ratiograph.data.shards import encode_png, read_shard, verify_shard, write_shards
 
 __all__ = ["EMBEDDED", "cache_folder", "check_local", "resolve", "sources"]
 
@@ -59,12 +59,16 @@ def mnist_samples() -> list[Mapping[str, object]]:
     ]
 
 
+def _coloured_digits() -> list[Mapping[str, object]]:
+    return coloured_digits_samples([sample for path in resolve("mnist") for sample in read_shard(path)])
+
+
 # The last of ten shards is the held-out tenth: 500 digits, 50 of each class.
 EMBEDDED: dict[str, EmbeddedSet] = {
     "mnist": EmbeddedSet("mnist-1", mnist_samples, 10, slice(None)),
     "mnist-train": EmbeddedSet("mnist-1", mnist_samples, 10, slice(0, 9)),
     "mnist-heldout": EmbeddedSet("mnist-1", mnist_samples, 10, slice(9, 10)),
-    "coloured-digits": EmbeddedSet("coloured-digits-1", coloured_digits_samples, 10, slice(None)),
+    "coloured-digits": EmbeddedSet("coloured-digits-1", _coloured_digits, 10, slice(None)),
 }
 
 

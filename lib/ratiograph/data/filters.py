@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .shards import DamagedSample
-from .tars import shown
+from ratiograph.data.shards import DamagedSample
+from ratiograph.data.tars import shown
 
 __all__ = ["Filters"]
 

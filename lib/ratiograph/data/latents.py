@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ratiograph.captions import pack
-from ratiograph.types import Batch, Condition
-
-from .shards import DamagedSample, damaged_sample, write_shards
-from .stream import SampleStream
-from .tars import shown
+from ratiograph.core.types import Batch, Condition
+from ratiograph.data.captions import pack
+from ratiograph.data.shards import DamagedSample, damaged_sample, write_shards
+from ratiograph.data.stream import SampleStream
+from ratiograph.data.tars import shown
 
 __all__ = ["CachedCaptionStream", "LatentStream"]
 

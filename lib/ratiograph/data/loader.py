@@ -24,11 +24,10 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ratiograph.types import Batch, Condition
-
-from .order import Order
-from .shards import DamagedSample
-from .tars import Damage
+from ratiograph.core.types import Batch, Condition
+from ratiograph.data.sample_order import Order
+from ratiograph.data.shards import DamagedSample
+from ratiograph.data.tars import Damage
 
 __all__ = ["Account", "Batches", "deliver"]
 

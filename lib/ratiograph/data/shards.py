@@ -24,8 +24,8 @@ from typing import TypeVar
 import numpy as np
 import webdataset as wds
 
-from .images import IMAGE_SUFFIXES, PILLOW_MODES, BadImage, encode_png, pixels_of
-from .tars import Damage, read_groups, shard_damage, shown
+from ratiograph.data.images import IMAGE_SUFFIXES, PILLOW_MODES, BadImage, encode_png, pixels_of
+from ratiograph.data.tars import Damage, read_groups, shard_damage, shown
 
 __all__ = [
     "INDEX",

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ratiograph.types import Batch, Condition
-
-from .embedded import check_local, resolve, sources
-from .images import PILLOW_MODES, to_tensor
-from .loader import Account, Batches, deliver
-from .order import Order, mix
-from .shards import (
+from ratiograph.core.types import Batch, Condition
+from ratiograph.data.embedded import check_local, resolve, sources
+from ratiograph.data.images import PILLOW_MODES, to_tensor
+from ratiograph.data.loader import Account, Batches, deliver
+from ratiograph.data.remote import samples_in
+from ratiograph.data.sample_order import Order, mix
+from ratiograph.data.shards import (
     DamagedSample,
     RawSample,
     count_items,
@@ -32,7 +32,6 @@ from .shards import (
     read_samples,
     read_shard,
 )
-from .urls import samples_in
 
 __all__ = ["ShardStream", "load_all"]
 

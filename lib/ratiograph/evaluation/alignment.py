@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ratiograph import captions as captions_format
-from ratiograph.rewards import Reward
-from ratiograph.types import Condition
-
-from .features import to_pixels
-from .rows import component_identity
+from ratiograph.algebra.rewards import Reward
+from ratiograph.core.types import Condition
+from ratiograph.data import captions as captions_format
+from ratiograph.evaluation.features import to_pixels
+from ratiograph.evaluation.result_cache import component_identity
 
 __all__ = ["ClipScore", "ImageScore", "RewardScore"]
 

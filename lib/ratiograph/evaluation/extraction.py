@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ratiograph import captions as captions_format
-from ratiograph.distributed import gather, is_main, rank, ranks
-
-from .alignment import ImageScore
-from .features import FeatureExtractor
-from .sources import Images, Made
+from ratiograph.core.distributed import gather, is_main, rank, ranks
+from ratiograph.data import captions as captions_format
+from ratiograph.evaluation.alignment import ImageScore
+from ratiograph.evaluation.features import FeatureExtractor
+from ratiograph.evaluation.image_sources import Images, Made
 
 __all__ = ["Extracted", "extract", "from_main"]
 

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ratiograph.files import write_atomically
-
-from .features import FeatureExtractor
-from .frechet import Fitted, Gaussian, fit
-from .manifold import Manifold
+from ratiograph.core.files import write_atomically
+from ratiograph.evaluation.features import FeatureExtractor
+from ratiograph.evaluation.frechet import Fitted, Gaussian, fit
+from ratiograph.evaluation.manifold import Manifold
 
 __all__ = ["FeatureSet", "read_statistics", "write_statistics"]
 

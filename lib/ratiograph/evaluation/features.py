@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ratiograph.data.embedded import cache_folder
-from ratiograph.networks.classifier import DigitClassifier
-
-from .rows import file_identity
+from ratiograph.evaluation.result_cache import file_identity
+from ratiograph.networks.architectures.classifier import DigitClassifier
 
 __all__ = [
     "DigitFeatures",
@@ -270,7 +269,7 @@ class TimmFeatures(FeatureExtractor):
         return network
 
     def read(self):
-        from ratiograph.weight_files import load_weights
+        from ratiograph.networks.weights.weight_files import load_weights
 
         if not self.weights.is_file():
             with torch.device("meta"):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .feature_sets import FeatureSet
-from .frechet import frechet_with_error
-from .kid import kernel_distance, unbiased_distance
-from .manifold import Manifold
-from .scores import inception_score
+from ratiograph.evaluation.feature_sets import FeatureSet
+from ratiograph.evaluation.frechet import frechet_with_error
+from ratiograph.evaluation.inception_score import inception_score
+from ratiograph.evaluation.kid import kernel_distance, unbiased_distance
+from ratiograph.evaluation.manifold import Manifold
 
 __all__ = [
     "ExactKernelDistance",

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ratiograph.data.coloured_digits import COLOURS, DIGITS, caption_of, named
-
-from .collapse import mean_pairwise_distance
+from ratiograph.evaluation.collapse import mean_pairwise_distance
 
 __all__ = ["Readings", "prompts", "to_grey"]
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ratiograph.logs import make_grid
+from ratiograph.training.logs import make_grid
 
 __all__ = ["prompt_sheet"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .frechet import Fitted, Gaussian
+from ratiograph.evaluation.frechet import Fitted, Gaussian
 
 __all__ = ["check_sizes", "gaussian_of", "levels_of", "spelt", "tilted"]
 

@@ -1,6 +1,9 @@
-"""Networks: the compact U-Net, the perceptron for vectors, and the digit classifier."""
+"""The nodes of a graph: denoisers and their wrappers, students, ratio estimators, samplers, text encoders.
 
-from ratiograph.networks.classifier import DigitClassifier
-from ratiograph.networks.unet import MLP, UNet
+`architectures` holds the networks inside them, `teachers` those with a world of their own, `rewards` pretrained
+rewards, `weights` files read without executing them. The networks of EDM and the others are written afresh from the
+papers, to fit the published weights; none is copied. Imports `core`, `algebra` and `data`. Read first: `denoisers`,
+`students`, `ratios`.
+"""
 
-__all__ = ["MLP", "DigitClassifier", "UNet"]
+from ratiograph.networks.weights import edm_weights as edm_weights  # lets every denoiser load official EDM files

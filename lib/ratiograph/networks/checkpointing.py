@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ratiograph.differentiation import recomputed_alike
+from ratiograph.core.differentiation import recomputed_alike
 
 __all__ = ["CheapOperations", "WholeBlocks"]
 

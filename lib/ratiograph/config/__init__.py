@@ -1,0 +1,24 @@
+"""The only room that knows gin: files, flags and overrides become one checked configuration, and that a graph.
+
+Imports nothing of the other rooms; it finds their components by walking the packages (`components`). Read first:
+`configuration` (parse, build, save), then `values` and `usage` (what is checked), `tree` (a built graph as nodes).
+"""
+
+from ratiograph.config.components import is_component, register
+from ratiograph.config.configuration import Config, build, parse, save, to_dict
+from ratiograph.config.differences import changes
+from ratiograph.config.locating import check_files
+from ratiograph.config.values import ConfigError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "build",
+    "changes",
+    "check_files",
+    "is_component",
+    "parse",
+    "register",
+    "save",
+    "to_dict",
+]

@@ -1,0 +1,187 @@
+"""Reads gin files and lines into statements, each with the place where it stands.
+
+Gin's own parser does the reading; mistakes are told in our words, as a `ConfigError` that begins with file and line.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gin import config_parser
+
+from ratiograph.config.values import ConfigError, Macro, Reference, Statement, spell, suggest
+
+__all__ = ["SAVED", "Reader", "find", "imported", "is_saved", "parse_text", "short"]
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+SAVED = "config.gin"
+"""What runs leave is called so; such a file runs no code of its own choice."""
+
+
+class _Delegate(config_parser.ParserDelegate):
+    """Records references and macros instead of resolving them: mistakes in them are reported our way."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        scope, _, name = scoped_configurable_name.rpartition("/")
+        return Reference(scope, name, evaluate)
+
+    def macro(self, macro_name: str) -> Macro:
+        return Macro(macro_name)
+
+
+@dataclass
+class Reader:
+    """Collects the statements of files and flags in order. ``done`` files are not included again.
+
+    ``load`` imports a module and registers its components; ``known`` are those that a saved configuration may import.
+    """
+
+    load: Callable[[str], None]
+    known: frozenset[str]
+    statements: list[Statement] = field(default_factory=list)
+    imports: list[str] = field(default_factory=list)
+    done: set[Path] = field(default_factory=set)
+
+    def file(self, path: Path, stack: tuple[Path, ...] = (), *, saved: bool) -> None:
+        self.done.add(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{short(path)}: cannot be read as text: {error}") from error
+        for statement, where in parse_text(text, short(path)):
+            if isinstance(statement, config_parser.IncludeStatement):
+                included = find(statement.filename, path, where)
+                if included in (*stack, path):
+                    chain = " -> ".join(short(p) for p in (*stack, path, included))
+                    raise ConfigError(f"{where}: files include each other in a circle: {chain}. Remove one include.")
+                if included not in self.done:
+                    self.file(included, (*stack, path), saved=saved or is_saved(statement.filename))
+            else:
+                if saved:
+                    self.check_import(statement, where)
+                self.add(statement, where)
+
+    def check_import(self, statement: Any, where: str) -> None:
+        """Refuses an import that a saved file, or one that it includes, asks for on its own."""
+        if isinstance(statement, config_parser.ImportStatement) and statement.module not in self.known:
+            raise ConfigError(
+                f"{where}: a saved configuration asks to run code, import {statement.module}. If you know and trust "
+                f"that module, name it: --gin_param='import {statement.module}'."
+            )
+
+    def text(self, text: str, where: str) -> None:
+        found = list(parse_text(text, where))
+        if not found:
+            raise ConfigError(f"{where}: holds no binding. Write Component.parameter=value or MACRO=value.")
+        for statement, _ in found:
+            if isinstance(statement, config_parser.IncludeStatement):
+                raise ConfigError(f"{where}: a flag cannot include a file; use --gin_file={statement.filename}.")
+            self.add(statement, where)
+
+    def add(self, statement: Any, where: str) -> None:
+        if isinstance(statement, config_parser.ImportStatement):
+            try:
+                self.load(statement.module)
+            except ModuleNotFoundError as error:
+                there = error.name is None or not f"{statement.module}.".startswith(f"{error.name}.")
+                remedy = "" if there else " Put the folder that it lies in on PYTHONPATH."
+                raise ConfigError(f"{where}: cannot import {statement.module}: {error}.{remedy}") from error
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+            self.imports.append(statement.module)
+        elif isinstance(statement, config_parser.BindingStatement):
+            if not statement.arg_name and statement.scope:
+                macro = spell(statement.scope, statement.selector)
+                raise ConfigError(f"{where}: '{macro}' names no parameter; write `{macro}.<parameter> = ...`.")
+            name, parameter = statement.selector, statement.arg_name
+            name, parameter = (name, parameter) if parameter else ("", name)
+            self.statements.append(Statement(statement.scope, name, parameter, statement.value, where))
+
+
+def parse_text(text: str, source: str) -> Iterator[tuple[Any, str]]:
+    """Statements of gin text with where each stands; ``source`` is a file's name or the whole flag."""
+
+    def at(line: int) -> str:
+        return source if source.startswith("flag ") else f"{source}:{line}"
+
+    parser = None
+    try:
+        parser = config_parser.ConfigParser(io.StringIO(text + "\n"), _Delegate())
+        for statement in parser:
+            yield statement, at(statement.location.line_num)
+    except tokenize.TokenError as error:
+        message, (line, _) = error.args
+        message = "a bracket or a string is not closed" if message.startswith("EOF") else message
+        raise ConfigError(f"{at(line)}: {message}.") from error
+    except TypeError as error:
+        line = parser.current_token.start[0]
+        raise ConfigError(f"{at(line)}: {error}: a dict's keys are numbers or strings.") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{at(error.lineno or 1)}: {_explain(error, text)}") from error
+
+
+PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None", "inf": "1e999", "-inf": "-1e999"}
+
+
+def _explain(error: SyntaxError, text: str) -> str:
+    """What is wrong with a line and how to write it, from gin's own words."""
+    line = (error.text or text).strip()
+    word = re.search(r"Failed to parse token '(-?[A-Za-z_][\w./-]*)'", error.msg)
+    if line.startswith("include"):
+        return f"cannot read `{line}`. Write include 'folder/file.gin', with the quotes."
+    if word and word[1].lower() in PYTHON:
+        return f"cannot read the value in `{line}`. Write {PYTHON[word[1].lower()]}."
+    if word:
+        name = word[1]
+        kinds = f"Write '{name}' for a string, @{name}() for a component, %{name} for a macro."
+        return f"cannot read the value in `{line}`. {kinds}"
+    if error.msg.startswith("Expected newline"):
+        return f"cannot read `{line}`: the value is followed by more. A value is a literal, not an expression."
+    message = error.msg.strip().splitlines()[0].rstrip(".").replace("Malformatted", "malformed")
+    message = f"cannot read `{line}`: {message[0].lower()}{message[1:]}."
+    return f"{message} A line reads `Component.parameter = value`."
+
+
+def find(name: str, including: Path | None, where: str) -> Path:
+    """Where a file is: beside the including one, under its ``gin`` folder, from here, from the checkout."""
+    if including is None:
+        folders = [Path.cwd(), CHECKOUT]
+    else:
+        roots = [p for p in including.parents if p.name == "gin"]
+        folders = [including.parent, *roots, Path.cwd(), CHECKOUT / "gin", CHECKOUT]
+    tried = dict.fromkeys((folder / Path(name).expanduser()).resolve() for folder in folders)
+    for path in tried:
+        if path.is_file():
+            return path
+    beside = [str(Path(name).with_name(p.name)) for path in tried for p in path.parent.glob("*.gin")]
+    shipped = CHECKOUT / "gin" / name
+    beside += [short(shipped)] if including is None and shipped.is_file() else []
+    near = suggest(name, beside)
+    looked = ", ".join(dict.fromkeys(short(path) for path in tried))
+    raise ConfigError(f"{where}: there is no file '{name}'.{near} Looked for {looked}.")
+
+
+def short(path: Path) -> str:
+    """The path as a person would type it: relative to here or to the checkout where it lies below."""
+    for base in (Path.cwd(), CHECKOUT):
+        if path.is_relative_to(base):
+            return str(path.relative_to(base))
+    return str(path)
+
+
+def is_saved(name: str | Path) -> bool:
+    """By the name it is asked for: a link may lead to a file of another name."""
+    return Path(name).name == SAVED
+
+
+def imported(bindings: Iterable[str]) -> frozenset[str]:
+    """The modules that the command line imports."""
+    statements = (s for line in bindings for s, _ in parse_text(line, f"flag --gin_param '{line}'"))
+    return frozenset(s.module for s in statements if isinstance(s, config_parser.ImportStatement))

@@ -1,0 +1,85 @@
+"""Writing files so that a crash, a full disk or a second run never leaves half of one behind.
+
+A *temporary* is the file being written; it lies beside its destination under a dotted name that ends in
+``.tmp`` and is renamed over it only when its bytes are on the disk. Readers see the old file or the new one,
+nothing between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["Missing", "clear_storage_errors", "sync_folder", "write_atomically"]
+
+
+class Missing(FileNotFoundError):
+    """A file or folder that a run needs is not there.
+
+    Args:
+        source: how the user named it; also the error's ``filename``.
+        message: what is missing and how to get it, one line.
+    """
+
+    def __init__(self, source: str, message: str):
+        super().__init__(message)
+        self.filename = source
+
+
+@contextmanager
+def clear_storage_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError raised while ``path`` is written into a ValueError that says what to do.
+
+    Raises:
+        ValueError: the body raised OSError (disk full, read-only folder, quota, no permission).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}. Free space there, check its permissions, or "
+            "choose another folder; earlier files are intact, and the same command continues from them"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in ``folder`` durable, on file systems that can sync a folder."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_atomically(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
+    """Writes ``path`` whole or not at all: temporary beside it -> fsync -> rename -> fsync of the folder.
+
+    Args:
+        path: destination; its folder is made if missing, an existing file is replaced.
+        write: the bytes, or a function that writes them to the open binary file it is given.
+
+    Raises:
+        ValueError: the file cannot be written; an earlier ``path`` is intact and the temporary is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with clear_storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                if callable(write):
+                    write(file)
+                else:
+                    file.write(write)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)

@@ -1,0 +1,95 @@
+"""Measured rows that are expensive to make again, kept under a key that says all they depend on.
+
+A *row* is one line of the table in ``evaluation.json``. Rows are looked up in the file shipped with the
+package first and in the cache folder second; new ones are written to the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ratiograph.config import tree
+from ratiograph.core.files import write_atomically
+from ratiograph.data.embedded import cache_folder
+
+__all__ = ["RowCache", "component_identity", "file_identity", "weights_identity"]
+
+log = logging.getLogger(__name__)
+
+
+def file_identity(path: str | Path, settings: Mapping[str, object]) -> str:
+    """A string that changes whenever the file's bytes or the settings do.
+
+    Args:
+        path: usually a weights file.
+        settings: what else determines the result; JSON values.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps([digest, settings], sort_keys=True).encode()).hexdigest()
+
+
+def weights_identity(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors of a ``state_dict()``, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def component_identity(component: object) -> str:
+    """A component's class, plain arguments and parts, as text that is the same in every process."""
+    return _spelt(tree.describe(component))
+
+
+def _spelt(node: tree.Node) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(node.params.items()))
+    return f"{node.cls}({arguments})[{'; '.join(f'{part.name}: {_spelt(part)}' for part in node.children)}]"
+
+
+class RowCache:
+    """Rows by key, from the shipped file and the cache folder.
+
+    Args:
+        shipped: JSON file ``{key: row}`` inside the package; need not exist.
+    """
+
+    def __init__(self, shipped: Path):
+        self.shipped = shipped
+
+    @property
+    def kept(self) -> Path:
+        """The file in the cache folder that new rows are added to."""
+        return cache_folder() / self.shipped.name
+
+    def get(self, key: str) -> dict | None:
+        """The row, or None where it has to be measured."""
+        for path in (self.shipped, self.kept):
+            row = self._read(path).get(key)
+            if row is not None:
+                return row
+        return None
+
+    def put(self, key: str, row: dict) -> None:
+        """Keeps a row. A cache that cannot be written costs time, not the run, and is only logged."""
+        try:
+            text = json.dumps({**self._read(self.kept), key: row}, indent=1, sort_keys=True) + "\n"
+            write_atomically(self.kept, text.encode())
+        except ValueError as error:
+            log.warning("The measured row is not kept for later runs: %s", error)
+
+    @staticmethod
+    def _read(path: Path) -> dict:
+        try:
+            rows = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return rows if isinstance(rows, dict) else {}

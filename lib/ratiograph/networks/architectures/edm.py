@@ -1,0 +1,386 @@
+"""The U-Nets of EDM: DDPM++ and NCSN++ (Song et al. 2021) and ADM (Dhariwal & Nichol 2021).
+
+As Karras et al. 2022 (EDM, Appendix F) train them, so that the official weights fit after ``tools/convert_edm.py``.
+Shapes: x and F [B, C, H, W], c_noise [B]. Levels are numbered from the finest, 0; level k has the resolution H / 2^k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ratiograph.core.types import Condition, Encoding
+from ratiograph.networks.architectures.blocks import zero_
+from ratiograph.networks.architectures.edm_blocks import (
+    Block,
+    ClassEmbedding,
+    CosineSine,
+    EarlyClassEmbedding,
+    LateClassEmbedding,
+    RandomFourier,
+    Resample,
+    ScaleShiftBlock,
+    ShiftBlock,
+    SineCosine,
+    binomial_down,
+    binomial_up,
+    box_down,
+    box_up,
+    group_norm,
+)
+from ratiograph.networks.checkpointing import Checkpointing
+
+__all__ = ["ADM", "DDPMPP", "NCSNPP"]
+
+
+@dataclass(frozen=True)
+class UNetEncoding(Encoding):
+    """``features``: the last map of each level, finest first, then the middle. ``skips``: what the decoder takes."""
+
+    skips: tuple[Tensor, ...] = ()
+
+    def detach(self) -> UNetEncoding:
+        detached = super().detach()
+        return replace(detached, skips=tuple(s.detach() for s in self.skips), embedding=self.embedding.detach())
+
+
+class Level(nn.Module):
+    """Blocks at one resolution, after the ``resample`` block that leads there, where there is one."""
+
+    def __init__(self, resample: Block | None, blocks: Sequence[Block]):
+        super().__init__()
+        self.resample, self.blocks = resample, nn.ModuleList(blocks)
+
+
+Make = Callable[..., Block]
+"""(in channels, out channels, attention=bool, resample=function or None) => block."""
+
+
+def encoder_levels(
+    make: Make, widths: Sequence[int], width: int, blocks: int, attended: Sequence[int], down: Resample
+) -> tuple[nn.ModuleList, list[int]]:
+    """Levels from the finest, after a stem of ``width`` channels; and the widths of all skips, the stem's first."""
+    levels, skips = [], [width]
+    for k, wider in enumerate(widths):
+        resample = make(width, width, attention=False, resample=down) if k else None
+        inputs = [width] + (blocks - 1) * [wider]
+        levels.append(Level(resample, [make(i, wider, attention=k in attended, resample=None) for i in inputs]))
+        skips += ([width] if k else []) + blocks * [wider]
+        width = wider
+    return nn.ModuleList(levels), skips
+
+
+def decoder_levels(
+    make: Make,
+    widths: Sequence[int],
+    skips: Sequence[int],
+    blocks: int,
+    attended: Sequence[int],
+    attended_from: int,
+    up: Resample,
+) -> nn.ModuleList:
+    """Levels from the finest; each block takes the newest skip that is left, the coarsest level's first."""
+    levels, skips, width = [], list(skips), widths[-1]
+    for k in reversed(range(len(widths))):
+        resample = make(width, width, attention=False, resample=up) if k + 1 < len(widths) else None
+        inputs = [width + skips.pop(), *(widths[k] + skips.pop() for _ in range(blocks))]
+        attention = [k in attended and i >= attended_from for i in range(blocks + 1)]
+        made = [make(i, widths[k], attention=a, resample=None) for i, a in zip(inputs, attention, strict=True)]
+        levels.append(Level(resample, made))
+        width = widths[k]
+    return nn.ModuleList(reversed(levels))
+
+
+class EDMUNet(nn.Module):
+    """What the three networks share: levels of residual blocks, a middle, and a skip from every block but the middle's.
+
+    Args:
+        resolution: height and width of the images.
+        image_channels: channels C of the images.
+        widths: channels of each level.
+        blocks: residual blocks a level in the encoder; the decoder has one more.
+        stem_channels: channels after the first convolution.
+        embedding: (c_noise [B], condition) => [B, E].
+        make: makes a block.
+        down: halves the resolution of a feature map.
+        up: doubles it.
+        attended: indices of the levels with attention.
+        attended_from: index of the first block in the decoder's levels that has attention, if its level has.
+        out_eps: of the last normalisation.
+        checkpointing: what the backward pass computes again; None: nothing.
+
+    Raises:
+        ValueError: if ``resolution`` is not divisible by the halvings.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        image_channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        stem_channels: int,
+        embedding: nn.Module,
+        make: Make,
+        down: Resample,
+        up: Resample,
+        attended: Sequence[int],
+        attended_from: int,
+        out_eps: float,
+        checkpointing: Checkpointing | None,
+    ):
+        super().__init__()
+        if resolution % 2 ** (len(widths) - 1):
+            raise ValueError(
+                f"resolution={resolution} must be a multiple of 2^(levels - 1) = {2 ** (len(widths) - 1)}: change it, "
+                "or the number of multipliers"
+            )
+        self.resolution, self.image_channels = resolution, image_channels
+        self.checkpointing = checkpointing or Checkpointing()
+        self.feature_channels = (*widths, widths[-1])
+        self.embedding = embedding
+        self.stem = nn.Conv2d(image_channels, stem_channels, 3, padding=1)
+        self.encoder, skips = encoder_levels(make, widths, stem_channels, blocks, attended, down)
+        self.middle = nn.ModuleList(make(widths[-1], widths[-1], attention=a, resample=None) for a in (True, False))
+        self.decoder = decoder_levels(make, widths, skips, blocks, attended, attended_from, up)
+        self.out_norm = group_norm(widths[0], out_eps)
+        self.out = zero_(nn.Conv2d(widths[0], image_channels, 3, padding=1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return (self.image_channels, self.resolution, self.resolution)
+
+    def drop_decoder(self) -> None:
+        """Leaves only what ``encode`` needs."""
+        del self.decoder, self.out_norm, self.out
+
+    def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Level k - 1 => the input of level k, and the image at level k (here as it was)."""
+        return self.checkpointing.run(self.encoder[k].resample, x, embedding), image
+
+    def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> UNetEncoding:
+        embedding, image = self.embedding(c_noise, condition), x
+        skips, ends = [self.stem(x)], []
+        for k, level in enumerate(self.encoder):
+            if k:
+                h, image = self._descend(k, skips[-1], image, embedding)
+                skips.append(h)
+            for block in level.blocks:
+                skips.append(self.checkpointing.run(block, skips[-1], embedding))
+            ends.append(skips[-1])
+        h = skips[-1]
+        for block in self.middle:
+            h = self.checkpointing.run(block, h, embedding)
+        return UNetEncoding((*ends, h), embedding, skips=tuple(skips))
+
+    def decode(self, encoding: UNetEncoding) -> Tensor:
+        h, skips, embedding = encoding.features[-1], list(encoding.skips), encoding.embedding
+        for level in reversed(self.decoder):
+            if level.resample is not None:
+                h = self.checkpointing.run(level.resample, h, embedding)
+            for block in level.blocks:
+                h = self.checkpointing.run(block, torch.cat([h, skips.pop()], 1), embedding)
+        return self.checkpointing.part(self._end, h)
+
+    def _end(self, h: Tensor) -> Tensor:
+        return self.out(F.silu(self.out_norm(h)))
+
+
+def attended_levels(resolution: int, levels: int, attention_resolutions: Sequence[int]) -> list[int]:
+    """Indices of the levels at ``attention_resolutions``.
+
+    Raises:
+        ValueError: no level has one of the resolutions.
+    """
+    sizes = [resolution >> k for k in range(levels)]
+    unknown = sorted(set(attention_resolutions) - set(sizes))
+    if unknown:
+        raise ValueError(f"attention_resolutions holds {unknown}; the levels have the resolutions {sizes}")
+    return [k for k, size in enumerate(sizes) if size in attention_resolutions]
+
+
+def xavier_(network: EDMUNet) -> None:
+    """Uniform with variance 2 / (fan in + fan out), branches almost 0 at their ends, biases 0 (DDPM++, NCSN++)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, ClassEmbedding):
+            nn.init.xavier_uniform_(module.table)
+    for module in network.modules():
+        if isinstance(module, Block):
+            nn.init.xavier_uniform_(module.conv2.weight, 1e-5)
+            if module.attention is not None:
+                nn.init.xavier_uniform_(module.attention.query_key_value.weight, math.sqrt(0.2))
+                nn.init.xavier_uniform_(module.attention.project.weight, 1e-5)
+    nn.init.xavier_uniform_(network.out.weight, 1e-5)
+
+
+class DDPMPP(EDMUNet):
+    """DDPM++, the network of EDM's "VP" models; the defaults are CIFAR-10's.
+
+    Attention has one head; in the decoder only the last block of a level has it.
+
+    Args:
+        resolution: height and width of the images.
+        image_channels: channels C of the images.
+        channels: width of the first convolution.
+        multipliers: width of each level as a multiple of ``channels``; each level after the first halves the size.
+        blocks: residual blocks a level in the encoder; the decoder has one more.
+        attention_resolutions: resolutions of the feature maps with attention; the middle always has it.
+        dropout: dropout probability of the residual blocks.
+        classes: number of classes, 0 for an unconditional network.
+        augment_labels: size of ``Condition.augment``, 0 for a network without augmentation labels.
+        label_dropout: probability of training without a class, which guidance needs.
+        checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
+    """
+
+    down, up = staticmethod(box_down), staticmethod(box_up)
+
+    def __init__(
+        self,
+        *,
+        resolution: int = 32,
+        image_channels: int = 3,
+        channels: int = 128,
+        multipliers: Sequence[int] = (2, 2, 2),
+        blocks: int = 4,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.13,
+        classes: int = 0,
+        augment_labels: int = 9,
+        label_dropout: float = 0.0,
+        checkpointing: Checkpointing | None = None,
+    ):
+        def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
+            heads = 1 if attention else 0
+            return ShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
+
+        noise = self.make_noise(channels)
+        known = partial(ClassEmbedding, classes, noise.width, scale=math.sqrt(classes), bias=True)
+        super().__init__(
+            resolution=resolution,
+            image_channels=image_channels,
+            widths=[channels * m for m in multipliers],
+            blocks=blocks,
+            stem_channels=channels,
+            embedding=EarlyClassEmbedding(
+                noise, 4 * channels, known(dropout=label_dropout) if classes else None, augment_labels
+            ),
+            make=make,
+            down=self.down,
+            up=self.up,
+            attended=attended_levels(resolution, len(multipliers), attention_resolutions),
+            attended_from=blocks,
+            out_eps=ShiftBlock.eps,
+            checkpointing=checkpointing,
+        )
+        self.classes, self.augment_labels = classes, augment_labels
+        self.pyramid = self.make_pyramid()
+        xavier_(self)
+
+    def make_noise(self, channels: int) -> nn.Module:
+        """The embedding of the noise level, with its ``width``."""
+        return SineCosine(channels)
+
+    def make_pyramid(self) -> nn.ModuleList:
+        """Convolutions that bring the image to each level after the first: none here."""
+        return nn.ModuleList()
+
+
+class NCSNPP(DDPMPP):
+    """NCSN++, the network of EDM's "VE" models: DDPM++ with three changes; arguments and defaults are DDPM++'s.
+
+    Random Fourier features of the noise level, twice as many; a smoother resampling filter (1, 3, 3, 1); and a second
+    path from the image to every level, a pyramid of convolutions, each joined to the features and taken from there.
+    """
+
+    down, up = staticmethod(binomial_down), staticmethod(binomial_up)
+
+    def make_noise(self, channels: int) -> nn.Module:
+        return RandomFourier(2 * channels)
+
+    def make_pyramid(self) -> nn.ModuleList:
+        widths = (self.image_channels, *self.feature_channels[:-2])
+        # Two zeros on each side: one for the convolution, one for the filter after it.
+        return nn.ModuleList(nn.Conv2d(a, b, 3, padding=2) for a, b in pairwise(widths))
+
+    def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        x, _ = super()._descend(k, x, image, embedding)
+        image = self.checkpointing.part(binomial_down, self.pyramid[k - 1](image), 0)
+        x = (x + image) * math.sqrt(0.5)
+        return x, x
+
+
+class ADM(EDMUNet):
+    """ADM, the network of EDM's ImageNet-64 model, whose values are the defaults.
+
+    Args:
+        resolution: height and width of the images.
+        image_channels: channels C of the images.
+        channels: unit of the widths.
+        multipliers: width of each level as a multiple of ``channels``; each level after the first halves the size.
+        blocks: residual blocks a level in the encoder; the decoder has one more.
+        attention_resolutions: resolutions of the feature maps with attention; the middle always has it.
+        head_channels: channels of an attention head.
+        dropout: dropout probability of the residual blocks.
+        classes: number of classes, 0 for an unconditional network.
+        augment_labels: size of ``Condition.augment``, 0 for a network without augmentation labels.
+        label_dropout: probability of training without a class, which guidance needs.
+        checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
+
+    Raises:
+        ValueError: a level with attention has a width that is not a multiple of ``head_channels``.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int = 64,
+        image_channels: int = 3,
+        channels: int = 192,
+        multipliers: Sequence[int] = (1, 2, 3, 4),
+        blocks: int = 3,
+        attention_resolutions: Sequence[int] = (32, 16, 8),
+        head_channels: int = 64,
+        dropout: float = 0.1,
+        classes: int = 1000,
+        augment_labels: int = 0,
+        label_dropout: float = 0.0,
+        checkpointing: Checkpointing | None = None,
+    ):
+        def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
+            if attention and outputs % head_channels:
+                raise ValueError(f"ADM: width {outputs} is no multiple of head_channels={head_channels}: change one")
+            heads = outputs // head_channels if attention else 0
+            return ScaleShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
+
+        known = partial(ClassEmbedding, classes, 4 * channels, scale=1.0, bias=False)
+        super().__init__(
+            resolution=resolution,
+            image_channels=image_channels,
+            widths=[channels * m for m in multipliers],
+            blocks=blocks,
+            stem_channels=channels * multipliers[0],
+            embedding=LateClassEmbedding(
+                CosineSine(channels), 4 * channels, known(dropout=label_dropout) if classes else None, augment_labels
+            ),
+            make=make,
+            down=box_down,
+            up=box_up,
+            attended=attended_levels(resolution, len(multipliers), attention_resolutions),
+            attended_from=0,
+            out_eps=ScaleShiftBlock.eps,
+            checkpointing=checkpointing,
+        )
+        self.classes, self.augment_labels = classes, augment_labels

@@ -1,0 +1,167 @@
+"""Stable Diffusion's autoencoder: images to latents and back (Rombach et al. 2022).
+
+Notation: images [B, 3, H, W] in [-1, 1]; latents [B, C, h, w], h = H/8, in the U-Net's scale: the posterior's mean or a
+sample of it, times the scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL). diffusers is imported when one is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ratiograph.core.differentiation import recomputed_alike
+from ratiograph.core.files import Missing
+from ratiograph.networks.weights.frozen import save_only
+from ratiograph.networks.weights.pipeline_files import config_of, fit, folder_of, missing_package, read_part, weights_of
+
+__all__ = ["Autoencoder"]
+
+PART = "vae"
+STANDARD = {
+    "down_block_types": 4 * ("DownEncoderBlock2D",),
+    "up_block_types": 4 * ("UpDecoderBlock2D",),
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+"""The configuration that SD 1.x, SD 2.x and SDXL share, but for SDXL's scaling factor."""
+FOREIGN = ("shift_factor", "latents_mean", "latents_std")
+
+
+class Autoencoder(nn.Module):
+    """diffusers' ``AutoencoderKL``, frozen and no part of a checkpoint, always in float32: SDXL's overflows in float16.
+
+    Args:
+        weights: a pipeline's folder in diffusers' format, its ``vae`` folder, a ``.safetensors`` file of either or of
+            the whole model in its authors' naming, or ``hf://OWNER/NAME``; None keeps random weights. The architecture
+            is that of the ``config.json`` there, and Stable Diffusion's own, 83,653,863 parameters, without one.
+        scaling_factor: of the latents; None takes the configuration's, 0.18215 without one.
+        chunk: samples encoded or decoded at a time, at least 1.
+        checkpointing: where gradients are needed, keep only the latents of each chunk and decode it again in the
+            backward; else activations of about 2 GB for each 512 x 512 sample are held at once.
+        double_backward: compute attention in a form that can be differentiated twice (`RewardTiltedSecondOrder`);
+            holds whole attention maps in memory.
+
+    Raises:
+        ValueError: diffusers is not installed, or the configuration is of another kind of autoencoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str | None,
+        scaling_factor: float | None = None,
+        chunk: int = 4,
+        checkpointing: bool = True,
+        double_backward: bool = False,
+    ):
+        super().__init__()
+        if chunk < 1:
+            raise ValueError(f"Autoencoder.chunk={chunk} must be at least 1")
+        self.weights, self.scaling_factor, self.chunk = weights, scaling_factor, chunk
+        self.checkpointing, self.double_backward = checkpointing, double_backward
+        self._build(config_of(weights, PART) or STANDARD)
+        save_only(self)
+
+    def _build(self, config: dict[str, object]) -> None:
+        strange = [name for name in FOREIGN if config.get(name) is not None]
+        if strange:
+            raise ValueError(f"Autoencoder.weights={self.weights!r} is not Stable Diffusion's: it has {strange[0]}")
+        try:
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        except ImportError as error:
+            raise missing_package("diffusers", "Autoencoder") from error
+        self.config = {name: value for name, value in config.items() if not name.startswith("_")}
+        self.vae = AutoencoderKL(**self.config).requires_grad_(False).eval()
+        if self.double_backward:
+            from diffusers.models.attention_processor import AttnProcessor
+
+            self.vae.set_attn_processor(AttnProcessor())
+
+    @property
+    def factor(self) -> float:
+        """What latents are multiplied by."""
+        return self.vae.config.scaling_factor if self.scaling_factor is None else self.scaling_factor
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a latent's side, 8."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @staticmethod
+    def locate(*, weights: str | None) -> list[Path]:
+        """The files that ``load`` will read, without reading them; those of the hub are fetched.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none; says how to get them.
+        """
+        if weights is None:
+            return []
+        folder = folder_of(weights, PART, "Autoencoder.weights")
+        files = weights_of(folder)
+        if not files:
+            raise Missing(
+                weights,
+                f"no autoencoder at Autoencoder.weights={weights!r}: {folder} holds no safetensors file; fetch it "
+                f"with `hf download OWNER/NAME --include '{PART}/*' --local-dir FOLDER` (0.3 GB)",
+            )
+        return files
+
+    def load(self) -> None:
+        """Reads the weights. Never called in a dry run.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none, or they do not fit; says how to get them.
+        """
+        files = self.locate(weights=self.weights)
+        if not files:
+            return
+        config = config_of(self.weights, PART)
+        if config is not None and {k: v for k, v in config.items() if not k.startswith("_")} != self.config:
+            self._build(config)  # a model of the hub, whose configuration came with the weights
+        fit("Autoencoder", self.vae.state_dict(keep_vars=True), read_part(files, PART, self.config), str(files[0]))
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        """Stays in evaluation mode: it is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [B, C, h, w] of ``images`` [B, 3, H, W] in [-1, 1]: the posterior's mean; with a generator, a sample.
+
+        Raises:
+            ValueError: H or W is not a multiple of 8.
+        """
+        if any(side % self.downsampling for side in images.shape[2:]):
+            raise ValueError(
+                f"Autoencoder: images of {list(images.shape[2:])} pixels, and both sides must be multiples of "
+                f"{self.downsampling}: crop or resize them"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            posteriors = [self.vae.encode(part.float()).latent_dist for part in images.split(self.chunk)]
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        if generator is None:
+            return self.factor * mean
+        std = torch.cat([posterior.std for posterior in posteriors])
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+        return self.factor * (mean + std * noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], mostly in [-1, 1], of ``latents`` [B, C, h, w]; differentiable, in float32."""
+        again = self.checkpointing and torch.is_grad_enabled() and latents.requires_grad
+        return torch.cat(
+            [self._decode_again(part) if again else self._decode(part) for part in latents.split(self.chunk)]
+        )
+
+    def _decode_again(self, latents: Tensor) -> Tensor:
+        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputed_alike}
+        return checkpoint(self._decode, latents, **again)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.to(self.vae.dtype) / self.factor).sample

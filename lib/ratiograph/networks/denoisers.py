@@ -1,0 +1,158 @@
+"""Denoisers: mu(x_t) = E[x0 | x_t], the one interface of teacher, student score and student.
+
+Notation: s = sigma / alpha and y = x_t / alpha, the variance-exploding view of a noisy sample. The score is
+(alpha mu - x_t) / sigma^2. A denoiser first encodes (features by resolution, coarsest last), then decodes, so that
+features and the denoised sample come from one pass and whoever needs only features stops at the encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ratiograph.core.contracts import Denoiser
+from ratiograph.core.files import Missing
+from ratiograph.core.types import Condition, Encoding, Noisy, expand
+from ratiograph.networks.compilation import compile_blocks
+from ratiograph.networks.weights.weight_files import load_weights, locate_weights, read_header, shipped
+
+__all__ = ["EDM"]
+
+SOURCE = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/ (edm-cifar10-32x32-cond-vp.pkl and others, 0.2 to 1.2 GB)"
+DESCRIBED = ("sigma_data", "resolution", "image_channels", "classes", "augment_labels")
+"""Arguments of a denoiser and its network in which the weights' own description must agree."""
+
+
+class EDM(Denoiser):
+    """mu = c_skip y + c_out F(c_in y, log(s) / 4) with s = sigma / alpha, y = x_t / alpha (EDM Eq. 7, Table 1).
+
+    The network runs under autocast in ``autocast_dtype`` when that is set; everything outside it is float32.
+
+    Args:
+        network: a module with ``encode`` and ``decode`` (``UNet``, ``MLP``).
+        sigma_data: standard deviation of the clean data.
+        weights: what to start from: a safetensors file, a converted folder, an official EDM file or the name of weights
+            in the package (``mnist_teacher``), see `locate_weights`; None starts from random weights.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
+    """
+
+    autocast_dtype: torch.dtype | None = None
+
+    def __init__(
+        self, *, network: nn.Module, sigma_data: float = 0.5, weights: str | None = None, compiled: bool = False
+    ):
+        super().__init__()
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data={sigma_data} must be positive")
+        self.network, self.sigma_data, self.weights, self.compiled = network, sigma_data, weights, compiled
+        if compiled:
+            compile_blocks(network)
+
+    @classmethod
+    def locate(cls, *, weights: str | None) -> None:
+        """Raises a FileNotFoundError, which says how to get them, if there are no ``weights``; reads nothing."""
+        if weights is not None and not shipped(weights).is_file() and not Path(weights).expanduser().exists():
+            raise Missing(
+                weights,
+                f"no weights at {weights}. Give --teacher a safetensors file, a converted folder or an official EDM "
+                f"file, from {SOURCE}",
+            )
+
+    def load(self) -> None:
+        """Loads the weights.
+
+        Raises:
+            FileNotFoundError: there are none at ``weights``.
+            ValueError: they are of another network or denoiser; says what to set.
+        """
+        if self.weights is None:
+            return
+        self.locate(weights=self.weights)
+        path = locate_weights(self.weights, type(self).__name__)
+        described = read_header(path).get("denoiser")
+        if described is not None:
+            self._check_made_for(path, json.loads(described))
+        load_weights(path, self)
+
+    def _check_made_for(self, path: Path, described: Mapping) -> None:
+        """ValueError unless the file's own description is of this denoiser and network; widths show in the tensors."""
+        wrong = []
+        for kind, module in (("denoiser", self), ("network", self.network)):
+            ours = type(module).__name__
+            if described[kind] != ours:
+                wrong.append(f"its {kind} is a {described[kind]}, here it is a {ours}")
+            for name, theirs in described[f"{kind}_arguments"].items():
+                here = getattr(module, name, theirs)
+                if name in DESCRIBED and here != theirs:
+                    wrong.append(f"its {name} is {theirs}, here it is {here} ({ours}.{name})")
+        if wrong:
+            raise ValueError(
+                f"{path} holds weights of another network: {'; '.join(wrong)}. Configure the network as the file's, or "
+                "give other weights with --teacher"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.network.shape
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of each feature map, finest first."""
+        return self.network.feature_channels
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled)
+
+    def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
+        y, s = noisy.rescaled()
+        norm = (s.square() + self.sigma_data**2).sqrt()
+        c_skip, c_out = self.sigma_data**2 / norm.square(), s * self.sigma_data / norm
+        with self._autocast(y.device):
+            encoding = self.network.encode(y / expand(norm, y), s.log() / 4, condition)
+        return replace(encoding, restore=lambda out: expand(c_skip, y) * y + expand(c_out, y) * out.to(y.dtype))
+
+    def decode(self, encoding: Encoding) -> Tensor:
+        with self._autocast(encoding.features[0].device):
+            out = self.network.decode(encoding)
+        return encoding.restore(out)
+
+
+def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Freezes a network for good, holding its convolutions' and linear layers' weights in the type they compute in.
+
+    These are the numbers that autocast would make of them anew at every pass; norms and embeddings stay float32.
+
+    Args:
+        module: the network.
+        dtype: the autocast type; None leaves the weights as they are.
+    """
+    module.requires_grad_(False).eval()
+    for layer in module.modules():
+        if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype)
+
+
+def place(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Moves a network to ``device`` and sets the autocast type of all in it.
+
+    Images are stored channels-last on GPUs, whose convolutions want it so; on a CPU it makes no difference to speed,
+    and the weights stay the pages of the file they came from.
+    """
+    module.to(device)
+    if device.type == "cuda":
+        module.to(memory_format=torch.channels_last)
+    set_precision(module, dtype)
+
+
+def set_precision(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Sets the autocast type of every network inside ``module`` that has one; None is float32."""
+    for child in module.modules():
+        if hasattr(child, "autocast_dtype"):
+            child.autocast_dtype = dtype

@@ -1,0 +1,214 @@
+"""Ratio estimators: l = log p_t(x_t) / q_t(x_t), the logit of a real-against-student classifier of noisy samples.
+
+Notation: real (or teacher) samples are the class 1, student samples 0, so an optimal classifier is D = sigmoid(l).
+Three sources of features: the frozen teacher's encoder, the student score's encoder, and an encoder of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ratiograph.core.contracts import Denoiser, Evaluation, RatioEstimator
+from ratiograph.core.types import Noisy, expand
+from ratiograph.networks.architectures.blocks import NoiseEmbedding, group_norm, zero_
+from ratiograph.networks.compilation import compile_blocks
+from ratiograph.networks.weights.weight_files import load_part, load_weights, locate_weights
+
+__all__ = [
+    "EncoderRatio",
+    "StudentScoreHeadRatio",
+    "StudentScoreMeanRatio",
+    "TeacherFeatureRatio",
+]
+
+
+class PretrainedRatio(RatioEstimator):
+    """Base class of estimators that may start from trained weights.
+
+    Args:
+        weights: safetensors file of a trained estimator to start from, such as the ``ratio.safetensors`` of an earlier
+            run; None starts knowing nothing, l = 0.
+    """
+
+    def __init__(self, *, weights: str | None = None):
+        super().__init__()
+        self.weights = weights
+
+    def load(self) -> None:
+        if self.weights is not None:
+            load_weights(locate_weights(self.weights), self)
+
+
+class _Head(nn.Module):
+    """A feature map [B, C, H, W] and an embedding [B, E] => one number [B]."""
+
+    def __init__(self, channels: int, width: int, embedding: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, width, 1)
+        self.affine = nn.Linear(embedding, 2 * width)
+        self.norm2, self.conv2 = group_norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.out = zero_(nn.Linear(width, 1))
+
+    def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, 1)
+        h = torch.addcmul(shift, self.norm2(self.conv1(self.norm1(features))), scale + 1)
+        h = F.silu(self.conv2(F.silu(h)))
+        return self.out(h.mean((2, 3))).squeeze(1)
+
+
+def _check_maps(maps: Sequence[int], network: Denoiser | None, asked_by: str, node: str) -> tuple[int, ...]:
+    """Channels of the feature maps ``maps`` of ``network``.
+
+    Raises:
+        ValueError: there is no such network, or no such map.
+    """
+    channels = getattr(network, "feature_channels", None)
+    if channels is None:
+        raise ValueError(
+            f"{asked_by} needs a {node} with feature maps: bind Distillation.{node} to a network, or use "
+            "EncoderRatio, which has an encoder of its own"
+        )
+    if max(maps) >= len(channels) or min(maps) < -len(channels):
+        raise ValueError(
+            f"{asked_by}.feature_maps={tuple(maps)}: the {node} has {len(channels)} feature maps, "
+            f"0 to {len(channels) - 1}"
+        )
+    return tuple(channels[k] for k in maps)
+
+
+class _HeadsRatio(PretrainedRatio):
+    """Small time-conditioned heads on some feature maps of another node's encoder, their logits summed."""
+
+    autocast_dtype: torch.dtype | None = None
+
+    def __init__(self, feature_maps: Sequence[int], width: int, weights: str | None):
+        super().__init__(weights=weights)
+        self.feature_maps, self.width = tuple(feature_maps), width
+        self.noise_embedding = NoiseEmbedding(width)
+        self.heads = nn.ModuleList()
+
+    def _add_heads(self, channels: Sequence[int]) -> None:
+        self.heads.extend(_Head(c, self.width, self.width) for c in channels)
+
+    def _logit(self, features: Sequence[Tensor], noisy: Noisy) -> Tensor:
+        relative_sigma = noisy.sigma / noisy.alpha
+        enabled = self.autocast_dtype is not None
+        device = relative_sigma.device.type
+        with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+            embedding = F.silu(self.noise_embedding(relative_sigma.log() / 4))
+            logits = [head(features[k], embedding) for head, k in zip(self.heads, self.feature_maps, strict=True)]
+        return torch.stack([logit.to(relative_sigma.dtype) for logit in logits]).sum(0)
+
+
+class TeacherFeatureRatio(_HeadsRatio):
+    """Heads on the frozen teacher's encoder features (f-distill §5), which cost no pass of their own.
+
+    Args:
+        feature_maps: which of the teacher's feature maps to read, by index; -1 is the middle of the U-Net.
+        width: channels of a head.
+        weights: trained heads to start from.
+    """
+
+    on_teacher = True
+
+    def __init__(self, *, feature_maps: Sequence[int] = (0, 1, 2), width: int = 64, weights: str | None = None):
+        super().__init__(feature_maps, width, weights)
+
+    def connect(self, teacher, student_score):
+        self._add_heads(_check_maps(self.feature_maps, teacher, "TeacherFeatureRatio", "teacher"))
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        return self._logit(evaluation.teacher_encoding.features, evaluation.noisy)
+
+
+class StudentScoreHeadRatio(_HeadsRatio):
+    """A head on the student score's own encoder, which learns both tasks (DMD2's bottleneck head, Yin et al. 2024).
+
+    Args:
+        feature_maps: which of its feature maps to read; the bottleneck by default.
+        width: channels of a head.
+        weights: a trained head to start from.
+    """
+
+    on_student_score = True
+
+    def __init__(self, *, feature_maps: Sequence[int] = (-1,), width: int = 64, weights: str | None = None):
+        super().__init__(feature_maps, width, weights)
+
+    def connect(self, teacher, student_score):
+        self._add_heads(_check_maps(self.feature_maps, student_score, "StudentScoreHeadRatio", "student_score"))
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        return self._logit(evaluation.student_score_encoding.features, evaluation.noisy)
+
+
+class StudentScoreMeanRatio(RatioEstimator):
+    """The mean of the student score's bottleneck features as the logit: no weights at all of its own.
+
+    SiDA (Zhou et al. 2024), and Di-Bregman on CIFAR-10. l does not start at 0, as the encoder is a denoiser's.
+
+    Args:
+        feature_map: which feature map to average; the bottleneck by default.
+    """
+
+    on_student_score = True
+
+    def __init__(self, *, feature_map: int = -1):
+        super().__init__()
+        self.feature_map = feature_map
+
+    def connect(self, teacher, student_score):
+        _check_maps((self.feature_map,), student_score, "StudentScoreMeanRatio", "student_score")
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        features = evaluation.student_score_encoding.features[self.feature_map]
+        return features.flatten(1).to(evaluation.noisy.sigma.dtype).mean(1)
+
+
+class EncoderRatio(PretrainedRatio):
+    """A network of its own: the time-conditioned encoder half, its last features averaged, one linear logit ([S] §4).
+
+    Args:
+        network: ``UNet`` or ``MLP``; its decoder is dropped.
+        sigma_data: standard deviation of the clean data, which scales the input as EDM's c_in does.
+        encoder_weights: safetensors file of an ``EDM`` denoiser with the same network, whose encoder to start from.
+        weights: a trained estimator to start from.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
+    """
+
+    autocast_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        sigma_data: float = 0.5,
+        encoder_weights: str | None = None,
+        weights: str | None = None,
+        compiled: bool = False,
+    ):
+        super().__init__(weights=weights)
+        self.network, self.sigma_data, self.encoder_weights = network, sigma_data, encoder_weights
+        self.compiled = compiled
+        network.drop_decoder()
+        if compiled:
+            compile_blocks(network)
+        self.out = zero_(nn.Linear(network.feature_channels[-1], 1))
+
+    def load(self) -> None:
+        if self.encoder_weights is not None:
+            load_part(locate_weights(self.encoder_weights), self.network, prefix="network.")
+        super().load()
+
+    def log_ratio(self, evaluation: Evaluation) -> Tensor:
+        y, s = evaluation.noisy.rescaled()
+        c_in = (s.square() + self.sigma_data**2).rsqrt()
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(y.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+            encoding = self.network.encode(expand(c_in, y) * y, s.log() / 4, evaluation.condition)
+            pooled = F.silu(encoding.features[-1]).flatten(2).mean(2) if y.ndim > 2 else F.silu(encoding.features[-1])
+        return self.out(pooled.to(self.out.weight.dtype)).squeeze(1)

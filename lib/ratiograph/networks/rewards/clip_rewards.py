@@ -1,0 +1,240 @@
+"""Rewards on CLIP's towers: how well an image fits its caption, and how pleasing it is.
+
+Notation: u(image) and v(caption) are CLIP's embeddings [E], normalised; their product is the cosine of their angle;
+a is the model's own logit scale, 100 for the published ones. Captions come from ``Condition.caption``; each is embedded
+once. Images in [-1, 1] are resized and cropped to the tower's size (bicubic with antialiasing, as the models' image
+processors do, without rounding to 8 bits), so that everything is differentiable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ratiograph.core.files import Missing
+from ratiograph.networks.rewards.image_rewards import (
+    PretrainedReward,
+    Remembered,
+    cropped,
+    empty,
+    fill,
+    normalised,
+    place_of,
+    read_tensors,
+)
+from ratiograph.networks.weights.pipeline_files import HUB, missing_package, weights_of
+
+__all__ = ["AestheticReward", "CLIPReward", "PickScoreReward"]
+
+CONFIG_FILES = ("*.json", "*.txt")
+
+LARGE = {
+    "projection_dim": 768,
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+}
+"""OpenAI's CLIP ViT-L/14, 428M parameters, in transformers' names."""
+HUGE = {
+    "projection_dim": 1024,
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+        "hidden_act": "gelu",
+    },
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+}
+"""LAION's CLIP ViT-H/14, 986M parameters."""
+
+
+class _CLIPTowers(PretrainedReward):
+    """Base class: a CLIP model of transformers.
+
+    Args:
+        weights: a folder in transformers' format (config.json, safetensors, tokenizer), or ``hf://OWNER/NAME``.
+    """
+
+    standard: dict[str, object] = LARGE
+    """The architecture where the weights, and their own config.json, are not on this machine yet."""
+    repository = "openai/clip-vit-large-patch14"
+    size = "1.7 GB"
+
+    def __init__(self, *, weights: str):
+        super().__init__()
+        self.weights = weights
+        self.config = self._config(Path(weights).expanduser()) or self.standard
+        self.network = self._empty()
+        self.embed_captions, self.tokenizer = Remembered(self._embed_captions), None
+
+    @staticmethod
+    def _config(folder: Path) -> dict[str, object] | None:
+        path = folder / "config.json"
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+
+    def _empty(self) -> nn.Module:
+        try:
+            from transformers import CLIPConfig, CLIPModel
+        except ImportError as error:
+            raise missing_package("transformers", type(self).__name__) from error
+        return empty(lambda: CLIPModel(CLIPConfig.from_dict(dict(self.config))))
+
+    @classmethod
+    def locate(cls, *, weights: str) -> None:
+        """Looks for what ``load`` will read, and fetches a model of the hub. Errors as of ``load``."""
+        cls._folder(weights)
+
+    @classmethod
+    def _folder(cls, weights: str) -> Path:
+        asked_by = f"{cls.__name__}.weights"
+        folder = place_of(weights, asked_by, cls._hint(), (*CONFIG_FILES, "model*.safetensors"))
+        if not weights_of(folder):
+            raise Missing(weights, f"no safetensors file in {asked_by}={weights!r}: {cls._hint()}")
+        return folder
+
+    def load(self) -> None:
+        """Reads the weights.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none, or they are not a CLIP model's; says how to get them.
+        """
+        folder = self._folder(self.weights)
+        files = weights_of(folder)
+        config = self._config(folder)
+        if config is not None and config != self.config:  # a model of the hub, whose config.json came with the weights
+            self.config, like = config, next(self.network.parameters())
+            self.network = self._empty().to(like.device, like.dtype)
+        tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+        fill(self.network, {k: v for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
+        self.embed_captions, self.loaded = Remembered(self._embed_captions), True
+
+    @classmethod
+    def _hint(cls) -> str:
+        return (
+            f"`hf download {cls.repository} --local-dir FOLDER` ({cls.size}), then {cls.__name__}.weights = "
+            f"'FOLDER' (or '{HUB}{cls.repository}')"
+        )
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """u [B, E] of ``images`` [B, 3, H, W] in [-1, 1]."""
+        size = self.network.config.vision_config.image_size
+        pooled = self.network.vision_model(pixel_values=normalised(cropped(images, size))).pooler_output
+        return F.normalize(self.network.visual_projection(pooled), dim=1)
+
+    def _embed_captions(self, texts: list[str]) -> Tensor:
+        length = self.network.config.text_config.max_position_embeddings
+        if self.tokenizer is None:
+            self.tokenizer = self._tokenizer()
+        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        pooled = self.network.text_model(input_ids=tokens.input_ids.to(self.network.device)).pooler_output
+        return F.normalize(self.network.text_projection(pooled), dim=1)
+
+    def _tokenizer(self) -> Callable:
+        from transformers import CLIPTokenizer
+
+        asked_by = f"{type(self).__name__}.weights"
+        folder = place_of(self.weights, asked_by, self._hint(), CONFIG_FILES)
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise FileNotFoundError(
+                f"no tokenizer in {asked_by}={self.weights!r}: copy vocab.json and merges.txt there, as every CLIP "
+                f"model has them (`hf download {CLIPReward.repository} vocab.json merges.txt --local-dir FOLDER`)"
+            )
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class CLIPReward(_CLIPTowers):
+    """log R = a <u(image), v(caption)>: CLIP's logit of the pair (Radford et al. 2021), 100 times the similarity.
+
+    It estimates log p(image, caption) / p(image) p(caption) up to a constant, so that R p is p given the caption; the
+    published models are far too sure of themselves for that, wherefore ``ScaledReward.beta`` of 1 to 10 is usual.
+
+    Args:
+        weights: a CLIP model's folder in transformers' format (config.json, safetensors, tokenizer), or
+            ``hf://OWNER/NAME``; openai/clip-vit-large-patch14 takes 1.7 GB.
+    """
+
+    def score(self, images, condition):
+        texts = self.embed_captions(self.captions_of(condition)).to(images)
+        return self.network.logit_scale.exp() * (self.embed_images(images) * texts).sum(1)
+
+
+class PickScoreReward(CLIPReward):
+    """log R = a <u(image), v(caption)> of a CLIP ViT-H/14 tuned to people's choices (Kirstain et al. 2023).
+
+    The softmax of two images' log R is the probability that the first is preferred; published scores are these.
+
+    Args:
+        weights: the model's folder in transformers' format with its tokenizer, or ``hf://yuvalkirstain/PickScore_v1``,
+            3.9 GB.
+    """
+
+    standard = HUGE
+    repository = "yuvalkirstain/PickScore_v1"
+    size = "3.9 GB"
+
+
+def score_head(width: int) -> nn.Sequential:
+    """The published stack of linear layers, ``width`` => 1024 => 128 => 64 => 16 => 1, with dropout between them."""
+    one, two, three, four, five = (nn.Linear(a, b) for a, b in pairwise((width, 1024, 128, 64, 16, 1)))
+    return nn.Sequential(one, nn.Dropout(0.2), two, nn.Dropout(0.2), three, nn.Dropout(0.1), four, five)
+
+
+class AestheticReward(_CLIPTowers):
+    """log R = the score, about 1 to 10, of LAION's aesthetic predictor (Schuhmann 2022): layers on CLIP ViT-L/14's u.
+
+    Args:
+        weights: the CLIP model's folder in transformers' format, or ``hf://openai/clip-vit-large-patch14``, 1.7 GB.
+        head: the predictor's own file, ``sac+logos+ava1-l14-linearMSE.pth`` as published or as safetensors, 4 MB.
+    """
+
+    source = (
+        "`curl -LO https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac+logos+ava1-l14-linearMSE.pth` (4 MB), then AestheticReward.head = its path"
+    )
+
+    def __init__(self, *, weights: str, head: str):
+        super().__init__(weights=weights)
+        self.head = head
+        self.layers = score_head(self.network.config.projection_dim).requires_grad_(False).eval()
+
+    @classmethod
+    def locate(cls, *, weights: str, head: str) -> None:
+        place_of(head, "AestheticReward.head", cls.source, ())
+        cls._folder(weights)
+
+    def load(self) -> None:
+        path = place_of(self.head, "AestheticReward.head", self.source, ())
+        super().load()
+        tensors = read_tensors(path)
+        fill(self.layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, path)
+
+    def score(self, images, condition):
+        return self.layers(self.embed_images(images)).squeeze(1)

@@ -1,0 +1,154 @@
+"""Stable Diffusion as a denoiser of latents: teacher, student score and, asked once, student.
+
+Notation: s = sigma / alpha. The native view of a noisy latent is the variance-preserving one, x' = alpha' x0 + sigma'
+noise, the same sample scaled to alpha'^2 + sigma'^2 = 1, at the step index whose sigma / alpha is nearest to s, as the
+network was trained at whole indices only; F is the network's output. Latents are as the U-Net sees them: the
+autoencoder's, times its scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.types import Condition, Encoding, Noisy, expand
+from ratiograph.networks.denoisers import EDM
+
+__all__ = ["EpsilonPrediction", "Prediction", "SamplePrediction", "StableDiffusion", "VelocityPrediction"]
+
+SAME_LEVEL = 1e-4  # relative difference in s by rounding alone; neighbouring indices are 4e-3 apart or more
+
+
+class Prediction:
+    """Base class: what the network's output F means.
+
+    ``name`` is diffusers' word for it. The order of operations is that of its schedulers, so that the results are too.
+    """
+
+    name: str
+
+    def denoised(self, x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """mu of F = ``output`` [B, ...] at the native x' = ``x`` [B, ...], with alpha' and sigma' [B, 1, ...]."""
+        raise NotImplementedError
+
+
+class EpsilonPrediction(Prediction):
+    """F is the noise: mu = (x' - sigma' F) / alpha' (Ho et al. 2020; SD 1.x and SDXL base)."""
+
+    name = "epsilon"
+
+    def denoised(self, x, output, alpha, sigma):
+        return (x - sigma * output) / alpha
+
+
+class VelocityPrediction(Prediction):
+    """F is alpha' noise - sigma' x0: mu = alpha' x' - sigma' F (Salimans & Ho 2022; SD 2.x at 768)."""
+
+    name = "v_prediction"
+
+    def denoised(self, x, output, alpha, sigma):
+        return alpha * x - sigma * output
+
+
+class SamplePrediction(Prediction):
+    """F is x0 itself: mu = F."""
+
+    name = "sample"
+
+    def denoised(self, x, output, alpha, sigma):
+        return output
+
+
+class StableDiffusion(EDM):
+    """mu from F(x', index) under any noising process, by a U-Net that was trained on ``ScaledLinearDDPM``.
+
+    Noise beyond the process's last index, s > 14.6, is clamped to that index: sample from s = 14.6 downwards.
+    At the indices themselves the arithmetic is that of diffusers' ``DDIMScheduler`` in float32, to the bit on a CPU.
+
+    Args:
+        network: ``SD15UNet``, ``SDXLUNet``, ``UNetFromFolder``, or a ``LoRA`` of one.
+        prediction: what the network predicts; the noise by default.
+        process: the process that the network was trained on; Stable Diffusion's 1000 steps by default.
+        weights: a pipeline's folder in diffusers' format, its ``unet`` folder, a ``.safetensors`` file of either or of
+            the whole model in its authors' naming, or ``hf://OWNER/NAME``; None starts from random weights.
+        sigma_data: standard deviation of the latents, for EDM's training weight.
+        compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        prediction: Prediction | None = None,
+        process: ScaledLinearDDPM | None = None,
+        weights: str | None = None,
+        sigma_data: float = 1.0,
+        compiled: bool = False,
+    ):
+        super().__init__(network=network, sigma_data=sigma_data, weights=weights, compiled=compiled)
+        self.prediction = EpsilonPrediction() if prediction is None else prediction
+        self.process = ScaledLinearDDPM() if process is None else process
+        beta = _single_precision_beta(self.process)
+        # diffusers' arithmetic, float32 throughout: up to 5e-7 and 1.3e-5 from the exact scales, which mu shows where
+        # alpha is small.
+        product = (1 - beta).cumprod(0)
+        self.register_buffer("native_beta", beta, persistent=False)
+        self.register_buffer("native_alpha", product.sqrt(), persistent=False)
+        self.register_buffer("native_sigma", (1 - product).sqrt(), persistent=False)
+
+    @staticmethod
+    def locate(*, weights: str | None, network: type) -> None:
+        """Looks for the files that ``load`` will read, without reading them; those of the hub are fetched.
+
+        Args:
+            weights: as of the constructor.
+            network: the class of its network.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none; says how to get them.
+        """
+        if weights is not None:
+            network.find(weights)
+
+    def load(self) -> None:
+        """As ``Denoiser.load``; draws random weights where there are to be none from a file.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none, or others than the network's; says how to get them.
+        """
+        if self.weights is not None:
+            self.network.load(self.weights)
+        else:
+            self.network.draw()
+
+    def native(self, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x' [B, ...], index [B], alpha' [B, 1, ...], sigma' [B, 1, ...]) of a noisy sample."""
+        alpha, sigma = noisy.alpha, noisy.sigma
+        index = self.process.time_of(sigma / alpha)
+        there = index.long()
+        table_alpha, table_sigma = self.native_alpha[there].to(alpha), self.native_sigma[there].to(sigma)
+        on_index = (sigma * table_alpha / (alpha * table_sigma) - 1).abs() < SAME_LEVEL
+        scale = (alpha.square() + sigma.square()).rsqrt()
+        scale = torch.where((scale - 1).abs() < SAME_LEVEL, torch.ones_like(scale), scale)
+        alpha = torch.where(on_index, table_alpha, scale * alpha)
+        sigma = torch.where(on_index, table_sigma, scale * sigma)
+        x = noisy.x_t
+        return expand(scale, x) * x, index, expand(alpha, x), expand(sigma, x)
+
+    def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
+        x, index, alpha, sigma = self.native(noisy)
+        with self._autocast(x.device):
+            encoding = self.network.encode(x, index, condition)
+        return replace(encoding, restore=lambda out: self.prediction.denoised(x, out.to(x.dtype), alpha, sigma))
+
+
+def _single_precision_beta(process: ScaledLinearDDPM) -> Tensor:
+    """beta [steps] of the process in diffusers' float32, on the CPU also while a graph is built on the meta device."""
+    signal = process.alpha_table.square()
+    first, last = 1 - signal[0], 1 - signal[-1] / signal[-2]
+    # Rounded, as beta_start = 0.00085 comes back from the process's tables as 0.00085000000000000006.
+    ends = [round(float(beta), 12) ** 0.5 for beta in (first, last)]
+    return torch.linspace(*ends, len(process.alpha_table), dtype=torch.float32, device="cpu").square()

@@ -1,0 +1,213 @@
+"""Reads official EDM network files as data: nothing that a file holds is ever run.
+
+An official file is a pickle of ``{'ema': network, ...}``. Every module in it is a *record*, a dict of its class name,
+the Python source of its class, and its state; the official loader runs that source. Here a record stays a dict, the
+source is not looked at, and tensors come from their bytes. Every other global that the pickle names is refused.
+
+The unpickler of `restricted_pickles` calls the stand-ins listed here and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ratiograph.networks.weights.restricted_pickles import (
+    Array,
+    DType,
+    Function,
+    Refused,
+    Sealed,
+    Unpickler,
+    numpy_names,
+)
+
+__all__ = ["OfficialNetwork", "read_network"]
+
+
+@dataclass(frozen=True)
+class OfficialNetwork:
+    """A network as its file describes it.
+
+    ``tensors``: parameters and buffers by their official names, without ``model.``. ``preconditioning``: official
+    class name of the denoiser round the network, None in a plain state dict. ``settings``: numbers of that denoiser
+    (``sigma_data``, ``beta_min``, ...) and of the network (``dropout``, ``label_dropout``), as far as the file says.
+    """
+
+    tensors: Mapping[str, Tensor]
+    preconditioning: str | None
+    settings: Mapping[str, float]
+
+
+# --- stand-ins ----------------------------------------------------------------------------------------------
+
+
+class _Record(Sealed):
+    """A module: class name and state."""
+
+    __slots__ = ("class_name", "state")
+
+    def __init__(self, description: dict):
+        if description["type"] != "class" or not isinstance(description["class_name"], str):
+            raise Refused(f"a record of type {description['type']!r}")
+        self.class_name, self.state = description["class_name"], description["state"] or {}
+
+
+class _Container(Sealed):
+    """A module list or dict; made empty, then given its state once."""
+
+    __slots__ = ("state",)
+    class_name = "container"
+
+    def __setstate__(self, state: object) -> None:
+        if hasattr(self, "state") or not isinstance(state, dict):
+            raise Refused("a container with two states")
+        self.state = state
+
+
+class _PlainDict(dict, Sealed):
+    """A dict with attribute access in the official code."""
+
+    __slots__ = ()
+    __setstate__ = Sealed.__setstate__
+
+
+class _Value(Sealed):
+    """A tensor, or the values [N] of a storage."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def _scalar(dtype: DType, data: bytes) -> float:
+    (value,) = np.frombuffer(data, dtype.dtype)
+    return value.item()
+
+
+def _storage(data: bytes) -> _Value:
+    storage = _torch_load(io.BytesIO(data))
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise Refused(f"a {type(storage).__name__} in place of a storage")
+    with warnings.catch_warnings():  # typed storages are deprecated, and what the files hold
+        warnings.simplefilter("ignore", UserWarning)
+        return _Value(torch.empty(0, dtype=storage.dtype).set_(storage.untyped()))
+
+
+def _tensor(storage: _Value, offset: int, size: tuple, stride: tuple, *gradient: object) -> _Value:
+    if math.prod(size) > storage.tensor.numel():
+        raise Refused("a tensor larger than its storage")
+    return _Value(torch.as_strided(storage.tensor, size, stride, offset))
+
+
+def _parameter(value: _Value, requires_grad: bool, hooks: object) -> _Value:
+    return value
+
+
+_ALLOWED = {
+    "torch_utils.persistence._reconstruct_persistent_obj": Function(_Record),
+    "torch._utils._rebuild_tensor_v2": Function(_tensor),
+    "torch._utils._rebuild_parameter": Function(_parameter),
+    "torch.storage._load_from_bytes": Function(_storage),
+    "torch.nn.modules.container.ModuleDict": _Container,
+    "torch.nn.modules.container.ModuleList": _Container,
+    "collections.OrderedDict": Function(dict),
+    "builtins.set": Function(set),
+    "dnnlib.util.EasyDict": _PlainDict,
+    "numpy.dtype": Function(DType),
+    "numpy.ndarray": Function(Array),
+    **dict.fromkeys(numpy_names("multiarray.scalar"), Function(_scalar)),
+    **dict.fromkeys(numpy_names("multiarray._reconstruct"), Function(Array)),
+}
+
+
+def _torch_load(file: io.BytesIO | Path) -> object:
+    """``torch.load`` of nothing but tensors; Refused names what else there is."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise (Refused(found[1]) if found else error) from error
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _state_tensors(module: _Record | _Container, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What the module's ``state_dict()`` would hold."""
+    state = module.state
+    transient = state.get("_non_persistent_buffers_set", ())
+    for name, value in (*state["_parameters"].items(), *state["_buffers"].items()):
+        if value is not None and name not in transient:
+            yield prefix + name, value.tensor
+    for name, child in state["_modules"].items():
+        if child is not None:
+            yield from _state_tensors(child, f"{prefix}{name}.")
+
+
+def _numbers(module: _Record | _Container) -> dict[str, float]:
+    """Plain numbers among the attributes of a module."""
+    return {name: value for name, value in module.state.items() if isinstance(value, int | float)}
+
+
+def _dropout(module: _Record | _Container) -> Iterator[float]:
+    """Dropout probabilities of the blocks inside a module."""
+    for child in module.state["_modules"].values():
+        if child is not None:
+            yield from (child.state[name] for name in child.state if name == "dropout")
+            yield from _dropout(child)
+
+
+def _from_pickle(path: Path) -> OfficialNetwork:
+    with open(path, "rb") as file:
+        document = Unpickler(file, _ALLOWED).load()
+    network = document["ema"] if isinstance(document, dict) and "ema" in document else document
+    if not isinstance(network, _Record):
+        raise Refused(f"a {type(network).__name__} in place of a network")
+    model = network.state["_modules"]["model"]
+    settings = {"dropout": max(_dropout(model), default=0.0), **_numbers(model), **_numbers(network)}
+    return OfficialNetwork(dict(_state_tensors(model)), network.class_name, settings)
+
+
+def _from_state_dict(path: Path) -> OfficialNetwork:
+    state = _torch_load(path)
+    if not (isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())):
+        raise Refused("something else than a dict of tensors")
+    return OfficialNetwork({name.removeprefix("model."): tensor for name, tensor in state.items()}, None, {})
+
+
+_READERS = {".pkl": _from_pickle, ".pt": _from_state_dict, ".pth": _from_state_dict}
+
+
+def read_network(path: Path | str) -> OfficialNetwork:
+    """The network in an official pickle (``.pkl``), or in a plain state dict with official names (``.pt``, ``.pth``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of another kind, or holds something that no EDM network needs, which is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}. Official networks are at https://nvlabs-fi-cdn.nvidia.com/edm")
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path} is neither a pickle (.pkl) nor a state dict ({', '.join([*_READERS][1:])})")
+    try:
+        return _READERS[path.suffix](path)
+    except Refused as error:
+        raise ValueError(
+            f"{path}: refused {error}, which no EDM network needs; nothing was run. Get the file from its makers"
+        ) from error
+    except Exception as error:  # damaged files raise whatever their bytes happen to mean
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no EDM network ({reason}). Download it again") from error

@@ -1,0 +1,213 @@
+"""Where the parts of a text-to-image model lie, and their tensors in diffusers' naming.
+
+Notation: a *part* is one network of a pipeline by its folder's name, ``unet``, ``vae``, ``text_encoder``. A *source* is
+what a user names: a pipeline's folder in diffusers' format, a part's own folder, a ``.safetensors`` file (of the part,
+or of the whole model in its authors' naming), or ``hf://OWNER/NAME`` for a model on the Hugging Face hub.
+Only safetensors, JSON and text files are ever read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ratiograph.core.files import Missing
+from ratiograph.networks.weights.weight_files import differences, listed
+
+__all__ = ["HUB", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
+
+HUB = "hf://"
+WHOLE_FILES = ("diffusion_pytorch_model", "model")
+VARIANTS = (".safetensors", ".fp16.safetensors")
+SMALL_FILES = ("*.json", "*.txt")
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def missing_package(package: str, asked_by: str) -> ValueError:
+    """The error that says which package ``asked_by`` lacks."""
+    return ValueError(
+        f"{asked_by} needs the package {package}: pip install 'ratiograph[text2image]' "
+        "(in a checkout: pip install -e '.[text2image]')"
+    )
+
+
+def gated(source: str, then: str) -> ValueError:
+    """The error that says how to be let at the model ``source`` of the hub, and what to do ``then``."""
+    return ValueError(
+        f"{source} is gated: accept its licence at https://huggingface.co/{source.removeprefix(HUB)}, run `hf auth "
+        f"login`, then {then}"
+    )
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def _local(source: str, part: str) -> Path | None:
+    """The part's own folder, or the file that ``source`` is; None where there is neither."""
+    path = Path(source).expanduser()
+    if path.is_file() or not path.is_dir():
+        return path if path.is_file() else None
+    return path / part if (path / part).is_dir() else path
+
+
+def _stored(source: str, part: str) -> Path | None:
+    """As ``_local``, and for a model of the hub what an earlier download left; nothing is fetched."""
+    if not source.startswith(HUB):
+        return _local(source, part)
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(source.removeprefix(HUB), f"{part}/config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def config_of(source: str | None, part: str) -> dict[str, object] | None:
+    """The part's ``config.json``, where it is on this machine already; None where it is not.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    folder = None if source is None else _stored(source, part)
+    path = None if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+
+
+def folder_of(source: str, part: str, asked_by: str, *, weights: bool = True) -> Path:
+    """The part's folder, or the file that ``source`` is; a model of the hub is downloaded, this part only.
+
+    Args:
+        source: as in this module's docstring.
+        part: which of its parts.
+        asked_by: what names the source, for errors.
+        weights: whether safetensors files are wanted, and not only configurations and vocabularies.
+
+    Raises:
+        Missing: nothing is there; says how to get it.
+        ValueError: the hub does not give it (gated, absent, unreachable).
+    """
+    if source.startswith(HUB):
+        return _downloaded(source.removeprefix(HUB), part, asked_by, weights)
+    found = _local(source, part)
+    if found is None:
+        raise Missing(
+            source,
+            f"no {part} at {asked_by}={source!r}: give a folder in diffusers' format, fetched with "
+            f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`, or {HUB}OWNER/NAME",
+        )
+    return found
+
+
+def _downloaded(name: str, part: str, asked_by: str, weights: bool) -> Path:
+    """The part's folder in huggingface_hub's cache. Weights are taken in float32, in float16 where that is all."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise missing_package("huggingface_hub", asked_by) from error
+    small = [f"{part}/{pattern}" for pattern in SMALL_FILES]
+    wanted = [[*small, *(f"{part}/{stem}{variant}" for stem in WHOLE_FILES)] for variant in VARIANTS]
+    command = f"`hf download {name} --include '{part}/*' --local-dir FOLDER`, then {asked_by}=FOLDER"
+    try:
+        for offline in (True, False):
+            for patterns in wanted if weights else [small]:
+                try:
+                    root = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+                except LocalEntryNotFoundError:
+                    if offline:
+                        continue
+                    raise
+                if (root / part).is_dir() and (not weights or weights_of(root / part)):
+                    return root / part
+    except GatedRepoError as error:
+        raise gated(f"{HUB}{name}", command) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"cannot fetch {HUB}{name} ({type(error).__name__}): check the name and the connection, or on a machine "
+            f"that is online {command}"
+        ) from error
+    raise ValueError(f"{HUB}{name} has no {part} with safetensors weights: give another model, or convert this one")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The safetensors files that hold the part in ``folder`` (or that file itself): one, or numbered pieces of one."""
+    if folder.is_file():
+        return [folder]
+    names = [f"{stem}{variant}" for variant in VARIANTS for stem in WHOLE_FILES]
+    whole = next((folder / name for name in names if (folder / name).is_file()), None)
+    return sorted(folder.glob("*-of-*.safetensors")) if whole is None else [whole]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
+
+
+def read_part(files: Sequence[Path], part: str, config: Mapping[str, object]) -> dict[str, Tensor]:
+    """The part's tensors, in diffusers' current naming.
+
+    Args:
+        files: as `weights_of` lists them; a whole model in its authors' naming goes through diffusers' converters.
+        part: ``unet`` or ``vae``.
+        config: the part's configuration in diffusers' names.
+
+    Raises:
+        ValueError: a file is torn or no safetensors file.
+    """
+    tensors = {name: tensor for path in files for name, tensor in _read(path).items()}
+    if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in tensors):
+        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
+        converters = {"unet": convert_ldm_unet_checkpoint, "vae": convert_ldm_vae_checkpoint}
+        return converters[part](tensors, config)
+    return {_renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name: str) -> str:
+    """The name of an attention's tensor, as diffusers writes it since 0.18."""
+    *owner, layer, kind = name.split(".") if name.count(".") > 1 else ("", name, "")
+    return ".".join([*owner, OLD_ATTENTION[layer], kind]) if layer in OLD_ATTENTION and kind else name
+
+
+@torch.no_grad()
+def fit(kind: str, here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fills those of the same names ``here`` with ``tensors``: every one with its shape, or nothing.
+
+    Where nothing has to be converted or moved, they become the very memory of ``tensors``, the pages of a mapped file.
+
+    Args:
+        kind: what the tensors belong to, for errors.
+        here: a module's own parameters and buffers; they keep their precision and device.
+        tensors: as `read_part` gives them.
+        source: where they come from, for errors.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape.
+    """
+    found = list(differences("", here, tensors))
+    if found:
+        raise ValueError(
+            f"{source} does not fit {kind}: {listed(found)}. Give the weights of this network, or configure the "
+            "network as the weights' own config.json does"
+        )
+    for name, tensor in here.items():
+        if (tensor.device, tensor.dtype) == (tensors[name].device, tensors[name].dtype):
+            tensor.data = tensors[name]
+        else:
+            tensor.copy_(tensors[name])

@@ -1,0 +1,182 @@
+"""Weights that leave or enter a run, as safetensors files: every tensor with its shape, or nothing.
+
+Names are those of a module's ``state_dict()``. Nothing in such a file can run code.
+
+A file is mapped, not read: on the CPU a module's tensors *are* the file's pages until something writes to them, so
+several networks that start from one file share its memory, and a frozen one never has a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from ratiograph.core.files import write_atomically
+
+__all__ = [
+    "differences",
+    "listed",
+    "load_part",
+    "load_weights",
+    "locate_weights",
+    "read_header",
+    "register_converter",
+    "save_weights",
+]
+
+
+ASSETS = Path(__file__).parents[2] / "assets"
+
+Converter = Callable[[Path, str | None], Path]
+"""(file, class name of the denoiser that takes it) -> the safetensors file made of it."""
+
+_converters: dict[str, Converter] = {}
+
+
+def register_converter(*suffixes: str) -> Callable[[Converter], Converter]:
+    """A decorator: files of these suffixes are turned into safetensors by the function."""
+
+    def register(convert: Converter) -> Converter:
+        _converters.update(dict.fromkeys(suffixes, convert))
+        return convert
+
+    return register
+
+
+def shipped(name: str) -> Path:
+    """Where weights of this bare name lie inside the package, there or not."""
+    return ASSETS / f"{name}.safetensors"
+
+
+def locate_weights(name: str, denoiser: str | None = None) -> Path:
+    """The safetensors file that ``name`` stands for.
+
+    Args:
+        name: its path; a folder that ``tools/convert_edm.py`` wrote; an official EDM file, which is converted once
+            into the cache folder; or the bare name of weights that ship inside the package.
+        denoiser: class name of the denoiser that takes them, which a plain state dict does not tell.
+    """
+    if shipped(name).is_file():
+        return shipped(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path / "weights.safetensors"
+    if path.suffix in _converters and path.is_file():
+        return _converters[path.suffix](path, denoiser)
+    return path
+
+
+def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
+    """Sentences on how the tensors ``found`` in a file differ from those ``here``, in their order."""
+    for key, tensor in here.items():
+        if key not in found:
+            yield f"{name}{key} is not in the file"
+        elif not isinstance(found[key], Tensor):
+            yield f"{name}{key} is a tensor here and a {type(found[key]).__name__} in the file"
+        elif found[key].shape != tensor.shape:
+            yield f"{name}{key} has shape {list(tensor.shape)} here and {list(found[key].shape)} in the file"
+    yield from (f"{name}{key} is in the file and not here" for key in found if key not in here)
+
+
+def listed(sentences: list[str], shown: int = 3) -> str:
+    """The first ``shown`` of the sentences, and how many more there are."""
+    rest = len(sentences) - shown
+    return "; ".join(sentences[:shown]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes ``module``'s parameters and buffers to a safetensors file, whole or not at all.
+
+    Args:
+        path: destination, ``*.safetensors``; an existing file is replaced.
+        module: what to save; tensors are saved in their own dtype, under the names of its ``state_dict()``.
+        metadata: strings to keep in the file's header, e.g. the gin file that made it.
+
+    Raises:
+        ValueError: the file cannot be written; an earlier one is intact.
+    """
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in module.state_dict().items()}
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(metadata or {})))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file; errors as of ``load_weights``."""
+    return _read(Path(path), tensors=False)[1]
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header strings) of a safetensors file."""
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}. Give the path of a safetensors file (--teacher for the teacher), or train one first"
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            keys = file.keys() if tensors else ()
+            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
+
+
+def _load_tensors(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    found = list(differences("", module.state_dict(), tensors))
+    if found:
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__}: {listed(found)}. Give the weights of this "
+            "network, or configure the network as the file's own gin file does"
+        )
+    _take(module, tensors)
+
+
+def _take(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes ``tensors`` the module's own where nothing has to be converted or moved, and copies them elsewhere."""
+    here = module.state_dict()
+    tied = len({tensor.data_ptr() for tensor in here.values()}) < len(here)
+    if tied or any(tensor.device.type != "cpu" for tensor in here.values()):
+        module.load_state_dict(tensors, strict=True)
+        return
+    module.load_state_dict({k: v.to(here[k].dtype) for k, v in tensors.items()}, strict=True, assign=True)
+
+
+def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
+    """Loads a safetensors file into ``module``: every tensor, with its shape, or nothing.
+
+    Args:
+        path: a safetensors file.
+        module: receives the tensors, converted to its own dtypes and device. Its parameters may be replaced, so load
+            before handing them to an optimiser.
+
+    Returns:
+        The strings in the file's header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a safetensors file (or a torn one), or a tensor is missing, left over or of another
+            shape.
+    """
+    tensors, metadata = _read_tensors(Path(path))
+    _load_tensors(Path(path), module, tensors)
+    return metadata
+
+
+def load_part(path: Path, module: nn.Module, prefix: str) -> None:
+    """Loads into ``module`` its tensors of a larger network's file, where their names begin with ``prefix``.
+
+    Args:
+        path: a safetensors file.
+        module: a part of the network that the file holds, such as its encoder; every tensor must be there.
+        prefix: what precedes the part's own names in the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_weights``, but tensors of the rest are not looked at.
+    """
+    tensors, _ = _read_tensors(Path(path))
+    wanted = {key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors}
+    _load_tensors(Path(path), module, wanted)

@@ -1,0 +1,111 @@
+"""The README.md of an exported student: how to sample it, what was measured, what made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["CARD", "PLAIN_CARD", "USE_LORA", "USE_PIPELINE", "USE_PLAIN", "USE_PROMPTS", "numbers", "tree"]
+
+CARD = """---
+library_name: diffusers
+tags: [text-to-image, one-step, distillation]
+---
+# {name}
+
+A one-step student of `{teacher}`, distilled by ratiograph. The licence of those weights applies.
+
+```python
+{usage}
+```
+
+One network evaluation at step {timestep}; guidance is part of the student, so `guidance_scale` stays 1.
+
+## Numbers
+{numbers}
+
+## Recipe
+`config.gin` beside this file repeats the run: `python launch/main.py --gin_file=config.gin`.
+
+```
+{tree}
+```
+"""
+PLAIN_CARD = """---
+library_name: ratiograph
+tags: [one-step, distillation]
+---
+# {name}
+
+A one-step student{teacher}, distilled by ratiograph. One network evaluation a sample.
+
+```
+{usage}
+```
+
+`student.safetensors` holds the {parameters:,} averaged parameters.
+
+## Numbers
+{numbers}
+
+## Recipe
+`config.gin` beside this file repeats the run: `python launch/main.py --gin_file=config.gin`.
+
+```
+{tree}
+```
+"""
+USE_PLAIN = """python tools/sample.py {out} --samples=64 --out=samples.png      # in a checkout of ratiograph"""
+USE_PROMPTS = """
+python tools/sample.py {out} --prompts=prompts.txt --out=samples.png     # a caption a line"""
+USE_PIPELINE = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float16).to("cuda")
+image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
+USE_LORA = """import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", torch_dtype=torch.float16).to("cuda")
+pipeline.scheduler = DDIMScheduler.from_pretrained("{out}", subfolder="scheduler")
+pipeline.load_lora_weights("{out}")
+image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
+
+
+def tree(experiment: object) -> str:
+    """The graph of a run, as the dry run prints it."""
+    from ratiograph.config import tree
+
+    return tree.render_tree(tree.describe(experiment)).strip()
+
+
+def numbers(workdir: Path) -> str:
+    """The run's evaluation, or what its last logged step says, in Markdown."""
+    if (workdir / "evaluation.json").is_file():
+        document = json.loads((workdir / "evaluation.json").read_text())
+        if isinstance(document.get("rows"), list):
+            return _table(document["rows"], document.get("metrics", {}))
+        return "\n".join(_listed("", document))
+    logged = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").is_file() else []
+    return "\n".join(_listed("", json.loads(logged[-1]))) if logged else "None were measured."
+
+
+def _table(rows: Sequence[Mapping[str, object]], metrics: Mapping[str, Mapping[str, str]]) -> str:
+    """One line a row of an evaluation, one column a metric, under its label."""
+    columns = [*metrics, *(name for name in ("evaluations", "samples") if any(name in row for row in rows))]
+    lines = [["", *(metrics.get(name, {}).get("label", name) for name in columns)], ["---", *("---:" for _ in columns)]]
+    lines += [[str(row.get("name", "")), *(_shown(row.get(name, "")) for name in columns)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _listed(prefix: str, value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _listed(f"{prefix}{name}.", inner)
+    elif isinstance(value, int | float | str):
+        yield f"- {prefix[:-1]}: {value:.6g}" if isinstance(value, float) else f"- {prefix[:-1]}: {value}"

@@ -1,0 +1,175 @@
+"""What a run left in its folder, read for a page that must come out whatever is missing or torn.
+
+Notation: *records* are the objects of metrics.jsonl, ascending in their steps. A *note* is a sentence for the page on
+something in the folder that could not be read as meant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ratiograph.config.differences import read_bindings
+from ratiograph.config.values import ConfigError
+from ratiograph.training.logs import duration, read_metrics, significant
+
+__all__ = ["TEACHER", "RunFiles", "check_run", "finite", "grids", "read_run"]
+
+MADE = ("config.gin", "metrics.jsonl", "evaluation.json")
+"""Of these a folder has at least one if it is a run's."""
+TEACHER = Path("samples") / "teacher.png"
+"""The teacher's samples at the noise of the student's grids, in a run's folder."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run's folder.
+
+    Args:
+        workdir: the folder.
+        records: of metrics.jsonl.
+        evaluation: of evaluation.json, {} without it.
+        diagnostics: of diagnostics.json, {} without it.
+        bindings: of config.gin (``config_difference.read_bindings``), None without a readable one.
+        notes: on what could not be read.
+    """
+
+    workdir: Path
+    records: list[dict[str, Any]]
+    evaluation: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
+    bindings: Mapping[str, object] | None
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.workdir.resolve().name
+
+    @property
+    def step(self) -> int:
+        """Of the last record, 0 without any."""
+        return self.records[-1]["step"] if self.records else 0
+
+    @property
+    def steps(self) -> int | None:
+        """At which the run ends, where its configuration says so."""
+        steps = (self.bindings or {}).get("Experiment.steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def teacher_grid(self) -> Path | None:
+        """The teacher's samples at the noise of the student's grids, if they were made."""
+        path = self.workdir / TEACHER
+        return path if path.is_file() else None
+
+    def teacher_name(self) -> str:
+        """'teacher, 35 evaluations': what the teacher's grid shows."""
+        from PIL import Image
+
+        with Image.open(self.workdir / TEACHER) as grid:
+            evaluations = str(grid.info.get("evaluations") or "many")
+        return f"teacher, {evaluations} evaluation{'' if evaluations == '1' else 's'}"
+
+    def state(self) -> str:
+        """How far the run is, as a sentence; "" once it is done and evaluated."""
+        known = self.steps is not None
+        if not self.records:
+            started = known or (self.workdir / "graph.svg").exists()
+            return "This run has just begun: nothing has been measured yet." if started else ""
+        if known and self.step < self.steps:
+            return f"Not finished: {self.step:,} of {self.steps:,} steps."
+        evaluator = (self.bindings or {}).get("Experiment.evaluator")
+        if not self.evaluation and evaluator is not None:
+            return "Not evaluated yet: the last step is done, and evaluation.json is not there."
+        return ""
+
+    def facts(self) -> dict[str, str]:
+        """The run in a few numbers."""
+        if not self.records:
+            return {}
+        last, facts = self.records[-1], {}
+        unfinished = self.steps is not None and self.step < self.steps
+        facts["steps"] = f"{self.step:,}{f' of {self.steps:,}' if unfinished else ''}"
+        if finite(last.get("images")):
+            facts["training images"] = f"{last['images']:,}"
+        if finite(last.get("seconds")) and last["seconds"] > 0:
+            facts["training time"] = f"{duration(last['seconds'])} {'h' if last['seconds'] >= 3600 else 'min'}"
+            facts["steps per second"] = significant(last["step"] / last["seconds"], 3)
+        return facts
+
+
+def check_run(workdir: Path) -> None:
+    """Tells a folder that no run has made.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds none of the files that every run leaves.
+    """
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
+    if not any((workdir / name).exists() for name in MADE):
+        raise ValueError(f"{workdir} is not the folder of a run: it has no {', '.join(MADE[:-1])} or {MADE[-1]}")
+
+
+def read_run(workdir: Path) -> RunFiles:
+    """Reads the folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: evaluation.json or diagnostics.json is not a JSON object.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
+    notes = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = read_metrics(workdir / "metrics.jsonl")
+    notes += [re.sub(r"^.*/(metrics\.jsonl)", r"\1", str(warning.message)) + "." for warning in caught]
+    bindings = None
+    if (workdir / "config.gin").exists():
+        try:
+            bindings = read_bindings(workdir / "config.gin")
+        except ConfigError as error:
+            notes.append(f"config.gin is not a configuration that can be read: {error}")
+    evaluation, diagnostics = (_object(workdir / name) for name in ("evaluation.json", "diagnostics.json"))
+    return RunFiles(workdir, _ascending(records), evaluation, diagnostics, bindings, tuple(notes))
+
+
+def _ascending(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record a step, the last that was written, by step."""
+    by_step = {record["step"]: record for record in records}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file of the run holds; {} if there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Make it again, or remove the file") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object. Make it again, or remove it")
+    return found
+
+
+def grids(folder: Path) -> dict[int, Path]:
+    """Sample grids by step, ascending."""
+    found = {
+        int(match[1]): path for path in folder.glob("step_*.png") if (match := re.search(r"_(\d+)\.png$", path.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def finite(value: Any) -> bool:
+    """Whether a value of a record is a finite number; a bool is one."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,106 @@
+"""The teacher's samples at the noise of a run's own sample grids, to stand above them in a report.
+
+Grids of a run are made from one fixed noise z, and so is this: the same z under the same conditions, through the
+teacher by Heun's sampler in many evaluations in place of the student in one. Place k of the two grids is one z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ratiograph import config
+from ratiograph.core.distributed import is_main
+from ratiograph.core.files import write_atomically
+from ratiograph.data.latents import picture
+from ratiograph.reports.run_files import TEACHER, check_run
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.tasks.student_files import remembered
+from ratiograph.training import trainer
+from ratiograph.training.experiment import Experiment
+from ratiograph.training.logs import make_grid
+
+__all__ = ["draw_once", "draw_teacher", "save_teacher"]
+
+PREVIEW = 2  # the position of a run's seed that its grids are drawn at, as in the trainer
+
+
+def draw_teacher(workdir: Path, evaluations: int, device: str = "auto", *, bindings: Sequence[str] = ()) -> Path:
+    """Writes ``samples/teacher.png`` into a run's folder, with the number of evaluations as a text in the file.
+
+    Args:
+        workdir: of a run with a teacher; its config.gin says what the graph is. The run may still be training.
+        evaluations: passes of the teacher a sample.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        bindings: lines of gin on top of config.gin.
+
+    Returns:
+        Path of the grid.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, no teacher in it, its weights or conditions are not there, or its samples
+            are no images.
+    """
+    check_run(workdir)
+    if not (workdir / "config.gin").is_file():
+        raise ValueError(f"{workdir} has no config.gin, which says what its teacher is")
+    experiment = config.build(config.parse([str(workdir / "config.gin")], bindings))
+    task, place = experiment.task, trainer.choose_device(device)
+    if getattr(task, "teacher", None) is None:
+        raise ValueError(f"{workdir} has no teacher to draw: leave out --teacher_evaluations")
+    torch.manual_seed(trainer.step_seed(experiment.seed, 0))
+    if experiment.precision == "fp64":
+        task.double()
+    task.prepare(place, trainer.autocast_dtype(experiment.precision, place))
+    remembered(task.conditions, workdir)
+    generator = torch.Generator(place).manual_seed(trainer.step_seed(experiment.seed, PREVIEW))
+    path = save_teacher(task.eval(), workdir, experiment.preview_samples, generator, evaluations)
+    if path is None:
+        raise ValueError(f"the teacher of {workdir} makes points and not images: leave out --teacher_evaluations")
+    return path
+
+
+def draw_once(experiment: Experiment, workdir: Path, device: torch.device) -> None:
+    """The grid of a run that this process has just trained, unless it is there; all ranks must call.
+
+    Args:
+        experiment: with its task prepared. Nothing is drawn where it has no teacher or asks for none.
+        workdir: of the run.
+        device: of the task.
+    """
+    task, evaluations = experiment.task, experiment.teacher_evaluations
+    if not evaluations or getattr(task, "teacher", None) is None or (workdir / TEACHER).exists():
+        return
+    with task.parallel.whole():
+        if is_main():
+            generator = torch.Generator(device).manual_seed(trainer.step_seed(experiment.seed, PREVIEW))
+            save_teacher(task, workdir, experiment.preview_samples, generator, evaluations)
+
+
+def save_teacher(
+    task: Distillation, workdir: Path, samples: int, generator: torch.Generator, evaluations: int
+) -> Path | None:
+    """Writes the grid of a task that is prepared.
+
+    Args:
+        task: with a teacher.
+        workdir: of its run.
+        samples: of a grid of the run's.
+        generator: as seeded for each of those grids.
+        evaluations: passes of the teacher a sample.
+
+    Returns:
+        Path of the grid, None where samples are no images.
+    """
+    with torch.no_grad():
+        made = picture(task.teacher_sampler(evaluations)(samples, generator))
+    if made.ndim != 4:
+        return None
+    grid, about = Image.fromarray(make_grid(made)), PngInfo()
+    about.add_text("evaluations", str(evaluations))
+    write_atomically(workdir / TEACHER, lambda file: grid.save(file, format="PNG", pnginfo=about))
+    return workdir / TEACHER

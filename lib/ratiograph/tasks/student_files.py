@@ -1,0 +1,118 @@
+"""A finished student by itself: from the config.gin and the weights in its folder, nothing else of its graph loaded.
+
+The folder is a run's workdir, or what `export` made of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ratiograph import config
+from ratiograph.networks.conditions import Conditions
+from ratiograph.networks.lora import LoRA
+from ratiograph.networks.students import OneStep
+from ratiograph.networks.weights.weight_files import load_weights
+from ratiograph.tasks.distillation import Distillation
+from ratiograph.training import checkpoints
+from ratiograph.training.experiment import Experiment
+
+__all__ = ["CONDITIONS", "WEIGHTS", "load_student", "load_students", "read_experiment", "remembered"]
+
+WEIGHTS = "student.safetensors"
+CONDITIONS = "conditions.safetensors"
+"""What the run's previews were told, in an exported folder; a workdir's checkpoint holds the same."""
+
+
+def read_experiment(folder: Path, *, memory: bool, bindings: Sequence[str] = ()) -> Experiment:
+    """The run that ``folder`` is of.
+
+    Args:
+        folder: holds config.gin.
+        memory: whether networks have any, random numbers by the run's seed; if not, all lies on the meta device.
+        bindings: lines of gin on top of config.gin; ``import my.module`` for components of one's own.
+
+    Raises:
+        FileNotFoundError: there is no config.gin.
+        ConfigError: it is not right.
+    """
+    if not (folder / "config.gin").is_file():
+        raise FileNotFoundError(f"{folder} has no config.gin: give the folder of a run as --workdir")
+    cfg = config.parse([str(folder / "config.gin")], bindings)
+    torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])
+    with nullcontext() if memory else torch.device("meta"):
+        return config.build(cfg)
+
+
+def _give_memory(module: nn.Module) -> None:
+    """Memory, as it lies, for what ``module`` has on the meta device; parameters stay the same objects for others."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    assert name not in part._non_persistent_buffers_set, name  # no file would fill it
+                    empty = torch.empty_like(tensor, device="cpu")
+                    held[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+
+def load_student(student: OneStep, weights: Path) -> OneStep:
+    """``student`` with ``weights``, frozen and on the CPU; of a LoRA the base is read from where it came from.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, as in a run that has not finished, or they are another network's.
+    """
+    if not weights.is_file() and weights.name == WEIGHTS and any(weights.parent.glob("checkpoints/*.pt")):
+        raise FileNotFoundError(
+            f"{weights} is written at the end of training: repeat the run's command, which resumes it"
+        )
+    _give_memory(student)
+    if isinstance(getattr(student.denoiser, "network", None), LoRA):
+        student.denoiser.load()
+    load_weights(weights, student)
+    return student.requires_grad_(False).eval()
+
+
+def remembered(conditions: Conditions, folder: Path) -> Conditions:
+    """``conditions`` with what they took from the run's data, where they do.
+
+    Raises:
+        ValueError: the folder holds nothing of it.
+    """
+    if not conditions.needs_data:
+        return conditions
+    if (folder / CONDITIONS).is_file():
+        conditions.load_state_dict(load_file(folder / CONDITIONS))
+        return conditions
+    found = checkpoints.latest(folder / "checkpoints")
+    if found is None:
+        raise ValueError(f"{folder}/checkpoints, which holds the conditions that the run shows, has no checkpoint")
+    conditions.load_state_dict(found[1]["task"]["conditions"])
+    return conditions
+
+
+def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> None:
+    """Loads what a run left of its student: every average and, where they are judged, the weights of the last step.
+
+    Args:
+        task: prepared.
+        workdir: of the run.
+        raw: whether the weights of the last step are judged; they are where the run keeps several averages.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of weights is missing or does not fit; there is no checkpoint.
+    """
+    for name, network in task.weights().items():
+        if name.startswith("student"):
+            load_weights(workdir / f"{name}.safetensors", network)
+    if not (raw or task.averaged):
+        return
+    found = checkpoints.latest(workdir / "checkpoints")
+    if not found:
+        raise ValueError(f"{workdir} has no checkpoint, which the student's weights of the last step lie in (raw)")
+    last = {"student": found[1]["task"]["networks"]["student"]}
+    checkpoints.load_strict({"student": task.student}, last, source=str(workdir / "checkpoints"))

@@ -1,0 +1,177 @@
+"""Which checkpoints a run keeps, and writing them while it goes on.
+
+A checkpoint's state is {"step", "task": what the task needs to go on, "run": where the run stood}. ``run`` holds
+``samples`` (read from the stream), ``config`` (digest of the configuration), ``graph`` (class and own weights of every
+node, by path) and ``best`` ([step, value] of the best evaluation so far, or None).
+
+Saving copies the state to the CPU, which is all that the run waits for; a thread writes the copy. The next save waits
+for it, and an error of the thread is raised in the run by the next `CheckpointManager.poll`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ratiograph.config.tree import Node
+from ratiograph.core.files import write_atomically
+from ratiograph.networks.weights.weight_files import listed
+from ratiograph.training import checkpoints
+
+__all__ = ["CheckpointManager", "check_graph", "config_digest", "graph_nodes"]
+
+
+def graph_nodes(node: Node, path: str = "") -> dict[str, str]:
+    """Class and own weights of ``node`` and of everything below it, by path, owners first.
+
+    What a node's children hold is theirs, so that two graphs differ at the node that differs and not at its owners.
+    """
+    own = node.parameters - sum(child.parameters for child in node.children)
+    nodes = {path: f"{node.cls} with {own} weights of its own" if own > 0 else node.cls} if path else {}
+    for child in node.children:
+        nodes |= graph_nodes(child, f"{path}.{child.name}" if path else child.name)
+    return nodes
+
+
+def check_graph(here: Mapping[str, str], found: Mapping[str, str], source: Path | str) -> None:
+    """Compares two results of `graph_nodes`.
+
+    Raises:
+        ValueError: they differ; the first differing nodes are named.
+    """
+    paths = [path for path in {**here, **found} if here.get(path) != found.get(path)]
+    if paths:
+        told = [f"{path} is {here.get(path, 'absent')} here and {found.get(path, 'absent')} there" for path in paths]
+        raise ValueError(
+            f"{source} is a checkpoint of another graph: {listed(told)}. Run the config.gin that made it, or give this "
+            "run another --workdir"
+        )
+
+
+def config_digest(path: Path) -> str:
+    """SHA-256 of a saved configuration without the run-level lines of ``Experiment``; '' without a file."""
+    if not path.is_file():
+        return ""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("Experiment.")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class CheckpointManager:
+    """The checkpoints of one run. A context manager: leaving it waits for the file in the making.
+
+    Args:
+        folder: where they lie.
+        keep_last: how many of the last are kept, >= 1.
+        keep_every: those whose step is a multiple of this are kept for good; 0 for none.
+        best_metric: name of the evaluation by whose smallest value one is kept; None for none.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, best_metric: str | None = None):
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+        self.best_metric = best_metric
+        self.best: tuple[int, float] | None = None
+        """(step, value) of the best evaluation so far."""
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        # Who interrupts twice does not want to wait; what the thread leaves then is a temporary.
+        if self._thread is not None and not (kind and issubclass(kind, KeyboardInterrupt)):
+            self._thread.join()
+            if kind is None:
+                self.poll()
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """`checkpoints.latest`, and the best evaluation up to there."""
+        found = checkpoints.latest(self.folder)
+        best = found[1].get("run", {}).get("best") if found else None
+        self.best = tuple(best) if best else None
+        return found
+
+    def improves(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether ``metrics`` hold the smallest value of ``best_metric`` so far, which is then remembered.
+
+        Raises:
+            ValueError: ``metrics`` are an evaluation without the metric.
+        """
+        if self.best_metric is None or not metrics:
+            return False
+        if self.best_metric not in metrics:
+            raise ValueError(f"Experiment.best_metric={self.best_metric!r}: the evaluator gives {', '.join(metrics)}")
+        value = metrics[self.best_metric]
+        if not math.isfinite(value) or (self.best is not None and value >= self.best[1]):
+            return False
+        self.best = (step, value)
+        return True
+
+    def save(self, step: int, task: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        """Copies the state and starts to write it.
+
+        Raises:
+            ValueError: the state holds something else than plain values; the checkpoint before could not be written.
+        """
+        self.wait()
+        state = {"step": step, "task": task, "run": {**run, "best": list(self.best) if self.best else None}}
+        checkpoints.check_plain(state, "state")
+        copied, best = _on_cpu(state, {}), self.best
+
+        def write() -> None:
+            try:
+                checkpoints.save(self.folder, step, copied, self.keep_last, lambda old: self._kept(old, best))
+                if best is not None:
+                    record = {"step": best[0], self.best_metric: best[1]}
+                    write_atomically(self.folder / "best.json", json.dumps(record).encode())
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _kept(self, step: int, best: tuple[int, float] | None) -> bool:
+        every = self.keep_every > 0 and step % self.keep_every == 0
+        return every or (best is not None and step == best[0])
+
+    def poll(self) -> None:
+        """Costs nothing.
+
+        Raises:
+            ValueError: the last checkpoint could not be written (disk full, read-only); earlier ones are intact.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until the checkpoint in the making is on the disk; raises as `poll`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+
+def _on_cpu(value: Any, copied: dict[tuple, Tensor]) -> Any:
+    """A copy of a state with its tensors on the CPU; ``copied``: one that occurs several times stays one."""
+    if isinstance(value, Tensor):
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if key not in copied or not value.numel():
+            copied[key] = value.detach().to("cpu", copy=True)
+        return copied[key]
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item, copied) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_items(value, copied))
+    return value
+
+
+def _items(values: list | tuple, copied: dict[tuple, Tensor]) -> Iterator[Any]:
+    return (_on_cpu(item, copied) for item in values)

@@ -1,0 +1,243 @@
+"""Optimisers and exponential moving averages as components.
+
+Notation: one ``image`` is one generated (or real) sample used by an update, so that averages with a half-life in
+images mean the same at every batch size.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from ratiograph.core.distributed import Averaging, is_sharded, ranks
+from ratiograph.training.parallel import spread
+
+__all__ = ["EMA", "Adam"]
+
+
+class Adam:
+    """Recipe for AdamW (Loshchilov & Hutter 2019) with a warm-up, a cool-down and a clip on the gradient's norm.
+
+    Args:
+        lr: learning rate after the warm-up, > 0.
+        betas: decay rates of the first and second moment; the one-step literature uses (0, 0.999).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        warmup_steps: updates over which the rate rises linearly from lr / warmup_steps.
+        cooldown: (first, last) updates between which the rate falls linearly to 0; None keeps it.
+        clip_norm: largest norm of the gradient over all parameters, > 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 2e-4,
+        betas: Sequence[float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        cooldown: Sequence[int] | None = None,
+        clip_norm: float = 10.0,
+    ):
+        if lr <= 0 or clip_norm <= 0:
+            raise ValueError(f"Adam.lr={lr} and Adam.clip_norm={clip_norm} must be positive")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
+        if cooldown is not None and (len(cooldown) != 2 or not 0 <= cooldown[0] < cooldown[1]):
+            raise ValueError(f"Adam.cooldown={cooldown} must be two numbers of updates, 0 <= first < last")
+        self.warmup_steps, self.cooldown, self.clip_norm = warmup_steps, cooldown, clip_norm
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update number ``update`` = 1, 2, ..."""
+        rate = self.lr * min(1.0, update / max(self.warmup_steps, 1))
+        if self.cooldown is None:
+            return rate
+        first, last = self.cooldown
+        return rate * min(1.0, max(0.0, (last - update) / (last - first)))
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Updater:
+        """The optimiser of ``parameters``; those that do not require gradients are left out."""
+        learning = [p for p in parameters if p.requires_grad]
+        return Updater(self, learning, AdamW(self, learning))
+
+    def moment_bytes(self, parameter: Tensor) -> int:
+        """Bytes of the moments of ``parameter``: two of its own type, one where beta_1 = 0."""
+        return (2 if self.betas[0] else 1) * parameter.numel() * parameter.element_size()
+
+
+class AdamW:
+    """AdamW's rule by torch's fused kernels: an update in one pass over weights and moments.
+
+    With beta_1 = 0 the first moment is the gradient itself, and none is held. (``torch.optim.AdamW`` would hold it, and
+    imports torch's compiler at its first use: two seconds and 150 MB.)
+
+    Args:
+        recipe: betas, eps, weight decay.
+        parameters: all of which learn.
+    """
+
+    def __init__(self, recipe: Adam, parameters: Sequence[nn.Parameter]):
+        self.recipe, self.parameters = recipe, parameters
+        self.state: dict[int, dict[str, Tensor]] = {}
+        """By index of the parameter, from its first gradient on: "step" [], "exp_avg_sq", and "exp_avg" if held."""
+
+    def step(self, rate: float, skip: Tensor) -> None:
+        """Moves each parameter that has a gradient.
+
+        Args:
+            rate: the learning rate.
+            skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
+        """
+        moved = [(p, p.grad, self._state_of(k)) for k, p in enumerate(self.parameters) if p.grad is not None]
+        adamw(
+            [p for p, _, _ in moved],
+            [gradient for _, gradient, _ in moved],
+            # A first moment that is the gradient's own memory: 0 m + 1 g writes back what is there.
+            [state.get("exp_avg", gradient) for _, gradient, state in moved],
+            [state["exp_avg_sq"] for _, _, state in moved],
+            [],
+            [state["step"] for _, _, state in moved],
+            fused=True,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=self.recipe.betas[0],
+            beta2=self.recipe.betas[1],
+            lr=rate,
+            weight_decay=self.recipe.weight_decay,
+            eps=self.recipe.eps,
+            maximize=False,
+        )
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if self.recipe.betas[0] else ("exp_avg_sq",)
+
+    def _state_of(self, k: int) -> dict[str, Tensor]:
+        if k not in self.state:
+            parameter = self.parameters[k]
+            moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in self._moments}
+            self.state[k] = {"step": torch.zeros((), device=parameter.device), **moments}
+        return self.state[k]
+
+    def state_dict(self) -> dict:
+        """The moments by index of the parameter."""
+        return {"state": self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Inverse of ``state_dict``, on the parameters' devices and in their layout.
+
+        Raises:
+            ValueError: it holds no first moments, and this rule does.
+        """
+        for k, held in saved["state"].items():
+            for name, value in self._state_of(k).items():
+                if name not in held:
+                    raise ValueError("the checkpoint was made with Adam.betas = (0.0, ...): resume with the same betas")
+                value.copy_(spread(held[name], self.parameters[k]))
+
+
+class Updater:
+    """An optimiser in use: clips, steps, warms up, clears gradients. Made by a recipe's ``build``.
+
+    Args:
+        recipe: rates and clip.
+        parameters: all of which learn.
+        rule: what moves them.
+    """
+
+    def __init__(self, recipe: Adam, parameters: list[nn.Parameter], rule: AdamW):
+        self.recipe, self.parameters, self.rule, self.updates = recipe, parameters, rule, 0
+        self.watchers: list[Callable[[Tensor], None]] = []
+        """Told before each update [] whether it is left out, 1 or 0."""
+        self._averaging: Averaging | None = None
+
+    def begin(self) -> bool:
+        """Sends the gradients now held on their way to their means over the ranks, for ``step``, and is back at once.
+
+        Returns:
+            Whether there is anything to wait for: not on one process, nor where weights are sharded.
+        """
+        self._averaging = Averaging(self.parameters)
+        return bool(self._averaging)
+
+    def step(self) -> Tensor:
+        """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping.
+
+        A norm that is not finite changes nothing.
+        """
+        if self._averaging is None:
+            self.begin()
+        self._averaging.finish()
+        self._averaging = None
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
+        skip = (~norm.isfinite()).float()
+        for told in self.watchers:
+            told(skip)
+        self.updates += 1
+        self.rule.step(self.recipe.rate(self.updates), skip)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm.detach()
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "optimizer": self.rule.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        self.rule.load_state_dict(state["optimizer"])
+
+
+class EMA:
+    """Exponential moving average of weights: beta = 2^(-batch / h), h = min(half_life, ramp_up * images seen).
+
+    Args:
+        half_life: images after which an old weight counts half.
+        ramp_up: fraction of the images seen so far that bounds the half-life early on (EDM's 0.05).
+    """
+
+    def __init__(self, *, half_life: float = 500_000, ramp_up: float = 0.05):
+        if half_life <= 0 or ramp_up <= 0:
+            raise ValueError(f"EMA.half_life={half_life} and EMA.ramp_up={ramp_up} must be positive")
+        self.half_life, self.ramp_up = half_life, ramp_up
+
+    def beta(self, batch_size: int, images: int) -> float:
+        """Weight of the old average when ``images`` (this batch included) have been seen."""
+        return 0.5 ** (batch_size / min(self.half_life, self.ramp_up * images))
+
+    def copy_of(self, module: nn.Module) -> nn.Module:
+        """A frozen copy that ``update`` moves."""
+        return copy.deepcopy(module).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, average: nn.Module, module: nn.Module, batch_size: int, images: int) -> None:
+        """average <- beta average + (1 - beta) module, for every parameter that learns; buffers are copied.
+
+        Args:
+            average: made by ``copy_of``.
+            module: after its update.
+            batch_size: samples of the update on this process; all processes have as many.
+            images: of this process so far, this update's included.
+        """
+        weight = 1 - self.beta(batch_size * ranks(), images * ranks())
+        pairs = zip(average.parameters(), module.parameters(), strict=True)
+        olds, news = zip(*((old, new) for old, new in pairs if new.requires_grad), strict=True)
+        torch._foreach_lerp_(olds, news, weight)
+        for old, new in zip(average.buffers(), module.buffers(), strict=True):
+            old.copy_(new)
+
+
+def named_averages(averages: Mapping[str, EMA] | None) -> dict[str, EMA]:
+    """Recipes of further averages by name.
+
+    Raises:
+        ValueError: a name that no module and no file can have, or that stands for the weights themselves.
+    """
+    for name in averages or {}:
+        if not re.fullmatch(r"[a-z0-9_]+", name) or name == "raw" or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"averages={{{name!r}: ...}}: take a name of small letters and digits, such as 'short'")
+    return dict(averages or {})

@@ -1,0 +1,357 @@
+"""The loop round a task: data, seeds, precision, logs, checkpoints, evaluation.
+
+A run is a function of its configuration: step k draws everything random from a generator seeded by (seed, k), and the
+stream's order is a function of (seed, epoch), so a resumed run needs no random state to be the run that would have
+been. Metrics are averaged on the device and read only when they are logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ratiograph.config import tree
+from ratiograph.core import distributed
+from ratiograph.core.files import write_atomically
+from ratiograph.core.randomness import BatchGenerator
+from ratiograph.core.types import Batch
+from ratiograph.networks.weights import weight_files
+from ratiograph.training import checkpoints, parallel
+from ratiograph.training.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
+from ratiograph.training.experiment import Experiment
+from ratiograph.training.faults import Means, StepGuard, Watchdog
+from ratiograph.training.loggers import TensorBoard
+from ratiograph.training.logs import make_grid, significant
+from ratiograph.training.memory import peak_memory
+from ratiograph.training.memory_plan import memory_plan, shortage
+from ratiograph.training.preemption import Preemption
+from ratiograph.training.run_logger import RunLogger, SilentLogger
+
+__all__ = ["autocast_dtype", "choose_device", "named_device", "step_seed", "train"]
+
+
+def named_device(device: str) -> torch.device:
+    """The torch device of ``--device``, there or not; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: for a name torch does not know.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device={device} is no device: give auto, cpu, cuda or cuda:N") from error
+
+
+def choose_device(device: str) -> torch.device:
+    """As ``named_device``, of the devices that are there; each process of a machine has its own GPU.
+
+    Raises:
+        ValueError: for a name torch does not know, or a GPU that is not there.
+    """
+    chosen = named_device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={device}, but torch sees no GPU here: use --device=cpu or --device=auto")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", distributed.local_rank())
+    return chosen
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The networks' autocast type; None is float32. "auto" takes bf16 where the processor computes in it."""
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        capabilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
+    return {"fp32": None, "fp64": None, "bf16": torch.bfloat16}[precision]
+
+
+def step_seed(seed: int, *position: int) -> int:
+    """A 63-bit seed for one position of a run, the same on every machine; distinct positions are independent."""
+    text = ":".join(map(str, (seed, *position)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+class _Run:
+    """One call of ``train``."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, device: torch.device, mode: str):
+        self.experiment, self.task, self.workdir, self.device = experiment, experiment.task, workdir, device
+        self.checkpoints = CheckpointManager(
+            workdir / "checkpoints",
+            keep_last=experiment.keep_last,
+            keep_every=experiment.keep_every,
+            best_metric=experiment.best_metric,
+        )
+        ranks = distributed.ranks()
+        if experiment.batch_size % ranks:
+            raise ValueError(
+                f"Experiment.batch_size={experiment.batch_size} is of all {ranks} processes together and must be a "
+                f"multiple of {ranks}"
+            )
+        if experiment.batch_size // ranks % experiment.accumulation:
+            raise ValueError(
+                f"Experiment.accumulation={experiment.accumulation} must divide the {experiment.batch_size // ranks} "
+                "samples that a process has of a step"
+            )
+        self.loggers = (TensorBoard(),) if experiment.loggers is None else tuple(experiment.loggers)
+        for logger in self.loggers:
+            logger.check()
+        self.task.accumulation = experiment.accumulation
+        self.task.parallel = parallel.choose(mode, self.task, device, lambda parts: memory_plan(self.task).held(parts))
+        self.share = experiment.batch_size // ranks
+        self.generator = BatchGenerator(device, distributed.rank(), ranks)
+        self.whole = torch.Generator(device)
+        self.nodes = graph_nodes(tree.describe(experiment.task))
+        self.config = config_digest(workdir / "config.gin")
+
+    def logger(self, done: int) -> RunLogger | SilentLogger:
+        """Who speaks for the run, from step ``done`` on."""
+        if not distributed.is_main():
+            return SilentLogger()
+        config = self.workdir / "config.gin"
+        return RunLogger(
+            self.workdir,
+            self.experiment.steps,
+            resume_step=done,
+            images_per_step=self.experiment.batch_size,
+            loggers=self.loggers,
+            config=config.read_text(encoding="utf-8") if config.exists() else "",
+        )
+
+    def seeded(self, *position: int) -> torch.Generator:
+        """The generator of the global batch, and this rank's own (dropout), at one position."""
+        value = step_seed(self.experiment.seed, *position)
+        torch.manual_seed(value if distributed.is_main() else step_seed(value, distributed.rank()))
+        return self.generator.manual_seed(value)
+
+    def alone(self, *position: int) -> torch.Generator:
+        """A generator at one position that draws the same on every rank, for what each does as a whole."""
+        value = step_seed(self.experiment.seed, *position)
+        torch.manual_seed(value)
+        return self.whole.manual_seed(value)
+
+    def start(self, say: Callable[[str], None]) -> tuple[int, int]:
+        """Prepares the task, from the newest checkpoint if there is one; (steps done, samples read)."""
+        experiment, task = self.experiment, self.task
+        dtype = autocast_dtype(experiment.precision, self.device)
+        self.seeded(0)
+        if experiment.precision == "fp64":
+            task.double()
+        task.prepare(self.device, dtype)
+        found = self.checkpoints.latest()
+        if found:
+            return self.resume(*found, say)
+        kind = "bf16" if dtype else "fp64" if experiment.precision == "fp64" else "fp32"
+        held = "each a shard of the weights" if task.parallel.shards else "each a copy of the weights"
+        processes = f"{distributed.ranks()} processes, {held}, " if distributed.ranks() > 1 else ""
+        say(f"{processes}{self.device.type}, networks in {kind}, {self.workdir}")
+        batches = None
+        if experiment.data:
+            stream = experiment.data.batches(experiment.batch_size, experiment.seed)
+            batches = map(self.placed, self.checked(stream))
+        for name, value in task.fit(batches, self.alone(1)).items():
+            say(f"{name} = {value:.5g}")
+        if experiment.evaluator:
+            with task.parallel.whole():
+                rows = experiment.evaluator.before(task, self.device, experiment.seed)
+            if distributed.is_main():
+                write_atomically(self.workdir / "before.json", json.dumps(rows).encode())
+        return 0, 0
+
+    def resume(self, done: int, state: dict, say: Callable[[str], None]) -> tuple[int, int]:
+        """Loads a checkpoint; (steps done, samples read)."""
+        stood = state.get("run", {})
+        if "graph" in stood:
+            check_graph(self.nodes, stood["graph"], self.checkpoints.folder)
+        self.task.load_training_state(state["task"])
+        say(f"resumed from step {done} of {self.experiment.steps}")
+        if stood.get("config", self.config) != self.config:
+            say("the configuration is not the one that the checkpoint was made with")
+        return done, stood.get("samples", done * self.experiment.batch_size)
+
+    def batches(self, samples: int) -> Iterator[Batch]:
+        """This rank's real batches on the device, after the first ``samples`` samples of all ranks."""
+        data, seed = self.experiment.data, self.experiment.seed
+        stream = data.batches(self.share, seed, samples, distributed.rank(), distributed.ranks())
+        return map(self.placed, self.checked(stream))
+
+    def checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """``stream``, whose first samples are of the networks' shape."""
+        for index, batch in enumerate(stream):
+            if not index:
+                self.task.check_samples(batch)
+            yield batch
+
+    def placed(self, batch: Batch) -> Batch:
+        """The batch where and as the networks want it."""
+        batch = batch.to(self.device)
+        return replace(batch, images=batch.images.double()) if self.experiment.precision == "fp64" else batch
+
+    def save(self, step: int, samples: int) -> None:
+        """The state, put together by all ranks and written by the main one."""
+        state = self.task.training_state()
+        if not distributed.is_main():
+            return
+        stood = {"samples": samples, "config": self.config, "graph": self.nodes}
+        self.checkpoints.save(step, state, stood)
+        summary = self.task.summary()
+        if summary:
+            text = json.dumps({"step": step, **summary}, indent=1)
+            write_atomically(self.workdir / "diagnostics.json", text.encode())
+
+    def preview(self, step: int, logger: RunLogger) -> None:
+        """A sample grid at the run's one fixed noise."""
+        with self.task.parallel.whole():
+            if not distributed.is_main():
+                return
+            samples = self.task.preview(self.experiment.preview_samples, self.alone(2))
+        if samples is not None and samples.ndim == 4:
+            logger.image(step, "samples", make_grid(samples))
+
+    def judge(self, step: int, logger: RunLogger) -> dict[str, float]:
+        """The evaluator's quick numbers where they are due; a collapse is told at once."""
+        evaluator, every = self.experiment.evaluator, self.experiment.evaluate_every
+        if not (evaluator and every and step % every == 0):
+            return {}
+        with self.task.parallel.whole():
+            found = distributed.from_main(evaluator.during(self.task, self.device, self.experiment.seed))
+        if found.get("collapsed"):
+            covered = (
+                f": its samples cover {100 * found['coverage']:.1f} % of the real ones" if "coverage" in found else ""
+            )
+            logger.message(f"step {step}: the student may be collapsing{covered}")
+        return {f"evaluation/{name}": value for name, value in found.items()}
+
+    def loop(self, done: int, samples: int, logger: RunLogger, preemption: Preemption) -> None:
+        """Steps ``done`` + 1 to the last.
+
+        Raises:
+            Preempted: a signal asked for it, and the step's checkpoint is written.
+            ValueError: too many steps in a row without a finite gradient; a checkpoint that cannot be written.
+        """
+        experiment, means, guard = self.experiment, Means(self.device), StepGuard(self.task, self.device)
+        # Of a shorter run, which this one goes on from: interrupted after its last step, this one is to write its own.
+        if distributed.is_main():
+            (self.workdir / "evaluation.json").unlink(missing_ok=True)
+        batches = self.batches(samples) if self.task.needs_data else None
+        first, waited, started = samples, 0.0, time.perf_counter()
+        marked = started
+        with Watchdog(experiment.hang_minutes) as watchdog, preemption.at_step_ends():
+            for step in range(done + 1, experiment.steps + 1):
+                before = time.perf_counter()
+                batch = next(batches) if batches else None
+                waited += time.perf_counter() - before
+                generator = self.seeded(3, step)
+                with guard:
+                    means.add(self.task.step(batch, self.share, generator))
+                samples += experiment.batch_size
+                logger.advance(step)
+                watchdog.beat(step)
+                self.checkpoints.poll()
+                # Asked once: a signal between here and the end of the step waits for the next one.
+                last = preemption.join(distributed.any_rank(bool(preemption.received))) or step == experiment.steps
+                judged = self.judge(step, logger)
+                saving = self.checkpoints.improves(step, judged) or last or step % experiment.checkpoint_every == 0
+                if saving or judged or step % experiment.log_every == 0:
+                    now = time.perf_counter()
+                    measured = {"data/wait_fraction": waited / (now - marked)}
+                    measured["memory/peak_gb"] = peak_memory(self.device)
+                    self.record(step, means, guard, judged | measured, logger)
+                    waited, marked = 0.0, now
+                if step == experiment.steps or step % experiment.preview_every == 0:
+                    self.preview(step, logger)
+                if saving:
+                    self.save(step, samples)
+                if last:
+                    self.checkpoints.wait()
+                    distributed.wait_for_all()
+                    preemption.end_if_received(step, experiment.steps)
+        guard.remove()
+        rate, memory = (samples - first) / (time.perf_counter() - started), peak_memory(self.device)
+        logger.message(f"{significant(rate, 3)} images/s, at most {significant(memory, 3)} GB of memory")
+
+    def record(self, step: int, means: Means, guard: StepGuard, measured: dict, logger: RunLogger) -> None:
+        """Logs the metrics since the last time, and what was left out; ends the run where that was too much."""
+        metrics, bad = means.read()
+        metrics = distributed.average_metrics(metrics, self.device)
+        faults = guard.read()
+        rewards = [name.removeprefix("reward/") for name in bad if name.startswith("reward/")]
+        if rewards:  # whose gradient may have been finite all the same
+            logger.message(f"step {step}: log R of {', '.join(rewards)} was NaN or infinite for some samples")
+        logger.log(step, metrics | measured | ({"faults/skipped_steps": faults.skipped} if faults.skipped else {}))
+        if not faults.new:
+            return
+        report = guard.report(bad)
+        logger.message(f"step {step}: {faults.new} steps without a finite gradient since the last line; {report}")
+        if faults.longest >= self.experiment.max_bad_steps:
+            saved = checkpoints.steps(self.checkpoints.folder)
+            kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was due yet"
+            raise ValueError(
+                f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}; {kept}. Lower "
+                "Adam.lr, clamp the weighting (Clamped.limit), or run with --precision=fp32; rerunning the command "
+                "resumes"
+            )
+
+    def finish(self, logger: RunLogger) -> None:
+        """Final weights and evaluation, in which every rank takes part and of which one writes."""
+        config = self.workdir / "config.gin"
+        metadata = {"config": config.read_text()} if config.exists() else {}
+        for name, module in self.task.weights().items():
+            gathered = parallel.Gathered(module)
+            if distributed.is_main():
+                weight_files.save_weights(self.workdir / f"{name}.safetensors", gathered, metadata)
+        if self.experiment.evaluator:
+            logger.message("evaluating")
+            stored = self.workdir / "before.json"
+            before = json.loads(stored.read_text()) if stored.exists() else []
+            with self.task.parallel.whole(), tempfile.TemporaryDirectory() as unread:
+                place = self.workdir if distributed.is_main() else Path(unread)
+                document = self.experiment.evaluator.after(self.task, self.device, self.experiment.seed, before, place)
+            if distributed.is_main():
+                write_atomically(self.workdir / "evaluation.json", json.dumps(document, indent=1).encode())
+
+
+def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: str = "auto") -> Path:
+    """Runs ``experiment`` to its last step, from its newest checkpoint if ``workdir`` has one.
+
+    Args:
+        experiment: what to run.
+        workdir: folder of the run; see ``WORKSPACE.md`` for the files it leaves.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        mode: how several processes hold the networks, "auto", "none", "ddp", "fsdp" or "hsdp"; see `parallel.choose`.
+
+    Returns:
+        The folder, which `reports.run_report.write_report` makes a page of.
+
+    Raises:
+        ValueError: with the remedy, for anything the user can mend; earlier checkpoints are intact.
+        Preempted: a signal asked for the end; the same call goes on.
+    """
+    run = _Run(experiment, Path(workdir), choose_device(device), mode)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    short = shortage(run.task, experiment.precision, run.device, run.task.parallel.parts)
+    messages = [short] if short else []
+    with Preemption() as preemption, run.checkpoints:
+        done, samples = run.start(messages.append)
+        with run.logger(done) as logger:
+            for message in messages:
+                logger.message(message)
+            if done == 0:
+                run.preview(0, logger)
+            if done < experiment.steps:
+                run.loop(done, samples, logger, preemption)
+            unjudged = not (run.workdir / "evaluation.json").exists()
+            distributed.wait_for_all()  # all have looked before one writes
+            if done < experiment.steps or unjudged:
+                run.finish(logger)
+    return run.workdir

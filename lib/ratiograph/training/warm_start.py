@@ -1,0 +1,50 @@
+"""Starting from where another run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ratiograph.training.checkpoints import latest, load_strict
+from ratiograph.training.parallel import spread_like
+
+__all__ = ["WarmStart"]
+
+
+class WarmStart:
+    """Networks of an earlier run's newest checkpoint, with fresh optimisers and step 0.
+
+    f-distill starts text-to-image runs from a reverse-KL one, so that the discriminator is warm when it first weighs.
+
+    Args:
+        run: workdir of that run.
+        nodes: what to take, of ``student``, ``student_average``, ``student_score`` and ``ratio``; by default all that
+            this graph and that run share.
+    """
+
+    def __init__(self, *, run: str, nodes: Sequence[str] | None = None):
+        self.run, self.nodes = run, None if nodes is None else tuple(nodes)
+
+    def load(self, networks: Mapping[str, nn.Module]) -> list[str]:
+        """Loads the nodes into ``networks`` (by name); returns their names.
+
+        Raises:
+            ValueError: the run has no checkpoint, or a node asked for is missing there or of another shape.
+        """
+        folder = Path(self.run) / "checkpoints"
+        found = latest(folder)
+        if found is None:
+            raise ValueError(f"WarmStart.run={self.run!r}: {folder} holds no checkpoint; give the workdir of a run")
+        saved = found[1]["task"]["networks"]
+        taken = [n for n in networks if n in saved] if self.nodes is None else list(self.nodes)
+        unknown = [name for name in taken if name not in networks]
+        if unknown or not taken:
+            raise ValueError(
+                f"WarmStart.nodes: this graph has {', '.join(networks)}, that run {', '.join(saved)}; "
+                + (f"{unknown[0]!r} is not in this graph" if unknown else "they share none")
+            )
+        kept = {name: spread_like(networks[name], saved[name]) for name in taken if name in saved}
+        load_strict({name: networks[name] for name in taken}, kept, source=f"{self.run}'s checkpoint")
+        return taken

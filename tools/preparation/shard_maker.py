@@ -1,0 +1,376 @@
+"""Makes shards of a source: in parallel, resumable, and to the last byte the same however it is run.
+
+The source's entries are put in a fixed random order and cut into consecutive, nearly equal parts, one a shard. Worker
+processes prepare the images; this process writes shard after shard, each aside and then renamed. A *record* tells what
+a finished shard holds. Until all are finished the records lie in ``.progress/`` beside the shards, afterwards in the
+index. A sample's key is its number in the source's own order, so that a sample can be traced to its image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from preparation.cropping import Preparation
+from preparation.image_bytes import Damaged
+from preparation.parallel_map import in_order
+from preparation.sources import Entry, Listing, Source
+from ratiograph.core.files import write_atomically
+from ratiograph.data.shards import INDEX
+
+__all__ = ["Watch", "make_shards"]
+
+PROGRESS = ".progress"
+SETTINGS = "settings.json"
+CHUNK = 32  # images a message to a worker
+END = bytes(2 * tarfile.BLOCKSIZE)  # ends a tar archive
+
+# --- images ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A sample ready to be written: the blocks of a tar archive that hold it, and its image's (width, height)."""
+
+    blocks: bytes
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+Numbered = tuple[int, Entry]
+"""An entry with its number in the source's own order."""
+
+
+def _make(preparation: Preparation, entries: Sequence[Numbered]) -> list[Made | Skipped]:
+    return [_make_one(preparation, number, entry) for number, entry in entries]
+
+
+def _make_one(preparation: Preparation, number: int, entry: Entry) -> Made | Skipped:
+    try:
+        suffix, data, size = preparation(entry.image.read())
+    except (Damaged, FileNotFoundError) as error:
+        return Skipped(entry.name, error.strerror if isinstance(error, OSError) else str(error))
+    except OSError as error:  # no fault of this image, and another attempt may succeed
+        raise ValueError(f"cannot read {entry.name}: {error}. The same command continues from here") from error
+    members = sorted({**entry.members, suffix: data}.items())
+    return Made(b"".join(_tar_blocks(f"{number:08d}.{suffix}", data) for suffix, data in members), size)
+
+
+def _tar_blocks(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)  # of no owner, and of time 0
+    info.size, info.mode = len(data), 0o444
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+class Watch:
+    """Is told how the work goes; does nothing."""
+
+    def begin(self, total: int, done: int) -> None:
+        """``total`` images are to be made, ``done`` of them lie in finished shards."""
+
+    def advance(self) -> None:
+        """One image more was made or skipped."""
+
+    def skip(self, skipped: Skipped) -> None:
+        """An image was skipped."""
+
+
+# --- one shard ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Writer:
+    """Writes the samples of one shard and counts them."""
+
+    samples: int = 0
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def write(self, results: Iterable[Made | Skipped], on_skip: Callable[[Skipped], None], file: BinaryIO) -> None:
+        for result in results:
+            if isinstance(result, Skipped):
+                self.skipped.append(result)
+                on_skip(result)
+            else:
+                file.write(result.blocks)
+                self.samples += 1
+                self.sizes.add(result.size)
+        file.write(END)
+
+    def record(self, path: Path) -> dict:
+        """What is to be remembered of the shard at ``path``; ``size`` is None where the images' sizes differ."""
+        skipped = [{"name": one.name, "reason": one.reason, "shard": path.name} for one in self.skipped]
+        size = list(*self.sizes) if len(self.sizes) == 1 else None
+        return {"samples": self.samples, **_fingerprint(path), "size": size, "skipped": skipped}
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _intact(path: Path, record: Mapping | None) -> bool:
+    """Whether the shard lies there as its record says."""
+    if record is None or not path.is_file() or path.stat().st_size != record["bytes"]:
+        return False
+    return _fingerprint(path)["sha256"] == record["sha256"]
+
+
+# --- all shards -----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """Shards on their way into ``folder``; ``settings`` fixes every byte of them."""
+
+    folder: Path
+    name: str
+    settings: dict
+    listing: Listing
+    parts: list[list[Numbered]]
+    preparation: Preparation
+    max_corrupt: float
+    workers: int
+    watch: Watch
+    records: dict[str, dict] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number:06d}.tar"
+
+    def claim(self) -> None:
+        """Takes the folder, with what an earlier attempt at the same shards left in it."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: give a folder for the shards")
+        earlier = _read_json(self.folder / INDEX) or _read_json(self.folder / PROGRESS / SETTINGS)
+        if earlier is None:
+            if others := _others(self.folder):
+                raise ValueError(f"{self.folder} holds other files already ({others}): give a new or empty folder")
+            write_atomically(self.folder / PROGRESS / SETTINGS, _json_bytes({"settings": self.settings}))
+        elif differing := _differences(earlier.get("settings"), self.settings):
+            raise ValueError(
+                f"{self.folder} holds shards made with other settings: {differing}. Repeat the earlier command, give "
+                "another folder, or delete this one"
+            )
+        else:
+            self.records = _records(self.folder, earlier)
+
+    def run(self) -> None:
+        paths = [self.path(number) for number in range(len(self.parts))]
+        pending = [number for number, path in enumerate(paths) if not _intact(path, self.records.get(path.name))]
+        for number in pending:
+            self.records.pop(paths[number].name, None)
+        for record in self.records.values():
+            self.skipped += [Skipped(one["name"], one["reason"]) for one in record["skipped"]]
+        total = len(self.listing.entries)
+        self.watch.begin(total, total - sum(len(self.parts[number]) for number in pending))
+        self.check_skipped()
+        chunks = (chunk for number in pending for chunk in _chunks(self.parts[number]))
+        with closing(in_order(partial(_make, self.preparation), chunks, self.workers)) as made:
+            results = self.counted(itertools.chain.from_iterable(made))
+            for number in pending:
+                self.write(number, itertools.islice(results, len(self.parts[number])))
+
+    def counted(self, results: Iterable[Made | Skipped]) -> Iterator[Made | Skipped]:
+        for result in results:
+            self.watch.advance()
+            yield result
+
+    def write(self, number: int, results: Iterable[Made | Skipped]) -> None:
+        writer, path = _Writer(), self.path(number)
+        write_atomically(path, partial(writer.write, results, self.skip))
+        if not writer.samples:
+            raise ValueError(f"all images of {path.name} are damaged, and a shard cannot be empty: make fewer shards")
+        self.records[path.name] = writer.record(path)
+        write_atomically(self.folder / PROGRESS / f"{path.name}.json", _json_bytes(self.records[path.name]))
+
+    def skip(self, skipped: Skipped) -> None:
+        self.watch.skip(skipped)
+        self.skipped.append(skipped)
+        self.check_skipped()
+
+    def check_skipped(self) -> None:
+        total = len(self.listing.entries)
+        if len(self.skipped) > self.max_corrupt * total:
+            first = "; ".join(f"{one.name}: {one.reason}" for one in self.skipped[:3])
+            raise ValueError(
+                f"{len(self.skipped)} of {total} images cannot be used, more than --max_corrupt={self.max_corrupt:g} "
+                f"allows: {first}{'; ...' if len(self.skipped) > 3 else ''}. Mend the source or allow more; the same "
+                "command continues from here"
+            )
+
+    def finish(self) -> dict:
+        """Writes the index and clears away what only an unfinished job needs."""
+        records = [self.records[self.path(number).name] for number in range(len(self.parts))]
+        sizes = {tuple(record["size"] or ()) for record in records}
+        index = {
+            "shards": {
+                self.path(number).name: {key: record[key] for key in ("samples", "bytes", "sha256")}
+                for number, record in enumerate(records)
+            },
+            "source": self.settings["source"],
+            "samples": sum(record["samples"] for record in records),
+            "size": list(*sizes) or None if len(sizes) == 1 else None,
+            "members": sorted(self.listing.entries[0].members),
+            "classes": self.listing.classes,
+            "class_names": self.listing.class_names and list(self.listing.class_names),
+            "skipped": [one for record in records for one in record["skipped"]],
+            "settings": self.settings,
+        }
+        if _read_json(self.folder / INDEX) != index:
+            write_atomically(self.folder / INDEX, _json_bytes(index))
+        shutil.rmtree(self.folder / PROGRESS, ignore_errors=True)
+        for temporary in self.folder.glob(f".{self.name}-*.tmp"):  # of attempts that were killed
+            temporary.unlink(missing_ok=True)
+        return index
+
+
+def _chunks(entries: Sequence[Numbered]) -> Iterator[Sequence[Numbered]]:
+    return (entries[start : start + CHUNK] for start in range(0, len(entries), CHUNK))
+
+
+def _json_bytes(document: Mapping) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or give another folder") from error
+
+
+def _others(folder: Path) -> str:
+    """The first names in a folder, of all but unfinished settings."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS) if folder.is_dir() else []
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _differences(earlier: Mapping | None, settings: Mapping) -> str:
+    if earlier is None:
+        return "they are of another data set"
+    keys = [key for key in (earlier | settings) if earlier.get(key) != settings.get(key)]
+    return ", ".join(f"{key}={earlier.get(key)} (now {settings.get(key)})" for key in keys)
+
+
+def _records(folder: Path, earlier: Mapping) -> dict[str, dict]:
+    """What is known of finished shards: from the index of a finished job, and from an unfinished one's records."""
+    records = {
+        name: {**entry, "size": earlier["size"], "skipped": [one for one in earlier["skipped"] if one["shard"] == name]}
+        for name, entry in earlier.get("shards", {}).items()
+    }
+    paths = (folder / PROGRESS).glob("*.tar.json")
+    return records | {path.name.removesuffix(".json"): _read_json(path) for path in paths}
+
+
+def make_shards(
+    source: Source,
+    folder: Path,
+    *,
+    name: str | None = None,
+    resolution: int | None = None,
+    channels: int = 3,
+    format: str | None = None,
+    shards: int | None = None,
+    shard_samples: int | None = None,
+    shuffle_seed: int | None = 0,
+    max_corrupt: float = 1e-3,
+    workers: int = 1,
+    watch: Watch | None = None,
+) -> dict:
+    """Writes the shards ``<folder>/<name>-000000.tar`` ... of a source, and their index.
+
+    Killed at any time and called again, it continues, and the shards are the same to the last byte, as with any other
+    number of workers. A damaged image is skipped, reported to ``watch`` and listed in the index.
+
+    Args:
+        source: what to make shards of.
+        folder: new, empty, or holding what an earlier call with the same arguments left.
+        name: stem of the shard files; None is the source's kind, and the resolution where one is given.
+        resolution, channels, format: see `Preparation`.
+        shards: number of files; None is as many as ``shard_samples`` takes.
+        shard_samples: samples a file, at most; None is the source's own choice.
+        shuffle_seed: of the samples' random order; None keeps the source's own order.
+        max_corrupt: fraction of the images that may be skipped.
+        workers: processes that prepare images; 1 works in this process.
+        watch: is told how the work goes.
+
+    Returns:
+        The index: ``shards`` {file: {samples, bytes, sha256}}, ``source``, ``samples``, ``size`` [width, height] or
+        None where sizes differ, ``members`` (suffixes beside the image's), ``classes`` and ``class_names`` or None,
+        ``skipped`` [{name, reason, shard}], ``settings``.
+
+    Raises:
+        ValueError: the source cannot be used, too many images are damaged, the folder holds something else or cannot
+            be written.
+    """
+    listing = source.listing()
+    total = len(listing.entries)
+    name = name or f"{source.kind}{resolution or ''}"
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"--name={name}: give letters, digits, - and _ only")
+    count = shards or -(-total // (shard_samples or source.shard_samples))
+    if count > total:
+        raise ValueError(f"--shards={count}: the source has only {total} images")
+    order = np.arange(total) if shuffle_seed is None else np.random.RandomState(shuffle_seed).permutation(total)
+    numbered = [(number, listing.entries[number]) for number in order.tolist()]
+    bounds = np.linspace(0, total, count + 1).astype(int)
+    settings = source.settings() | {
+        "name": name,
+        "resolution": resolution,
+        "channels": channels,
+        "format": format,
+        "shards": count,
+        "shuffle_seed": shuffle_seed,
+        "images": total,
+        "contents": _contents(listing.entries),
+    }
+    job = _Job(
+        folder=Path(folder),
+        name=name,
+        settings=settings,
+        listing=listing,
+        parts=[numbered[first:last] for first, last in itertools.pairwise(bounds)],
+        preparation=Preparation(
+            resolution=resolution,
+            channels=channels,
+            format=format,
+            new_format=source.format,
+            normalize=source.normalize,
+        ),
+        max_corrupt=max_corrupt,
+        workers=workers,
+        watch=watch or Watch(),
+    )
+    job.claim()
+    job.run()
+    return job.finish()
+
+
+def _contents(entries: Sequence[Entry]) -> str:
+    """SHA-256 of what the source lists, so that a source that has changed is noticed."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry.name} {entry.image.size} {sorted(entry.members.items())}\n".encode())
+    return digest.hexdigest()[:16]
