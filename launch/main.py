@@ -20,38 +20,24 @@ the same command goes on, 130 ended at once.
 
 import contextlib
 import sys
-import traceback
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_string("gin_file", [], "A gin file; repeatable, later files win over earlier ones.")
-flags.DEFINE_multi_string("gin_param", [], "A line of gin, e.g. 'SBA.lam=1.0'; repeatable, after the files.")
+command_line.define_configuration(*command_line.OVERRIDES)
+command_line.define_device()
 flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/<name of the last gin file>.")
-flags.DEFINE_integer("steps", None, "Optimisation steps of the whole run (Experiment.steps).", lower_bound=1)
-flags.DEFINE_integer("batch_size", None, "Samples a step (Experiment.batch_size).", lower_bound=1)
-flags.DEFINE_integer("seed", None, "Seed of everything random (Experiment.seed).", lower_bound=0)
-flags.DEFINE_string("precision", None, "Arithmetic of the networks, e.g. auto (Experiment.precision).")
-flags.DEFINE_string("data", None, "Data set: an embedded one by name, or shards by pattern (macro DATA).")
-flags.DEFINE_string("teacher", None, "Weights of the teacher: a file or folder (macro TEACHER).")
-flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...: auto takes a GPU if there is one.")
 flags.DEFINE_string("parallel", "auto", "How processes share a run: auto, none, ddp (copies), fsdp, hsdp (shards).")
 flags.DEFINE_list("loggers", None, "Where metrics go beside the run's folder: tensorboard, wandb, trackio.")
 flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
 flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
 flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
 
-OVERRIDES = {
-    "steps": "Experiment.steps",
-    "batch_size": "Experiment.batch_size",
-    "seed": "Experiment.seed",
-    "precision": "Experiment.precision",
-    "data": "DATA",
-    "teacher": "TEACHER",
-}
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "trackio": "Trackio"}
-
+INTERRUPTED = "ended at once; the same command goes on from the last checkpoint"
 
 HARMLESS = [
     f"Experiment.{name}"
@@ -66,20 +52,15 @@ HARMLESS += [f"Trackio.{name}" for name in ("project", "name", "group")]
 """Run-level values that a run may go on with changed: no step depends on them."""
 
 
-def parse_flags(config, arguments):
-    """The checked configuration that the command line asks for."""
-    if arguments:
-        raise config.ConfigError(f"'{arguments[0]}' is no flag. Did you mean --gin_file={arguments[0]}?")
-    if not FLAGS.gin_file:
-        raise config.ConfigError("no configuration: name one, e.g. --gin_file=gin/mnist_sba.gin.")
-    overrides = {key: FLAGS[flag].value for flag, key in OVERRIDES.items() if FLAGS[flag].value is not None}
+def parse_flags(config):
+    """The checked configuration that the flags ask for."""
     for name in FLAGS.loggers or []:
         if name not in LOGGERS:
             raise config.ConfigError(f"--loggers={name}: choose from {', '.join(LOGGERS)}")
     lines = list(FLAGS.gin_param)
     if FLAGS.loggers is not None:
         lines.append(f"Experiment.loggers = [{', '.join(f'@{LOGGERS[name]}()' for name in FLAGS.loggers)}]")
-    return config.parse(FLAGS.gin_file, lines, overrides)
+    return config.parse(FLAGS.gin_file, lines, command_line.overrides(*command_line.OVERRIDES))
 
 
 def claim(config, cfg, workdir):
@@ -129,13 +110,12 @@ def run(config, cfg):
     import torch
 
     from ratiograph.core import distributed
-    from ratiograph.reports import graph_picture, run_report, teacher_grid
+    from ratiograph.reports.run_and_report import run_and_report
     from ratiograph.training import parallel, trainer, workdir
 
     config.check_files(cfg)
     folder = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
-    device = trainer.choose_device(FLAGS.device)
-    distributed.start(device)
+    distributed.start(trainer.choose_device(FLAGS.device))
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
         torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
@@ -144,52 +124,27 @@ def run(config, cfg):
         if distributed.is_main():
             stack.enter_context(workdir.locked(folder))
             claim(config, cfg, folder)
-            graph_picture.save(experiment, folder)
         distributed.wait_for_all()
-        trainer.train(experiment, workdir=folder, device=FLAGS.device, mode=FLAGS.parallel)
-        teacher_grid.draw_once(experiment, folder, device)
+        report = run_and_report(experiment, workdir=folder, device=FLAGS.device, mode=FLAGS.parallel)
         if distributed.is_main():
-            print(f"done: {run_report.write_report(folder)}", flush=True)
+            print(f"done: {report}", flush=True)
 
 
-def execute(arguments):
-    """The run that the command line asks for; its exit code."""
-    from ratiograph import config  # after the flags are known to be right, so that --help is instant
-
-    try:
-        cfg = parse_flags(config, arguments)
-        (dry_run if FLAGS.dry_run else run)(config, cfg)
-    except (ValueError, OSError) as error:
-        if FLAGS.verbose_errors:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, config.ConfigError) else 1
-    return 0
-
-
-def flags_of(argv):
-    """What of the command line is no flag; a wrong flag ends the program with 2, not with absl's 1."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error} (--help lists all)", file=sys.stderr)
-        sys.exit(2)
-
-
-def main(argv):
+def main(arguments):
+    command_line.needs_configuration(arguments)
     from ratiograph.training.preemption import EXIT_CODE, Preempted, Preemption
 
     try:
         with Preemption():
-            code = execute(argv[1:])
+            from ratiograph import config  # imports torch, which takes seconds: --help and wrong flags need not wait
+
+            cfg = parse_flags(config)
+            (dry_run if FLAGS.dry_run else run)(config, cfg)
     except Preempted as stop:
         print(stop, file=sys.stderr)
-        code = EXIT_CODE
-    except KeyboardInterrupt:
-        print("ended at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return EXIT_CODE
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=flags_of)
+    command_line.run(main, code_of=command_line.configuration_code, interrupted=INTERRUPTED)

@@ -26,7 +26,8 @@ from ratiograph.algebra.weightings import (
 )
 from ratiograph.core.contracts import Evaluation, Needs, Nodes
 from ratiograph.core.types import Condition, Noisy
-from ratiograph.networks.teachers.mixture import ExactRatio, ExactTilted, GaussianMixture, MixtureClassifier
+from ratiograph.networks.teachers.exact_tilting import ExactTilted, MixtureClassifier
+from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture
 
 
 class Tabulated(CustomWeighting):

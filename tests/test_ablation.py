@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import marked_text
 from ablations import execution, grids, plots, tables
 from ablations.grids import Grid, Row
+from paper_figures.drawing import spread
 from ratiograph import config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -393,12 +395,12 @@ def test_an_unknown_column_is_an_error_that_lists_the_others(tmp_path):
 
 
 def test_the_text_between_the_markers_is_replaced(tmp_path):
-    path = tmp_path / "README.md"
+    path = tmp_path / "RESULTS.md"
     path.write_text("a\n<!-- ablation g -->\nold\n<!-- /ablation g -->\nb\n<!-- ablation h -->\n<!-- /ablation h -->\n")
-    new = tables.insert(path, "g", "new\ntable")
+    new = marked_text.replaced(path, "ablation g", "new\ntable")
     assert new == path.read_text().replace("old", "new\ntable")
     with pytest.raises(ValueError, match="<!-- ablation i -->"):
-        tables.insert(path, "i", "")
+        marked_text.replaced(path, "ablation i", "")
 
 
 # --- the figure ---------------------------------------------------------------------------------------------
@@ -420,7 +422,7 @@ def test_dots_are_the_first_column_in_the_order_of_the_rows(tmp_path):
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b", "c"]
     assert axes.get_ylim() == (2.5, -0.5)  # the first row on top
     assert axes.get_xlabel() == "distance to p, lower is better"
-    best = {line.get_label(): line.get_color() == figure.ACCENT for line in axes.get_lines()}
+    best = {line.get_label(): line.get_color() == plots.ACCENT for line in axes.get_lines()}
     assert (best["a"], best["c"]) == (False, True)
     assert plots.draw(table_of(tmp_path / "none", made, [None] * 3)) is None
 
@@ -468,12 +470,12 @@ def test_names_beside_lines_keep_their_order_and_distance():
     random = np.random.default_rng(0)
     for count in (1, 2, 7, 15):
         heights = np.sort(random.uniform(size=count) ** 3)
-        placed = np.array(plots._apart(heights.tolist(), 0.05))
+        placed = np.array(spread(heights.tolist(), 0.05))
         assert (np.diff(placed) > 0.05 - 1e-9).all()
         assert placed.min() > -1e-9
         assert placed.max() < 1 + 1e-9
-    assert plots._apart([0.2, 0.5, 0.9], 0.05) == [0.2, 0.5, 0.9]
-    assert plots._apart([0.4, 0.42, 0.9], 0.1) == pytest.approx([0.36, 0.46, 0.9])
+    assert spread([0.2, 0.5, 0.9], 0.05) == [0.2, 0.5, 0.9]
+    assert spread([0.4, 0.42, 0.9], 0.1) == pytest.approx([0.36, 0.46, 0.9])
 
 
 # --- a cluster ----------------------------------------------------------------------------------------------
@@ -540,12 +542,12 @@ def ablated(tmp_path_factory):
     """A 2x2 grid on the exact world, really run: the last cell as task 3 of an array, the others here."""
     folder = tmp_path_factory.mktemp("ablated")
     (folder / "tiny.toml").write_text(TINY)
-    (folder / "README.md").write_text("head\n<!-- ablation tiny -->\n<!-- /ablation tiny -->\ntail\n")
+    (folder / "RESULTS.md").write_text("head\n<!-- ablation tiny -->\n<!-- /ablation tiny -->\ntail\n")
     flags = ["--grid=tiny.toml", "--folder=runs", "--batch_size=16"]
     variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_SUBMIT_DIR": str(folder), "PYTHON": sys.executable}
     task = tool(*flags, cwd=folder, script=("bash", ARRAY), ABLATE=str(TOOL), **variables)
     after_task = sorted(path.parent.name for path in folder.glob("runs/*/evaluation.json"))
-    whole = tool(*flags, "--out=README.md", cwd=folder)
+    whole = tool(*flags, "--out=RESULTS.md", cwd=folder)
     return folder, flags, task, after_task, whole
 
 
@@ -591,10 +593,10 @@ def test_a_grid_is_run_and_tabulated(ablated):
         assert f"student/Adam.lr = {lr}\n" in config
         assert "Experiment.batch_size = 16\n" in config
     assert statistics.stdev(distances) > 0.01  # a rate of 0.5 is felt in three steps
-    text = (folder / "README.md").read_text()
+    text = (folder / "RESULTS.md").read_text()
     table = (folder / "runs/table.md").read_text()
     assert text == f"head\n<!-- ablation tiny -->\n{table}<!-- /ablation tiny -->\ntail\n"
-    made = "python tools/ablate.py --grid=tiny.toml --folder=runs --batch_size=16 --out=README.md"
+    made = "python tools/ablate.py --grid=tiny.toml --folder=runs --batch_size=16 --out=RESULTS.md"
     assert table.startswith(f"Made by `{made}`.\n")
     assert (folder / "runs/figure.png").stat().st_size > 5000
 

@@ -21,7 +21,7 @@ from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.ratios import EncoderRatio, StudentScoreHeadRatio, StudentScoreMeanRatio
 from ratiograph.networks.samplers import HeunSampler
 from ratiograph.tasks.denoiser_training import DenoiserTraining
-from ratiograph.tasks.student_passes import Kept, Replayed
+from ratiograph.tasks.student_passes import KeptPass, ReplayedPass
 from ratiograph.training.optim import EMA, Adam
 from test_distillation import adversarial, edm, matching, task_of
 
@@ -129,7 +129,7 @@ class Dropping(nn.Module):
 def test_both_passes_drop_the_same_values():
     torch.manual_seed(0)
     student, z, field = Dropping(), torch.randn(8, 6), torch.randn(8, 6)
-    passes = Replayed(student, z, Condition(labels=torch.arange(8)), 4)
+    passes = ReplayedPass(student, z, Condition(labels=torch.arange(8)), 4)
     torch.rand(100)  # other networks' dropout, between the two
     after = torch.get_rng_state()
     passes.backward(field)
@@ -145,7 +145,7 @@ def test_both_passes_drop_the_same_values():
 def test_a_kept_pass_is_plain_autograd():
     torch.manual_seed(0)
     student, z, field = Dropping().eval(), torch.randn(8, 6), torch.randn(8, 6)
-    passes = Kept(student, z, Condition())
+    passes = KeptPass(student, z, Condition())
     passes.backward(field)
     found = student.layer.weight.grad.clone()
     student.zero_grad()
@@ -156,7 +156,7 @@ def test_a_kept_pass_is_plain_autograd():
 def test_replayed_keeps_no_graph_and_the_batchs_order():
     torch.manual_seed(0)
     student, z = Dropping().eval(), torch.randn(8, 6)
-    passes = Replayed(student, z, Condition(), 4)
+    passes = ReplayedPass(student, z, Condition(), 4)
     assert not passes.x0.requires_grad
     torch.testing.assert_close(passes.x0, student(z, None))
 

@@ -17,7 +17,8 @@ from ratiograph.core.randomness import BatchGenerator
 from ratiograph.core.types import Batch, Condition
 from ratiograph.evaluation.candidates import marked_best, students_of
 from ratiograph.networks.weights import weight_files
-from ratiograph.training import checkpoints, parallel, trainer
+from ratiograph.reports.run_and_report import run_and_report
+from ratiograph.training import checkpoints, parallel
 from ratiograph.training.experiment import Task
 from ratiograph.training.optim import EMA
 from test_distillation import matching, task_of
@@ -92,7 +93,7 @@ def two_ranks(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     found = {}
     for mode in ("ddp", "fsdp"):
-        how = parallel.choose(mode, task_of({"matching": matching()}), CPU)
+        how = parallel.choose(mode, task_of({"matching": matching()}), CPU, held=float)
         task = prepared(how)
         advance(task, range(3), rank, 2)
         found[mode] = task.training_state()["networks"]
@@ -102,8 +103,8 @@ def two_ranks(rank: int, folder: str) -> None:
         found[f"one => {mode}"] = task.training_state()
         with task.parallel.whole():  # each process alone
             draws = torch.Generator().manual_seed(1)
-            maker = students_of(task)[1]
-            found[f"{mode} samples"] = maker.sampler(task)(4, draws) if rank == 0 else None
+            candidate = students_of(task)[1]
+            found[f"{mode} samples"] = candidate.sampler(task)(4, draws) if rank == 0 else None
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
 
@@ -148,7 +149,7 @@ def ring(workdir, steps: int, *lines: str):
     workdir.mkdir(exist_ok=True)
     config.save(parsed, workdir / "config.gin")
     experiment = config.build(parsed)
-    trainer.train(experiment, workdir=workdir, device="cpu")
+    run_and_report(experiment, workdir=workdir, device="cpu")
     return experiment.task
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from absl import flags
 
 from benchmarks.changes import compared
 from benchmarks.timing import medians
-from tools_here import tool
+from tools_here import call, tool
 
 HERE = {"device": "a CPU", "threads": 2, "instructions": []}
 
@@ -75,11 +74,8 @@ def test_the_command(tmp_path, capsys):
             file.write(json.dumps(record) + "\n")
     both = tmp_path / "both.jsonl"
     with tool("bench") as bench:
-        flags.FLAGS(["bench"])
         for new, code in (("new", 3), ("old", 0)):
-            with pytest.raises(SystemExit) as stop:
-                bench.main(["bench", "compare", f"{both}@old", f"{both}@{new}"])
-            assert stop.value.code == code
+            assert call(bench, "compare", f"{both}@old", f"{both}@{new}") == code
     shown = capsys.readouterr().out
     assert "2 of 4 measures are worse beyond noise" in shown
     assert "1.500x  ±   0.0%  slower" in shown

@@ -73,7 +73,7 @@ def test_latents_of_the_run_s_own_shapes(tmp_path):
 @pytest.mark.parametrize(("more", "draws"), [((), 3), (("gin/base/sd15_lora.gin",), 1)])
 def test_networks_without_weights_are_drawn_and_a_shared_base_once(more, draws, monkeypatch):
     pytest.importorskip("diffusers")
-    from ratiograph.networks.architectures.stable_diffusion_unets import TextUNet
+    from ratiograph.networks.architectures.text_unet import TextUNet
 
     seen, draw = [], TextUNet.draw
     monkeypatch.setattr(TextUNet, "draw", lambda network: (seen.append(network), draw(network)))

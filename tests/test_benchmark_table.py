@@ -1,4 +1,4 @@
-"""README's table from records, and the suite that makes them: what it runs, leaves out and survives."""
+"""The table of results from records, and the suite that makes them: what it runs, leaves out and survives."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 from absl import flags
 
 from benchmarks import suite
-from benchmarks.results_table import COLUMNS, CONFIGURATIONS, render, write
+from benchmarks.commands import MEASUREMENTS
+from benchmarks.results_table import COLUMNS, CONFIGURATIONS, render
 from benchmarks.suite import Measurement, plans, run, steps
 from ratiograph import config
-from tools_here import tool
+from tools_here import call, tool
 
 HARDWARE = {"device": "EPYC", "threads": 2, "instructions": ["avx2"]}
 DIJS = {"gin_file": ["gin/papers/score_free/cifar10_dijs.gin"], "gin_param": []}
@@ -91,14 +92,18 @@ def test_the_wait_of_a_network_made_small_is_not_the_configuration_s():
     assert [row[8] for row in rows([STEP, small])] == [""]
 
 
-def test_between_the_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
-    write(readme, "| new |")
-    assert readme.read_text() == "before\n<!-- bench -->\n| new |\n<!-- /bench -->\nafter\n"
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="write the lines <!-- bench --> and <!-- /bench --> there"):
-        write(readme, "")
+def test_between_the_markers(tmp_path, capsys):
+    page, records = tmp_path / "RESULTS.md", tmp_path / "records.jsonl"
+    records.write_text(json.dumps(STEP | {"date": "2026-12-01"}) + "\n")
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    with tool("bench") as bench:
+        assert call(bench, "table", f"--out={records}", f"--page={page}") == 0
+        table = capsys.readouterr().out
+        assert page.read_text() == f"before\n<!-- bench -->\n{table}<!-- /bench -->\nafter\n"
+        page.write_text("no markers")
+        assert call(bench, "table", f"--out={records}", f"--page={page}") == 1
+    told = "write the lines <!-- bench --> and <!-- /bench --> where it belongs"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tiny", [False, True])
@@ -107,9 +112,9 @@ def test_what_the_suite_asks_parses(tiny):
     asked = steps(tiny) + plans("fp32")
     named = {argument for each in asked for argument in each.arguments if argument.startswith("--gin_file=")}
     assert named == {f"--gin_file={file}" for each in CONFIGURATIONS for file in each.files}
-    with tool("bench") as bench:
+    with tool("bench"):
         for each in asked:
-            assert each.arguments[0] in bench.MEASUREMENTS
+            assert each.arguments[0] in MEASUREMENTS
             flags.FLAGS.unparse_flags()
             flags.FLAGS(["bench", *each.arguments[1:]])
             if flags.FLAGS.gin_file:

@@ -62,7 +62,7 @@ def distillation(weights: str | None = None, run: str | None = None):
 def prepared(make, *arguments, mode: str, spared: bool, dtype: torch.dtype | None = None):
     with parallel.building(mode if spared else "none"):
         task = make(*arguments)
-    task.parallel = parallel.choose(mode, task, CPU)
+    task.parallel = parallel.choose(mode, task, CPU, held=float)
     task.prepare(CPU, dtype)
     return task
 

@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
 def test_a_kill_at_any_moment_leaves_the_earlier_checkpoint(tmp_path, moment):
     script = f"""
 import os, signal, sys, torch
-from ratiograph import checkpoints, files
+from ratiograph.training import checkpoints
 folder = sys.argv[1]
 checkpoints.save(folder, 100, {{"x": torch.arange(1000)}})
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

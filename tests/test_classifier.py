@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from ratiograph.core.types import Batch, Condition
-from ratiograph.data.shards import encode_png, write_shards
+from ratiograph.data.images import encode_png
+from ratiograph.data.shards import write_shards
 from ratiograph.networks.architectures.classifier import SHIPPED_WEIGHTS, DigitClassifier, classify_all
 from ratiograph.networks.weights.weight_files import save_weights
 from ratiograph.tasks.classifier_training import ClassifierEvaluator, ClassifierTraining, RandomAffine

@@ -12,7 +12,7 @@ from ratiograph.networks.conditions import Prompts
 from ratiograph.networks.weights.weight_files import save_weights
 from ratiograph.networks.word_encoder import WordEncoder
 from ratiograph.training.logs import make_grid
-from tools_here import tool
+from tools_here import call, tool
 
 LINES = ["EDM.weights = None", "CaptionedUNet.channels = 16", "Experiment.precision = 'fp32'"]
 PROMPTS = ["a red seven", "a two", "a digit"]
@@ -37,14 +37,9 @@ def test_every_block_is_its_samplers(tmp_path, capsys):
     tasks = [made(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
     out = tmp_path / "sheet.png"
     with tool("compare_students") as sheet:
-        sheet.FLAGS(
-            [
-                *("tool", f"--run={tmp_path / 'a'}", f"--run=second={tmp_path / 'b'}", f"--out={out}"),
-                *("--columns=2", "--evaluations=0", "--seed=3", "--device=cpu"),
-                *(f"--prompt={prompt}" for prompt in PROMPTS),
-            ]
-        )
-        sheet.main(["tool"])
+        runs = (f"--run={tmp_path / 'a'}", f"--run=second={tmp_path / 'b'}", f"--out={out}")
+        prompts = (f"--prompt={prompt}" for prompt in PROMPTS)
+        assert call(sheet, *runs, *prompts, "--columns=2", "--evaluations=0", "--seed=3", "--device=cpu") == 0
     assert capsys.readouterr().out.strip() == str(out)
     captions = Prompts(captions=[prompt for prompt in PROMPTS for _ in range(2)], encoder=WordEncoder())
     picture, blocks = np.asarray(Image.open(out)), []
@@ -67,8 +62,6 @@ def test_every_block_is_its_samplers(tmp_path, capsys):
 def test_mistakes_are_one_clear_line(tmp_path, capsys, runs, said):
     made(tmp_path / "a", 0)
     with tool("compare_students") as sheet:
-        sheet.FLAGS(["tool", *(f"--run={run.format(tmp_path)}" for run in runs), "--evaluations=0", "--device=cpu"])
-        with pytest.raises(SystemExit) as ended:
-            sheet.main(["tool"])
-    assert ended.value.code == 1
+        folders = (f"--run={run.format(tmp_path)}" for run in runs)
+        assert call(sheet, *folders, "--evaluations=0", "--device=cpu") == 1
     assert said in capsys.readouterr().err

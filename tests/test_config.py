@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratiograph import config
-from ratiograph.config import ConfigError
-from ratiograph.config.values import Reference, accepts, literal, writable
+from ratiograph.config import ConfigError, configuration
+from ratiograph.config.components import components, load_components
+from ratiograph.config.reader import parse_text
+from ratiograph.config.signatures import accepts
+from ratiograph.config.values import Reference, literal, writable
 
 
 class ToyWeighting:
@@ -106,12 +109,9 @@ extra/ToyTerm.coefficient = 2
 """
 
 
-SHIPPED = config.COMPONENT_MODULES
-
-
 @pytest.fixture(autouse=True)
 def stand_ins_only(monkeypatch):
-    monkeypatch.setattr(config, "COMPONENT_MODULES", ())
+    monkeypatch.setattr(configuration, "load_components", lambda: None)
 
 
 def write(folder, text, name="run.gin"):
@@ -388,7 +388,7 @@ def test_import_line_registers_a_module_of_ones_own(parse, tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     cfg = parse("import toy_module\nToyRun.steps = 1\nToyRun.factory = @ToyOwn\n")
     assert type(config.build(cfg).factory()).__name__ == "ToyOwn"
-    assert "Path" not in config._components  # only what the module itself defines
+    assert "Path" not in components  # only what the module itself defines
     config.save(cfg, tmp_path / "config.gin")
     assert (tmp_path / "config.gin").read_text().startswith("import toy_module\n")
 
@@ -437,7 +437,7 @@ def test_a_component_that_is_configured_but_never_built_is_an_error(parse):
 @pytest.mark.parametrize("value", [1, -2.5, "a'b\"c\\d", None, True, [1, (2,), {"k": []}], float("inf"), (), 1e-12])
 def test_literals_are_read_back_exactly(value, parse):
     assert writable(value)
-    assert dict(config._lines(f"X = {literal(value)}\n", "here")) == {"X": literal(value)}
+    assert [statement.value for statement, _ in parse_text(f"X = {literal(value)}\n", "here")] == [value]
     import gin.config
 
     assert gin.config.parse_value(literal(value)) == value
@@ -470,7 +470,7 @@ def test_what_gin_cannot_write_is_not_written(value):
     ],
 )
 def test_accepts(annotation, value, expected):
-    assert accepts(annotation, value, config._components) is expected
+    assert accepts(annotation, value, components) is expected
 
 
 def test_two_components_of_one_name_are_refused():
@@ -479,11 +479,10 @@ def test_two_components_of_one_name_are_refused():
         config.register(other)
 
 
-def test_annotations_of_every_shipped_component_resolve(monkeypatch):
+def test_annotations_of_every_shipped_component_resolve():
     """An annotation imported under TYPE_CHECKING only would switch its parameter's check off."""
-    monkeypatch.setattr(config, "COMPONENT_MODULES", SHIPPED)
-    config._load_components()
-    for component in config._components.values():
+    load_components()
+    for component in components.values():
         if component.make.__module__.startswith("ratiograph."):
             for name, parameter in component.parameters.items():
                 assert parameter.annotation is not __import__("typing").Any, f"{component.name}.{name}"

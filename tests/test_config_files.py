@@ -36,7 +36,7 @@ def parsed(macros, *more, files=(TILT,)):
 
 
 def lines(cfg):
-    return missing_files(cfg, config._components)
+    return missing_files(cfg)
 
 
 def test_what_is_there_is_not_missed_and_not_read(there):
@@ -114,7 +114,7 @@ def test_nothing_is_built_and_no_heavy_package_imported():
     code = (
         "import sys, time; from ratiograph import config, config_files; "
         f"cfg = config.parse(['{TILT}']); start = time.process_time(); "
-        "found = config_files.missing_files(cfg, config._components); "
+        "found = config_files.missing_files(cfg); "
         "assert found and time.process_time() - start < 0.5, time.process_time() - start; "
         "assert not {'diffusers', 'transformers'} & set(sys.modules)"
     )

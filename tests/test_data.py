@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ratiograph.data import embedded, tars
-from ratiograph.data.shards import encode_png, read_shard, write_shards
+from ratiograph.data.images import encode_png
+from ratiograph.data.shards import read_shard, write_shards
 from ratiograph.data.stream import ShardStream, load_all
 
 

@@ -11,10 +11,11 @@ from scipy.spatial.distance import pdist
 
 from ratiograph import config
 from ratiograph.data.stream import load_all
-from ratiograph.evaluation.digit_evaluator import METRICS, DigitsEvaluator, _Digits, _Reference
+from ratiograph.evaluation.digit_evaluator import DigitsEvaluator
+from ratiograph.evaluation.digit_readings import METRICS, DigitReadings, DigitReference
 from ratiograph.evaluation.inception_score import inception_score
 from ratiograph.evaluation.manifold import Manifold
-from ratiograph.evaluation.result_cache import RowCache, file_identity
+from ratiograph.evaluation.result_cache import ResultCache, file_identity
 from ratiograph.networks.architectures.classifier import DigitClassifier
 
 CPU = torch.device("cpu")
@@ -168,8 +169,8 @@ def test_real_row_compares_disjoint_halves(evaluator, monkeypatch):
     """Of twelve numbers no two splits into halves have the same distance, so the distance tells the split."""
     numbers = 2.0 ** torch.arange(12, dtype=torch.float64)
     images = numbers[:, None, None, None].expand(12, 1, 28, 28)
-    digits = _Digits(images, numbers[:, None], torch.eye(12)[:, :10])
-    monkeypatch.setattr(evaluator, "real", _Reference(digits))
+    digits = DigitReadings(images, numbers[:, None], torch.eye(12)[:, :10])
+    monkeypatch.setattr(evaluator, "real", DigitReference(digits))
     (row,) = evaluator.real_rows()
     splits = {}
     for half in itertools.combinations(range(12), 6):
@@ -288,7 +289,7 @@ def test_shipped_rows_have_every_metric():
 
 def test_cache_prefers_the_shipped_file_and_survives_a_damaged_one(own_cache, tmp_path):
     shipped = tmp_path / "package" / "rows.json"
-    cache = RowCache(shipped)
+    cache = ResultCache(shipped)
     assert cache.get("k") is None
     cache.put("k", {"frechet_distance": 1.5})
     cache.put("j", {"frechet_distance": 2.5})
@@ -305,7 +306,7 @@ def test_cache_prefers_the_shipped_file_and_survives_a_damaged_one(own_cache, tm
 def test_cache_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RATIOGRAPH_CACHE", str(tmp_path / "file"))
-    RowCache(tmp_path / "rows.json").put("k", {"frechet_distance": 1.0})
+    ResultCache(tmp_path / "rows.json").put("k", {"frechet_distance": 1.0})
     assert "not kept" in caplog.text
 
 
@@ -325,10 +326,8 @@ def test_identity_follows_bytes_and_settings(tmp_path):
 def test_document_is_json_with_every_shown_metric_labelled(evaluator, real):
     rows = [*evaluator.real_rows(), evaluator.measure("student", resampler(real), evaluations=1)]
     wanted = [0.05, 0.15] * 5
-    document = evaluator.document(rows, ["A note."], title="T", expected_shares={"p*(y)": wanted})
+    document = evaluator.document(rows, {"p*(y)": wanted})
     assert json.loads(json.dumps(document)) == document
-    assert document["title"] == "T"
-    assert document["notes"][0] == "A note."
     for row in document["rows"]:
         assert set(row) - {"name", "evaluations", "samples"} == set(document["metrics"])
     series = document["histograms"]["series"]

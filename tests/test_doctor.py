@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from absl import flags
 
 import doctor_checks
 from ratiograph import config
 from ratiograph.training import checkpoints
 from ratiograph.training.workdir import locked
-from tools_here import tool
+from tools_here import call, tool
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(importlib.util.find_spec("ratiograph").origin).parent / "assets"
@@ -125,10 +124,8 @@ def test_a_device_that_is_not_there_is_found(tmp_path):
 def test_the_command_ends_with_1_where_something_would_fail(tmp_path, capsys):
     def run(*options):
         with tool("doctor") as command:
-            flags.FLAGS(["doctor_checks.py", f"--workdir={tmp_path / 'run'}", "--device=cpu", *options])
-            with pytest.raises(SystemExit) as end:
-                command.main(["doctor_checks.py"])
-        return end.value.code, capsys.readouterr().out
+            code = call(command, f"--workdir={tmp_path / 'run'}", "--device=cpu", *options)
+        return code, capsys.readouterr().out
 
     code, told = run("--gin_file=gin/mixture2d_scores.gin")
     assert code == 0

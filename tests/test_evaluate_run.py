@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ratiograph import config
-from ratiograph.training import trainer
+from ratiograph.reports.run_and_report import run_and_report
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [
@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     cfg = config.parse([str(ROOT / "gin/mixture2d_scores.gin")], LINES, {})
     config.save(cfg, workdir / "config.gin")
     torch.manual_seed(5)
-    trainer.train(config.build(cfg), workdir=workdir, device="cpu")
+    run_and_report(config.build(cfg), workdir=workdir, device="cpu")
     return workdir
 
 

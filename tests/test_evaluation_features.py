@@ -15,12 +15,14 @@ from torch.nn import functional
 from ratiograph.evaluation.features import (
     DigitFeatures,
     EfficientNetLite0Features,
-    InceptionFeatures,
-    LegacyInceptionFeatures,
-    TensorFlowInceptionFeatures,
     TimmFeatures,
     resized,
     to_pixels,
+)
+from ratiograph.evaluation.inception_features import (
+    InceptionFeatures,
+    LegacyInceptionFeatures,
+    TensorFlowInceptionFeatures,
 )
 from ratiograph.networks.architectures.classifier import DigitClassifier, classify_all
 from ratiograph.networks.weights.weight_files import save_weights

@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from absl import flags
 from PIL import Image
 
 from ratiograph import config
@@ -19,7 +18,7 @@ from ratiograph.networks.word_encoder import WordEncoder
 from ratiograph.reports.export import export_lora, export_pipeline, export_plain
 from ratiograph.tasks.student_files import load_student, read_experiment
 from ratiograph.training import checkpoints
-from tools_here import tool
+from tools_here import call, tool
 
 SIZES = (
     *("CaptionedUNet.resolution = 8", "CaptionedUNet.channels = 16", "EncodedStream.encoder = @WordEncoder()"),
@@ -58,19 +57,11 @@ def sample(capsys):
     """sample(folder, *flags) => (exit code, error line)."""
     with tool("sample") as module:
 
-        def call(folder, *arguments):
-            flags.FLAGS.unparse_flags()
-            for name in set(flags.FLAGS):
-                if flags.FLAGS.find_module_defining_flag(name) == module.__name__:
-                    flags.FLAGS[name].unparse()
-            rest = flags.FLAGS(["sample", str(folder), "--precision=fp32", "--device=cpu", *arguments])
-            try:
-                module.main(rest)
-            except SystemExit as stop:
-                return stop.code, capsys.readouterr().err
-            return 0, capsys.readouterr().err
+        def sample(folder, *arguments):
+            code = call(module, folder, "--precision=fp32", "--device=cpu", *arguments)
+            return code, capsys.readouterr().err
 
-        yield call
+        yield sample
 
 
 def x0(path):
@@ -179,11 +170,8 @@ def test_mistakes_are_told(workdir, tmp_path):
         export_plain(moved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with tool("export") as export:
-        flags.FLAGS(["export", "--half"])
-        with pytest.raises(SystemExit):
-            export.main(["export", str(workdir), str(tmp_path / "out")])
-        flags.FLAGS(["export", "--nohalf"])
-        export.main(["export", str(workdir), str(tmp_path / "out")])
+        assert call(export, "--half", workdir, tmp_path / "out") == 1
+        assert call(export, "--nohalf", workdir, tmp_path / "out") == 0
     assert (tmp_path / "out" / "student.safetensors").read_bytes() == (workdir / "student.safetensors").read_bytes()
 
 

@@ -312,7 +312,7 @@ def test_runs_without_anything_to_draw_are_errors(tmp_path):
         run_curves.lambda_curves({"run": folder})
     with pytest.raises(ValueError, match="holds 1 grids"):
         run_curves.initialisations({"run": folder})
-    with pytest.raises(ValueError, match=r"has no config\.gin"):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.gin"):
         score_difference.load_run(tmp_path, torch.device("cpu"))
 
 

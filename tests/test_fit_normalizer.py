@@ -7,14 +7,13 @@ import re
 
 import pytest
 import torch
-from absl import flags
 
 from ratiograph import config
 from ratiograph.algebra.rewards import ClassReward
 from ratiograph.core.types import Condition
 from ratiograph.data.stream import load_all
 from ratiograph.networks.architectures.classifier import DigitClassifier
-from tools_here import tool
+from tools_here import call, tool
 
 RING = "gin/mixture2d_first_order.gin"
 
@@ -23,12 +22,7 @@ RING = "gin/mixture2d_first_order.gin"
 def run():
     """Calls the tool with flags, in this process."""
     with tool("fit_normalizer") as fit_normalizer:
-
-        def call(*arguments: str) -> None:
-            flags.FLAGS(["fit_normalizer", *arguments])
-            fit_normalizer.main(["fit_normalizer"])
-
-        yield call
+        yield lambda *arguments: call(fit_normalizer, *arguments)
 
 
 def test_estimates_every_tilted_target_of_a_run(run, tmp_path):
@@ -75,9 +69,7 @@ def test_reads_no_sample_of_the_data_twice(run, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments, f"--out={tmp_path / 'normalizer.gin'}")
-    assert stopped.value.code == 1
+    assert run(*arguments, f"--out={tmp_path / 'normalizer.gin'}") == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert message in printed

@@ -66,7 +66,7 @@ def in_each_mode(name: str, rank: int, ranks: int) -> dict:
     found = {}
     os.environ["LOCAL_WORLD_SIZE"] = "2"  # as of two machines, where there are four processes
     for mode in ("fsdp", "ddp", "hsdp")[: ranks // 2 + 1]:
-        task = prepared(name, parallel.choose(mode, GRAPHS[name](), CPU))
+        task = prepared(name, parallel.choose(mode, GRAPHS[name](), CPU, held=float))
         norms = advance(task, range(STEPS), rank, ranks)
         found[mode] = task.training_state(), {k: v for k, v in norms.items() if "gradient" in k}
     return found
@@ -86,7 +86,7 @@ def sharded_rank(rank: int, folder: str) -> None:
 def every_graph(rank: int, ranks: int, folder: str) -> None:
     found = {name: in_each_mode(name, rank, ranks) for name in GRAPHS}
     for mode in ("fsdp", "ddp"):
-        task = prepared(FIRST, parallel.choose(mode, GRAPHS[FIRST](), CPU), 1, torch.bfloat16)
+        task = prepared(FIRST, parallel.choose(mode, GRAPHS[FIRST](), CPU, held=float), 1, torch.bfloat16)
         found["bf16", mode] = advance(task, range(STEPS), rank, ranks)
     task = prepared(FIRST, parallel.Sharded(CPU), accumulation=2)
     advance(task, range(STEPS), rank, ranks)
@@ -146,10 +146,10 @@ def refusals() -> list[str]:
     for refused in (
         lambda: r1.prepare(CPU, None),
         lambda: r1.parallel.shard([r1.teacher, adapted], None),
-        lambda: parallel.choose("fsdp", alone, CPU),
-        lambda: parallel.choose("none", r1, CPU),
-        lambda: parallel.choose("fsdb", r1, CPU),
-        lambda: parallel.choose("hsdp", r1, CPU),
+        lambda: parallel.choose("fsdp", alone, CPU, held=float),
+        lambda: parallel.choose("none", r1, CPU, held=float),
+        lambda: parallel.choose("fsdb", r1, CPU, held=float),
+        lambda: parallel.choose("hsdp", r1, CPU, held=float),
     ):
         try:
             refused()
@@ -271,4 +271,4 @@ def test_what_cannot_be_sharded_says_what_to_use(found):
 
 def test_one_process_is_never_sharded():
     for mode in ("auto", "none", "ddp", "fsdp", "hsdp"):
-        assert type(parallel.choose(mode, GRAPHS["an encoder of its own"](), CPU)) is parallel.Replicated
+        assert type(parallel.choose(mode, GRAPHS["an encoder of its own"](), CPU, held=float)) is parallel.Replicated

@@ -12,7 +12,7 @@ import huggingface_hub
 
 from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, UNetFromFolder
 from ratiograph.networks.autoencoder import Autoencoder
-from ratiograph.networks.rewards.image_rewards import place_of
+from ratiograph.networks.rewards.image_rewards import path_of
 from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
 from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 
@@ -23,7 +23,7 @@ ASKING = {
     "autoencoder": lambda: Autoencoder.locate(weights=NAME),
     "text encoder": lambda: SD15CaptionEncoder(weights=NAME).load(),
     "text encoders": lambda: SDXLCaptionEncoder.locate(weights=NAME),
-    "reward": lambda: place_of(NAME, "CLIPReward.weights", "`hf download owner/name --local-dir FOLDER`", ("*.json",)),
+    "reward": lambda: path_of(NAME, "CLIPReward.weights", "`hf download owner/name --local-dir FOLDER`", ("*.json",)),
 }
 
 

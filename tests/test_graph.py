@@ -1,19 +1,16 @@
 """The graph as data, tree, Mermaid and SVG: counts, settings and edges against the objects they describe."""
 
-import importlib.util
 import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import ImageFont
 
-from ratiograph import config
+from ratiograph import command_line, config
 from ratiograph.config import tree
-from ratiograph.reports import canvas, graph_picture
-
-ROOT = Path(__file__).resolve().parents[1]
+from ratiograph.reports import canvas, graph_picture, mermaid
+from tools_here import call, tool
 
 TWO_TERMS = """
 Experiment.task = @Distillation()
@@ -162,13 +159,13 @@ def test_short_values(value, text):
 def test_a_ratio_on_the_student_score_is_drawn_with_its_source():
     with torch.device("meta"):
         described = tree.describe(config.build(config.parse(["gin/mnist_dmd2.gin"], [], {})))
-    assert "  student_score -->|features| ratio" in tree.to_mermaid(described).splitlines()
-    assert "  teacher -->|features| ratio" not in tree.to_mermaid(described).splitlines()
-    assert tree.to_svg(described, title="x").count("features, the same pass") == 1
+    assert "  student_score -->|features| ratio" in mermaid.to_mermaid(described).splitlines()
+    assert "  teacher -->|features| ratio" not in mermaid.to_mermaid(described).splitlines()
+    assert graph_picture.to_svg(described, title="x").count("features, the same pass") == 1
 
 
 def test_mermaid_has_the_edges_of_a_step(node):
-    lines = [line.strip() for line in tree.to_mermaid(node).splitlines()]
+    lines = [line.strip() for line in mermaid.to_mermaid(node).splitlines()]
     assert lines[0] == "flowchart LR"
     edges = {line for line in lines if re.fullmatch(r"\w+ --> \w+", line)}
     assert edges == {"teacher --> term0", "ratio --> term0", "student_score --> term0", "ratio --> term1"}
@@ -189,7 +186,7 @@ def lines_into_terms(svg):
 def test_svg_draws_the_edges_of_a_step(node):
     border = canvas.BORDER
     expected = [border["teacher"], border["student_score"], border["ratio"], border["ratio"]]
-    assert lines_into_terms(tree.to_svg(node)) == sorted(expected)
+    assert lines_into_terms(graph_picture.to_svg(node)) == sorted(expected)
 
 
 def test_svg_of_a_step_draws_only_what_exists(tmp_path):
@@ -198,7 +195,7 @@ def test_svg_of_a_step_draws_only_what_exists(tmp_path):
     )
     text = text.replace("@MeanNormalized()", "@KL()").replace("@RatioGradient()", "@ScoreDifference()")
     text = "\n".join(line for line in text.splitlines() if not line.startswith(("MeanNormalized", "SBA")))
-    svg = tree.to_svg(tree.describe(experiment_of(text, tmp_path)))
+    svg = graph_picture.to_svg(tree.describe(experiment_of(text, tmp_path)))
     assert "ratio estimator" not in svg
     border = canvas.BORDER
     assert lines_into_terms(svg) == sorted([border["teacher"], border["student_score"]] * 2)
@@ -211,12 +208,12 @@ def test_a_network_that_no_term_asks_is_marked(tmp_path):
         .replace("SBA.lam = -0.25", "")
         .replace("@RatioGradient", "@ScoreDifference")
     )
-    svg = tree.to_svg(tree.describe(experiment_of(text, tmp_path)))
-    assert svg.count("no term asks it") == 1
+    svg = graph_picture.to_svg(tree.describe(experiment_of(text, tmp_path)))
+    assert svg.count("no term uses it") == 1
     paths = [re.findall(r"[-\d.]+", p.get("d")) for p in ET.fromstring(svg).iter(f"{SVG}path")]
     entering = [d for d in paths if len(d) == 8 and float(d[-2]) == graph_picture.NETWORK_X - 2]
     assert len(entering) == 2  # teacher and student score, not the ratio
-    assert "no term asks it" not in tree.to_svg(tree.describe(experiment_of(TWO_TERMS, tmp_path)))
+    assert "no term uses it" not in graph_picture.to_svg(tree.describe(experiment_of(TWO_TERMS, tmp_path)))
 
 
 def overlaps(a, b):
@@ -228,7 +225,9 @@ def test_pictures_are_self_contained_and_nothing_overlaps_or_runs_out(name, node
     if name == "mnist_teacher":
         with torch.device("meta"):
             node = tree.describe(config.build(config.parse(["gin/mnist_teacher.gin"])))
-    svg = graph_picture.draw_tree(node, "a tree") if name == "tree" else tree.to_svg(node, 'a <title> & "more"')
+    svg = (
+        graph_picture.draw_tree(node, "a tree") if name == "tree" else graph_picture.to_svg(node, 'a <title> & "more"')
+    )
     root = ET.fromstring(svg)
     assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
     assert root.find(f"{SVG}title").text == ("a tree" if name == "tree" else 'a <title> & "more"')
@@ -261,23 +260,20 @@ def test_fit_keeps_what_fits_and_cuts_what_does_not():
     assert canvas.width_of(cut, 12) <= 100
 
 
-def draw_tool():
-    spec = importlib.util.spec_from_file_location("draw_graph", ROOT / "tools" / "draw_graph.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tool_writes_what_the_suffix_asks(tmp_path, capsys):
     (tmp_path / "run.gin").write_text(TWO_TERMS)
-    main = draw_tool().main
-    flags = [f"--gin_file={tmp_path / 'run.gin'}"]
-    assert main([*flags, f"--out={tmp_path / 'g.svg'}"]) == 0
+
+    def draw(name, *flags):
+        flags = (f"--gin_file={tmp_path / 'run.gin'}", f"--out={tmp_path / name}", *flags)
+        with tool("draw_graph") as module:
+            return call(module, *flags, code_of=command_line.configuration_code)
+
+    assert draw("g.svg") == 0
     assert ET.parse(tmp_path / "g.svg").getroot().find(f"{SVG}title").text == "run"
-    assert main([*flags, f"--out={tmp_path / 'g.mmd'}", "--gin_param=SBA.lam=2.0"]) == 0
+    assert draw("g.mmd", "--gin_param=SBA.lam=2.0") == 0
     assert "SBA(lam 2)" in (tmp_path / "g.mmd").read_text()
-    assert main([*flags, f"--out={tmp_path / 'g.png'}"]) == 1
+    assert draw("g.png") == 1
     assert "ends in .svg or .mmd" in capsys.readouterr().err
-    assert main([*flags, f"--out={tmp_path / 'no.svg'}", "--gin_param=SBA.lm=2.0"]) == 2
+    assert draw("no.svg", "--gin_param=SBA.lm=2.0") == 2
     assert "Did you mean 'lam'?" in capsys.readouterr().err
     assert not (tmp_path / "no.svg").exists()

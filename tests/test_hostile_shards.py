@@ -17,17 +17,10 @@ import numpy as np
 import pytest
 
 from ratiograph.data import images, tars
+from ratiograph.data.images import encode_png
 from ratiograph.data.loader import PATIENCE
-from ratiograph.data.shards import (
-    INDEX,
-    DamagedSample,
-    count_items,
-    decode,
-    encode_png,
-    raw_image,
-    read_shard,
-    write_shards,
-)
+from ratiograph.data.raw_samples import DamagedSample, decode, raw_image
+from ratiograph.data.shards import INDEX, count_items, read_shard, write_shards
 from ratiograph.data.stream import ShardStream
 from ratiograph.data.tars import Damage
 
@@ -166,7 +159,7 @@ def outcome(path):
     for sample in read_shard(path, tolerant=True):
         try:
             if isinstance(sample, Damage):
-                raise DamagedSample(sample.why)
+                raise DamagedSample(sample.message)
             pixels, label = decode(sample, channels=1, resolution=4, labels=True)
             used[label] = set(pixels.reshape(-1).tolist())
         except DamagedSample as error:
@@ -258,7 +251,7 @@ def test_a_shard_cut_short_counts_what_it_lost(shard, tmp_path):
     *kept, lost = read_shard(path, tolerant=True)
     assert [int(sample.key) for sample in kept] == [0, 1, 2, 3]
     assert lost.lost == 6
-    assert f"Shard {path} is damaged: 4 samples can be read of 10" in lost.why
+    assert f"Shard {path} is damaged: 4 samples can be read of 10" in lost.message
 
 
 def test_a_compressed_shard_that_grows_without_end_is_not_unpacked(shard, monkeypatch):

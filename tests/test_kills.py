@@ -21,7 +21,8 @@ import importlib.util, json, os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.utils.tensorboard
-from ratiograph import config, trainer
+from ratiograph import command_line, config
+from ratiograph.training import trainer
 torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("launch_main", sys.argv[1])
 launch = importlib.util.module_from_spec(spec)
@@ -35,9 +36,7 @@ def child(order):
     code = 3
     try:
         launch.FLAGS(order["argv"])
-        launch.main(order["argv"][:1])
-    except SystemExit as stop:
-        code = stop.code
+        code = command_line.call(launch.main, [])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,7 +10,7 @@ from unittest.mock import create_autospec
 import pytest
 from absl.testing import flagsaver
 
-from ratiograph import config
+from ratiograph import command_line, config
 from ratiograph.training import trainer
 from ratiograph.training.preemption import Preempted
 
@@ -51,12 +51,9 @@ def main(tmp_path, monkeypatch):
     def main(*flags, gin_file="run.gin"):
         argv = ["main.py", *([f"--gin_file={gin_file}"] if gin_file else []), *flags]
         with flagsaver.flagsaver():
-            launch.FLAGS(argv)
-            try:
-                launch.main([argv[0], *(a for a in flags if not a.startswith("-"))])
-            except SystemExit as stop:
-                return stop.code, calls
-        return 0, calls
+            rest = launch.FLAGS(argv)[1:]
+            code_of = command_line.configuration_code
+            return command_line.call(launch.main, rest, code_of=code_of, interrupted=launch.INTERRUPTED), calls
 
     return main
 
@@ -242,7 +239,7 @@ def test_a_run_beyond_the_steps_asked_for_keeps_its_configuration(main, capsys):
 
 def test_a_misspelt_flag_ends_with_the_code_of_a_wrong_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        launch.flags_of(["main.py", "--stesp=3"])
+        command_line.parse_flags(["main.py", "--stesp=3"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "error: Unknown command line flag 'stesp'. Did you mean: steps ? (--help lists all)\n"

@@ -16,14 +16,8 @@ from ratiograph.algebra.targets import MatchTeacher, RewardTilted
 from ratiograph.core.contracts import Evaluation, Needs, Nodes
 from ratiograph.core.types import Batch, Condition, Noisy
 from ratiograph.evaluation.mixture_evaluator import MixtureEvaluator
-from ratiograph.networks.teachers.mixture import (
-    ExactRatio,
-    ExactTilted,
-    GaussianMixture,
-    MixtureClassifier,
-    RingMixture,
-    tilt,
-)
+from ratiograph.networks.teachers.exact_tilting import ExactTilted, MixtureClassifier, tilt
+from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture, RingMixture
 
 WEIGHTS = [0.2, 0.5, 0.3]
 MEANS = [[0.0, 1.0], [-1.0, 0.5], [2.0, -1.0]]
@@ -66,11 +60,11 @@ def test_density_and_score(alpha, sigma):
     torch.testing.assert_close(mixture().score(noisy, FREE), score)
 
 
-def test_responsibilities():
+def test_component_posteriors():
     noisy = noisy_points(0.6, 0.4)
     exact = reference(0.6, 0.4)
     joint = torch.tensor(WEIGHTS) * exact.component_distribution.log_prob(noisy.x_t[:, None]).exp()
-    found = mixture().responsibilities(noisy, FREE)
+    found = mixture().log_joint(noisy, FREE).softmax(1)
     torch.testing.assert_close(found, joint / joint.sum(1, keepdim=True))
     torch.testing.assert_close(mixture().encode(noisy, FREE).features[0].softmax(1), found)
 

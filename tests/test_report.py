@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ratiograph.reports import charts
-from ratiograph.reports.charts import Axis, line_chart, log_ticks, nice_ticks, smooth, tick_label
+from ratiograph.reports import axes
+from ratiograph.reports.axes import Axis, log_ticks, nice_ticks, smooth, tick_label
+from ratiograph.reports.charts import line_chart
 from ratiograph.reports.results import bar_chart, mini_bars
 from ratiograph.reports.run_report import write_report
 from ratiograph.training.logs import make_grid
@@ -332,7 +333,7 @@ def test_degenerate_curves_stay_inside_the_plot(values):
     (curve,) = page.all("path")
     found = points(curve["d"])
     assert len(found) == len(values)
-    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in found)
+    assert all(0 <= x <= axes.WIDTH and 0 <= y <= axes.HEIGHT for x, y in found)
 
 
 def test_smoothing_equals_the_slow_sum_and_ignores_gaps():

@@ -1,4 +1,4 @@
-"""report_diagnostics.py and its charts: verdicts against closed forms, and marks that lie where the axes say."""
+"""The checks of a ratio and their charts: verdicts against closed forms, and marks that lie where the axes say."""
 
 import json
 import math
@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from ratiograph.algebra.diagnostics import RatioDiagnostics
-from ratiograph.reports.charts import Guide, bin_chart, calibration_chart, line_chart
+from ratiograph.reports.axes import Guide
+from ratiograph.reports.charts import bin_chart, calibration_chart, line_chart
+from ratiograph.reports.quality import collapse_banner, quality_charts
+from ratiograph.reports.ratio_checks import checks, verdict
 from ratiograph.reports.run_report import write_report
-from ratiograph.reports.trust import checks, collapse_banner, quality_charts, trust, verdict
+from ratiograph.reports.trust import trust
 from test_report import Page, points
 
 M = 0.7  # distance of p = N(0, 1) and q = N(M, 1), so that l(x) = M^2/2 - M x

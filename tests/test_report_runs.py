@@ -1,4 +1,4 @@
-"""report_runs.py, report_overlay.py and tools/report.py: several runs in one page."""
+"""Several runs in one page: `reports.comparison`, overlaid charts and tools/report.py."""
 
 import base64
 import json
@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from ratiograph.config.differences import ABSENT
+from ratiograph.reports.charts import colour_class, overlay_chart
 from ratiograph.reports.comparison import labels_of, merged_evaluation, write_comparison
-from ratiograph.reports.curves import curves_section, quality_section
-from ratiograph.reports.overlay import colour_class, overlay_chart
+from ratiograph.reports.curves import curves_section
+from ratiograph.reports.quality import quality_section
 from ratiograph.reports.results import results_table, spread
 from ratiograph.reports.run_report import write_report
 from test_report import Page, cells, points

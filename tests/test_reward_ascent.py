@@ -37,7 +37,8 @@ from ratiograph.algebra.targets import RewardTilted
 from ratiograph.algebra.weightings import KL, LR
 from ratiograph.core.contracts import Nodes
 from ratiograph.core.types import Condition, Noisy
-from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture, MixtureClassifier, tilt
+from ratiograph.networks.teachers.exact_tilting import MixtureClassifier, tilt
+from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture
 from test_field import full
 
 FREE = Condition()

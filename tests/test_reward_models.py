@@ -25,7 +25,15 @@ from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.autoencoder import Autoencoder
 from ratiograph.networks.denoisers import EDM
 from ratiograph.networks.rewards.clip_rewards import AestheticReward, CLIPReward, PickScoreReward
-from ratiograph.networks.rewards.image_rewards import MEAN, STD, DecodedReward, Remembered, cropped, normalised, padded
+from ratiograph.networks.rewards.image_rewards import (
+    MEAN,
+    STD,
+    CaptionCache,
+    DecodedReward,
+    cropped,
+    normalised,
+    padded,
+)
 from ratiograph.networks.rewards.preference_rewards import HPSv2Reward, ImageReward
 from tiny_pipelines import autoencoder, tokenizer
 
@@ -117,7 +125,7 @@ def test_each_batch_of_captions_is_embedded_once_until_it_is_the_oldest():
         asked.append(texts)
         return torch.tensor([[float(len(text))] for text in texts])
 
-    store = Remembered(lengths, capacity=2)
+    store = CaptionCache(lengths, capacity=2)
     assert store(["a", "bb", "a"]).tolist() == [[1.0], [2.0], [1.0]]
     assert store(["a", "ccc"]).tolist() == [[1.0], [3.0]]
     assert store(["a", "bb", "a"]).tolist() == [[1.0], [2.0], [1.0]]

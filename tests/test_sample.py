@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from absl import flags
 from PIL import Image
 
 from ratiograph import config
@@ -25,6 +24,7 @@ from ratiograph.networks.samplers import DDIMSampler, HeunSampler
 from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 from ratiograph.networks.weights.weight_files import load_weights, save_weights
 from ratiograph.training import checkpoints
+from tools_here import call as run_tool
 from tools_here import tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,16 +91,8 @@ def run(workdir, capsys):
     with tool("sample") as sample:
 
         def call(*arguments, folder=workdir):
-            flags.FLAGS.unparse_flags()
-            for name in set(flags.FLAGS):
-                if flags.FLAGS.find_module_defining_flag(name) == sample.__name__:
-                    flags.FLAGS[name].unparse()
-            rest = flags.FLAGS(["sample", f"--workdir={folder}", "--precision=fp32", "--device=cpu", *arguments])
-            try:
-                sample.main(rest)
-            except SystemExit as stop:
-                return stop.code, capsys.readouterr().err
-            return 0, capsys.readouterr().err
+            code = run_tool(sample, f"--workdir={folder}", "--precision=fp32", "--device=cpu", *arguments)
+            return code, capsys.readouterr().err
 
         yield call
 

@@ -9,7 +9,7 @@ import torch
 from ratiograph.evaluation.caption_evaluator import CaptionsEvaluator
 from ratiograph.evaluation.digit_evaluator import DigitsEvaluator
 from ratiograph.evaluation.frechet import fit, frechet_distance
-from ratiograph.evaluation.small_images import gaussian_of, levels_of, spelt, tilted
+from ratiograph.evaluation.small_images import gaussian_of, gaussian_text, levels_of, tilted
 from ratiograph.networks.word_encoder import WordEncoder
 
 
@@ -47,7 +47,7 @@ def test_shares_are_tilted():
 def test_a_gaussian_survives_as_text():
     features = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     fitted = fit(features)
-    read = gaussian_of(spelt(fitted))
+    read = gaussian_of(gaussian_text(fitted))
     torch.testing.assert_close(read.mean, fitted.mean, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(read.covariance, fitted.covariance, rtol=1e-6, atol=1e-7)
     moved = fit(features + 1)

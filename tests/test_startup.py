@@ -23,7 +23,7 @@ OWN = """
 import sys, time
 import einops, gin, numpy, PIL.Image, rich.live, rich.table, safetensors.torch, torch, torch.distributed
 import torch.utils.data, torch.utils.tensorboard, webdataset, yaml
-from absl import app
+from ratiograph import command_line
 sys.path.insert(0, "launch")
 others = time.process_time()
 import main
@@ -39,7 +39,7 @@ def step(self, *given):
 
 
 Distillation.step = step
-app.run(main.main)
+command_line.run(main.main)
 """
 
 
@@ -75,8 +75,8 @@ def test_no_part_of_torch_is_imported_before_it_is_needed(imported):
 
 
 def test_a_run_without_compiled_networks_imports_no_compiler(tmp_path):
-    code = "import sys\nsys.path.insert(0, 'launch')\nimport main\nfrom absl import app\n"
-    code += "try:\n    app.run(main.main)\nfinally:\n    print(*sys.modules)"
+    code = "import sys\nsys.path.insert(0, 'launch')\nimport main\nfrom ratiograph import command_line\n"
+    code += "try:\n    command_line.run(main.main)\nfinally:\n    print(*sys.modules)"
     run = ["--gin_file=gin/mixture2d_ratio.gin", "--steps=2", "--batch_size=16", f"--workdir={tmp_path}"]
     imported = set(output_of(code, *run, "--gin_param=Experiment.evaluator=None")[-1].split())
     assert "ratiograph.training.optim" in imported

@@ -27,14 +27,8 @@ from ratiograph.core.contracts import Evaluation, Nodes
 from ratiograph.core.types import Batch, Condition, Noisy
 from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.denoisers import EDM, set_precision
-from ratiograph.networks.teachers.mixture import (
-    ExactRatio,
-    ExactTilted,
-    GaussianMixture,
-    MixtureClassifier,
-    RingMixture,
-    tilt,
-)
+from ratiograph.networks.teachers.exact_tilting import ExactTilted, MixtureClassifier, tilt
+from ratiograph.networks.teachers.mixture import ExactRatio, GaussianMixture, RingMixture
 
 FREE = Condition()
 PLANE = GaussianMixture(

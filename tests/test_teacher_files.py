@@ -10,11 +10,11 @@ import torch
 
 from official import NETWORKS, SMALL, asked, official_pickle, official_state, random
 from ratiograph.core.types import Noisy
+from ratiograph.networks import edm_weights
 from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
 from ratiograph.networks.denoisers import EDM, freeze, set_precision
+from ratiograph.networks.edm_weights import convert_file
 from ratiograph.networks.preconditioning import VEPreconditioned, VPPreconditioned
-from ratiograph.networks.weights import edm_weights
-from ratiograph.networks.weights.edm_weights import convert_file
 from ratiograph.networks.weights.weight_files import load_weights, save_weights
 
 

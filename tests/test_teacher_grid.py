@@ -7,6 +7,7 @@ from PIL import Image
 
 from ratiograph import config
 from ratiograph.networks.samplers import HeunSampler
+from ratiograph.reports.run_and_report import run_and_report
 from ratiograph.reports.teacher_grid import draw_teacher
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import trainer
@@ -31,7 +32,7 @@ def run(tmp_path_factory):
     cfg = config.parse(["gin/mnist_sba.gin"], TINY)
     config.save(cfg, workdir / "config.gin")
     torch.manual_seed(0)
-    trainer.train(config.build(cfg), workdir=workdir, device="cpu")
+    run_and_report(config.build(cfg), workdir=workdir, device="cpu")
     return workdir
 
 

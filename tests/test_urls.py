@@ -13,8 +13,9 @@ import pytest
 
 from ratiograph.data import remote
 from ratiograph.data.embedded import resolve
+from ratiograph.data.images import encode_png
 from ratiograph.data.remote import RemoteShard
-from ratiograph.data.shards import INDEX, encode_png, write_shards
+from ratiograph.data.shards import INDEX, write_shards
 from ratiograph.data.stream import ShardStream, load_all
 
 

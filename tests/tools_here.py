@@ -10,7 +10,18 @@ from types import ModuleType
 
 from absl import flags
 
+from ratiograph import command_line
+
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+def call(module: ModuleType, *arguments: object, **options: object) -> int:
+    """The exit code of a loaded tool's command line; ``options`` as of `command_line.call`."""
+    flags.FLAGS.unparse_flags()
+    for name in set(flags.FLAGS):
+        if flags.FLAGS.find_module_defining_flag(name) == module.__name__:
+            flags.FLAGS[name].unparse()
+    return command_line.call(module.main, flags.FLAGS([module.__name__, *map(str, arguments)])[1:], **options)
 
 
 @contextmanager

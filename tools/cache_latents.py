@@ -14,10 +14,11 @@ Experiment.data = @CachedCaptionStream().
 """
 
 import shlex
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("teacher", None, "The pipeline in diffusers' format: folder, or hf://OWNER/NAME.", required=True)
@@ -28,29 +29,17 @@ flags.DEFINE_integer("shard_samples", 10_000, "With --caption_only: prompts of o
 flags.DEFINE_integer("sample_seed", None, "Take a sample of the autoencoder's posterior, by this seed, not its mean.")
 flags.DEFINE_integer("batch_size", 16, "Images encoded at a time.", lower_bound=1)
 flags.DEFINE_integer("workers", 4, "Threads that decode images.", lower_bound=1)
-flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
+command_line.define_device()
 flags.DEFINE_float("max_damaged", 0.0, "Fraction of the samples that may be damaged.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("minimum_aesthetic", None, "Least score of LAION's aesthetic predictor, in the samples' .json.")
 flags.DEFINE_integer("minimum_side", None, "Least pixels of the original's shorter side, in the samples' .json.")
 flags.DEFINE_float("maximum_watermark", None, "Greatest probability of a watermark, in the samples' .json.")
 
-
-def caption_encoder():
-    """(the teacher's caption encoder, its usual resolution), by whether its U-Net is told pooled captions and sizes."""
-    from ratiograph.networks import text_encoders
-    from ratiograph.networks.weights import pipeline_files
-
-    pipeline_files.folder_of(FLAGS.teacher, "unet", "--teacher", weights=False)
-    config = pipeline_files.config_of(FLAGS.teacher, "unet")
-    if config is None:
-        raise ValueError(f"--teacher={FLAGS.teacher} holds no unet/config.json: give a pipeline in diffusers' format")
-    if config.get("addition_embed_type") == "text_time":
-        return text_encoders.SDXLCaptionEncoder(weights=FLAGS.teacher), 1024
-    return text_encoders.SD15CaptionEncoder(weights=FLAGS.teacher), 512
+FILTERS = ("minimum_aesthetic", "minimum_side", "maximum_watermark")
 
 
-def samples_of(source, encoder, resolution, device):
-    """What the cache will hold, and the settings that made it."""
+def samples_and_settings(source, encoder, resolution, device):
+    """What the cache will hold, and the settings that an interrupted command must repeat."""
     from preparation.latent_cache import CachedImages, CachedPrompts
     from ratiograph.data.captioned import CaptionedStream
     from ratiograph.data.embedded import resolve
@@ -64,55 +53,49 @@ def samples_of(source, encoder, resolution, device):
         if not prompts:
             raise ValueError(f"{source} is empty: give a prompt a line")
         return CachedPrompts(prompts, encoder, FLAGS.shard_samples), settings | {"shard_samples": FLAGS.shard_samples}
-    chosen = {name: FLAGS[name].value for name in ("minimum_aesthetic", "minimum_side", "maximum_watermark")}
-    stream = CaptionedStream(urls=source, resolution=resolution, sizes=True, max_damaged=FLAGS.max_damaged, **chosen)
+    filters = {name: FLAGS[name].value for name in FILTERS}
+    stream = CaptionedStream(urls=source, resolution=resolution, sizes=True, max_damaged=FLAGS.max_damaged, **filters)
     autoencoder = Autoencoder(weights=FLAGS.teacher, chunk=FLAGS.batch_size)
     autoencoder.load()
     images = CachedImages(
         stream, resolve(source), autoencoder.to(device), encoder, FLAGS.sample_seed, FLAGS.batch_size, FLAGS.workers
     )
-    return images, settings | chosen | {"resolution": resolution, "sample_seed": FLAGS.sample_seed}
+    return images, settings | filters | {"resolution": resolution, "sample_seed": FLAGS.sample_seed}
 
 
-def cache(source, folder):
-    """Makes the cache, with a bar; returns the lines that say what was made."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def summary(folder, index, samples):
+    """What the cache holds, and the flags to train with."""
+    shards = index["shards"]
+    count = sum(entry["samples"] for entry in shards.values())
+    urls = f"{folder}/shard-{{000000..{len(shards) - 1:06d}}}.tar"
+    stream = " --gin_param='Experiment.data = @CachedCaptionStream()' --gin_param='CachedCaptionStream.urls = %DATA'"
+    return (
+        f"{count:,} samples in {len(shards):,} shards, {samples.skipped:,} filtered out, "
+        f"{getattr(samples, 'damaged', 0):,} damaged\n"
+        f"train with --data={shlex.quote(urls)}{stream if FLAGS.caption_only else ''}"
+    )
 
-    from preparation.latent_cache import cache_shards, write_empty_prompt
+
+def main(arguments):
+    command_line.exactly(arguments, 2, "give two names: tools/cache_latents.py IN OUT")
+    from preparation.latent_cache import cache_shards, encoder_of, write_empty_prompt
     from ratiograph.training.trainer import choose_device
 
+    source, folder = arguments[0], Path(arguments[1])
     device = choose_device(FLAGS.device)
-    encoder, standard = caption_encoder()
+    encoder, usual_resolution = encoder_of(FLAGS.teacher)
     encoder.load()
     encoder.to(device)
     if FLAGS.empty_prompt:
         write_empty_prompt(Path(FLAGS.empty_prompt), encoder)
-    samples, settings = samples_of(source, encoder, FLAGS.resolution or standard, device)
-    columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("shards", total=None)
+    samples, settings = samples_and_settings(source, encoder, FLAGS.resolution or usual_resolution, device)
+    with command_line.progress_bar() as progress:
+        bar = progress.add_task("shards", total=None)
         index = cache_shards(
-            samples, folder, settings, lambda done, total: progress.update(task, completed=done, total=total)
+            samples, folder, settings, lambda done, total: progress.update(bar, completed=done, total=total)
         )
-    shards = index["shards"]
-    made = sum(entry["samples"] for entry in shards.values())
-    urls = f"{folder}/shard-{{000000..{len(shards) - 1:06d}}}.tar"
-    told = f"{made:,} samples in {len(shards):,} shards, {samples.skipped:,} filtered out"
-    fed = " --gin_param='Experiment.data = @CachedCaptionStream()' --gin_param='CachedCaptionStream.urls = %DATA'"
-    way = f"--data={shlex.quote(urls)}{fed if FLAGS.caption_only else ''}"
-    return f"{told}, {getattr(samples, 'damaged', 0):,} damaged\ntrain with {way}"
-
-
-def main(argv):
-    try:
-        if len(argv) != 3:
-            raise ValueError("give two names: tools/cache_latents.py IN OUT")
-        print(cache(argv[1], Path(argv[2])))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    print(summary(folder, index, samples))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -4,7 +4,7 @@
   python tools/convert_edm.py --preconditioning=VPPreconditioned ddpmpp.pt teachers/ddpmpp
 
 Official pickles (.pkl) hold Python source that their own loader runs; here nothing in the file is run, and a pickle
-with anything but a network in it is refused. Plain state dicts (.pt, .pth) with official names are taken too; they do
+that holds anything but a network is refused. Plain state dicts (.pt, .pth) with official names are read too; they do
 not say how the network was preconditioned, which --preconditioning does (EDM by default).
 
 The folder gets weights.safetensors, network.json (class names and constructor arguments) and network.gin, which a
@@ -16,25 +16,23 @@ The official files: https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-
 edm-ffhq-64x64-uncond-{vp,ve}.pkl, edm-afhqv2-64x64-uncond-{vp,ve}.pkl, edm-imagenet-64x64-cond-adm.pkl.
 """
 
-import sys
+from absl import flags
 
-from absl import app, flags
-
-from ratiograph.networks.weights.edm_weights import DENOISERS, convert_file
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("preconditioning", None, list(DENOISERS), "Class of the denoiser, for plain state dicts.")
+DENOISERS = ("EDM", "VPPreconditioned", "VEPreconditioned")
+flags.DEFINE_enum("preconditioning", None, DENOISERS, "Class of the denoiser, for plain state dicts.")
 
 
-def main(argv):
-    if len(argv) != 3:
-        sys.exit("error: give the official file and the folder to write: convert_edm.py FILE OUT_DIR")
-    try:
-        description = convert_file(argv[1], argv[2], FLAGS.preconditioning)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{argv[2]}: {description.denoiser} with {description.network}; include {argv[2]}/network.gin in a run")
+def main(arguments):
+    command_line.exactly(arguments, 2, "give the official file and the folder to write: convert_edm.py FILE OUT_DIR")
+    from ratiograph.networks.edm_weights import convert_file
+
+    file, out = arguments
+    description = convert_file(file, out, FLAGS.preconditioning)
+    print(f"{out}: {description.denoiser} with {description.network}; include {out}/network.gin in a run")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -1,7 +1,7 @@
-"""What would end a run hours from now, found in seconds: a check for each thing a run will need.
+"""The checks of tools/doctor.py: one for each thing that a run will need.
 
-A *finding* is what one check found. Networks are built on the meta device, so that nothing takes memory, and of weight
-files the headers are read: whether a tensor is there, and its shape.
+Networks are built on the meta device, so that nothing takes memory. Of weight files only the headers are read: which
+tensors there are, and their shapes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ratiograph import config
 from ratiograph.config import tree
 from ratiograph.config.tree import Node
 from ratiograph.core.contracts import Denoiser, RatioEstimator
@@ -29,17 +30,17 @@ from ratiograph.training.experiment import Experiment
 from ratiograph.training.trainer import autocast_dtype, choose_device
 from ratiograph.training.workdir import locked
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "findings"]
 
 _COPIES = 4  # of a trained weight in a checkpoint: itself, its average, and Adam's two moments
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table.
+    """What one check found.
 
     Args:
-        subject: what was looked at.
+        subject: what was checked.
         ok: whether a run would get past it.
         found: what is there; where not ``ok``, what would fail and the remedy.
     """
@@ -49,8 +50,34 @@ class Finding:
     found: str
 
 
+def findings(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    overrides: Mapping[str, object],
+    *,
+    workdir: Path,
+    device: str = "auto",
+) -> Iterator[Finding]:
+    """What ``examine`` finds of the run that a configuration describes, after a finding about the configuration itself.
+
+    Args:
+        gin_files, bindings, overrides: as of ``config.parse``.
+        workdir: folder of the run, which need not exist.
+        device: as of ``train``.
+    """
+    try:
+        cfg = config.parse(gin_files, bindings, overrides)
+        with torch.device("meta"):
+            experiment = config.build(cfg)
+    except (ValueError, OSError) as error:
+        yield Finding("configuration", False, str(error))
+        return
+    yield Finding("configuration", True, f"{', '.join(gin_files)}: {type(experiment.task).__name__}")
+    yield from examine(experiment, workdir=workdir, device=device)
+
+
 def examine(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Iterator[Finding]:
-    """Everything a run of ``experiment`` needs, one after another; nothing is raised and nothing is left behind.
+    """Checks everything a run of ``experiment`` needs, one after another; raises nothing and leaves nothing behind.
 
     Args:
         experiment: built on the meta device.
@@ -97,15 +124,15 @@ def _device(name: str, experiment: Experiment) -> str:
         )
     if not bool(torch.ones(8, device=device).sum() == 8):
         raise ValueError(f"{found.name} adds wrongly: check its driver, or choose another --device")
-    several = torch.cuda.device_count() > 1
+    count = torch.cuda.device_count()
     nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if torch.distributed.is_nccl_available() else ""
-    if several and not nccl:
-        raise ValueError(f"{torch.cuda.device_count()} GPUs, but this torch has no NCCL: install a CUDA build of torch")
-    return f"{torch.cuda.device_count()} x {found.name}, {found.total_memory / 1e9:.1f} GB, {precision}{nccl}"
+    if count > 1 and not nccl:
+        raise ValueError(f"{count} GPUs, but this torch has no NCCL: install a CUDA build of torch")
+    return f"{count} x {found.name}, {found.total_memory / 1e9:.1f} GB, {precision}{nccl}"
 
 
 def _resident_bytes(experiment: Experiment) -> int:
-    """What lies on the device whatever the batch: weights, and for trained ones average, gradient and moments."""
+    """Bytes on the device at any batch size: weights, and for trained ones average, gradient and moments."""
     parameters = list(experiment.task.parameters())
     return sum(p.numel() * p.element_size() * (_COPIES + 1 if p.requires_grad else 1) for p in parameters)
 
@@ -139,7 +166,7 @@ def _exists(name: str) -> str:
 
 
 def _loads(experiment: Experiment) -> Iterator[tuple[str, Callable[[], str]]]:
-    """What loads weights while a run is prepared: on the meta device only names and shapes are compared."""
+    """A check for each module that loads weights: on the meta device only names and shapes are compared."""
 
     def load(module: Denoiser | RatioEstimator) -> str:
         module.load()
@@ -212,10 +239,10 @@ def _space(experiment: Experiment, workdir: Path) -> str:
     kept = experiment.steps // experiment.keep_every if experiment.keep_every else 0
     count = experiment.keep_last + 1 + kept + (experiment.best_metric is not None)
     wanted, free = _COPIES * trained * count + trained, shutil.disk_usage(_existing(workdir)).free
-    told = f"{count} checkpoints of {_COPIES * trained / 1e6:,.1f} MB"
+    needed = f"{count} checkpoints of {_COPIES * trained / 1e6:,.1f} MB"
     if wanted > free:
         raise ValueError(
-            f"{told} need {wanted / 1e9:.2f} GB, {free / 1e9:.2f} are free: free some, choose another --workdir, or "
+            f"{needed} need {wanted / 1e9:.2f} GB, {free / 1e9:.2f} are free: free some, choose another --workdir, or "
             "raise Experiment.keep_every"
         )
-    return f"{free / 1e9:,.1f} GB free, at most {told}"
+    return f"{free / 1e9:,.1f} GB free, at most {needed}"

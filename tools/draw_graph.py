@@ -1,50 +1,45 @@
 """Draws the graph of a gin file without weights or data.
 
-python tools/draw_graph.py --gin_file=gin/mnist_sba.gin --out=tree.svg
-python tools/draw_graph.py --gin_file=gin/mnist_sba.gin --gin_param='Term.weighting=@KL()' --out=tree.mmd
+  python tools/draw_graph.py --gin_file=gin/mnist_sba.gin --out=tree.svg
+  python tools/draw_graph.py --gin_file=gin/mnist_sba.gin --gin_param='Term.weighting=@KL()' --out=tree.mmd
+
+Exit codes: 0 done, 1 the picture cannot be written, 2 the configuration or the command line is wrong.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
+from absl import flags
 
-def draw(node, out, title):
-    """The picture in the language that the suffix of ``out`` names."""
-    from ratiograph.config import tree
+from ratiograph import command_line
 
-    if out.suffix == ".svg":
-        return tree.to_svg(node, title)
-    if out.suffix in (".mmd", ".mermaid"):
-        return tree.to_mermaid(node)
-    raise ValueError(f"--out={out}: draw to a name that ends in .svg or .mmd")
+FLAGS = flags.FLAGS
+command_line.define_configuration()
+flags.DEFINE_string("out", "tree.svg", "The picture: a name that ends in .svg, .mmd or .mermaid.")
+flags.DEFINE_string("title", "", "Heading of the picture; the name of the last gin file by default.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gin_file", action="append", required=True, help="a gin file; repeatable")
-    parser.add_argument("--gin_param", action="append", default=[], help="a line of gin; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("tree.svg"), help="tree.svg or tree.mmd")
-    parser.add_argument("--title", default="", help="heading of the picture")
-    args = parser.parse_args(arguments)
+def main(arguments):
+    command_line.needs_configuration(arguments)
     import torch
 
     from ratiograph import config
     from ratiograph.config import tree
+    from ratiograph.reports.graph_picture import to_svg
+    from ratiograph.reports.mermaid import to_mermaid
 
-    try:
-        cfg = config.parse(args.gin_file, args.gin_param)
-        with torch.device("meta"):
-            node = tree.describe(config.build(cfg))
-        picture = draw(node, args.out, args.title or Path(args.gin_file[-1]).stem)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(picture, encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, config.ConfigError) else 1
-    print(args.out)
-    return 0
+    with torch.device("meta"):
+        node = tree.describe(config.build(config.parse(FLAGS.gin_file, FLAGS.gin_param)))
+    out = Path(FLAGS.out)
+    if out.suffix == ".svg":
+        picture = to_svg(node, FLAGS.title or Path(FLAGS.gin_file[-1]).stem)
+    elif out.suffix in (".mmd", ".mermaid"):
+        picture = to_mermaid(node)
+    else:
+        raise ValueError(f"--out={out}: draw to a name that ends in .svg or .mmd")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(picture, encoding="utf-8")
+    print(out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main, code_of=command_line.configuration_code)

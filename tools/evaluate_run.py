@@ -10,71 +10,48 @@ trained.
 """
 
 import json
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 flags.DEFINE_string("out", None, "The document; WORKDIR/evaluation.json by default.")
-flags.DEFINE_multi_string("gin_param", [], "A line of gin on top of the run's config.gin; repeatable.")
-flags.DEFINE_string("device", "auto", "auto, cpu, cuda, cuda:1, ...")
+command_line.define_bindings()
+command_line.define_device()
 
 
-def evaluate(workdir, folder):
-    """The document of evaluation.json; its figures go to ``folder``.
-
-    Raises:
-        ValueError: no finished run of a one-step student with an evaluator in the folder.
-        FileNotFoundError: the run left no student.
-    """
-    if not (workdir / "config.gin").is_file():
-        raise ValueError(f"{workdir} has no config.gin: give the folder of a run as --workdir")
-
+def main(arguments):
+    command_line.no_arguments(arguments, "workdir")
     import torch
 
-    from ratiograph import config
-    from ratiograph.tasks.student_files import load_students
+    from ratiograph.core.files import write_atomically
+    from ratiograph.reports.run_report import write_report
+    from ratiograph.tasks import student_files
     from ratiograph.training import trainer
 
-    cfg = config.parse([str(workdir / "config.gin")], FLAGS.gin_param, {})
-    torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # as launch/main.py and the trainer seed random weights
-    experiment = config.build(cfg)
+    workdir = Path(FLAGS.workdir)
+    out = Path(FLAGS.out or workdir / "evaluation.json")
+    experiment = student_files.read_experiment(workdir, memory=True, bindings=FLAGS.gin_param)
     task, evaluator = experiment.task, experiment.evaluator
     if not hasattr(task, "student_sampler"):
         raise ValueError(f"{workdir} trained a {type(task).__name__}, which has no one-step student to evaluate")
     if evaluator is None:
-        raise ValueError(
-            f"{workdir} has no evaluator: add one, --gin_param='Experiment.evaluator = @DigitsEvaluator()'"
-        )
+        line = "--gin_param='Experiment.evaluator = @DigitsEvaluator()'"
+        raise ValueError(f"{workdir} has no evaluator: add one, {line}")
     device = trainer.choose_device(FLAGS.device)
-    torch.manual_seed(trainer.step_seed(experiment.seed, 0))
+    torch.manual_seed(trainer.step_seed(experiment.seed, 0))  # as the trainer seeds random weights
     task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
     before = evaluator.before(task, device, experiment.seed)
-    load_students(task, workdir, raw=getattr(evaluator, "raw", False))
-    return evaluator.after(task, device, experiment.seed, before, folder)
-
-
-def main(argv):
-    try:
-        if argv[1:]:
-            raise ValueError(f"'{argv[1]}' is no flag. Did you mean --workdir={argv[1]}?")
-        workdir = Path(FLAGS.workdir)
-        out = Path(FLAGS.out) if FLAGS.out else workdir / "evaluation.json"
-        document = evaluate(workdir, out.parent)
-
-        from ratiograph.core.files import write_atomically
-        from ratiograph.reports.run_report import write_report
-
-        write_atomically(out, json.dumps(document, indent=1).encode())
-        if not FLAGS.out:
-            write_report(workdir)
-        print(out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    student_files.load_students(task, workdir, raw=getattr(evaluator, "raw", False))
+    document = evaluator.after(task, device, experiment.seed, before, out.parent)
+    write_atomically(out, json.dumps(document, indent=1).encode())
+    if not FLAGS.out:
+        write_report(workdir)
+    print(out)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -14,40 +14,36 @@ The parts beside the U-Net are the teacher's, from the run's own --teacher or fr
 model card (README.md) with the run's numbers and its graph, and the config.gin that repeats the run.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
+command_line.define_bindings()
 flags.DEFINE_string("teacher", None, "Pipeline's folder for the parts beside the U-Net; the run's own by default.")
-flags.DEFINE_multi_string("gin_param", [], "A line of gin on top of the run's config.gin; repeatable.")
 flags.DEFINE_bool("half", False, "Write the U-Net in float16.")
 flags.DEFINE_bool("lora", False, "Write a LoRA, of a student that is one, instead of a pipeline.")
 
 
-def main(argv):
-    try:
-        if len(argv) != 3:
-            raise ValueError("give two names: tools/export.py WORKDIR OUT")
-        if FLAGS.lora and (FLAGS.half or FLAGS.teacher):
-            raise ValueError("--lora writes adapters in float32 and no other part: drop --half and --teacher")
-        from ratiograph.reports import export
+def main(arguments):
+    command_line.exactly(arguments, 2, "give two names: tools/export.py WORKDIR OUT")
+    of_pipeline = FLAGS.half or FLAGS.teacher
+    if FLAGS.lora and of_pipeline:
+        raise ValueError("--lora writes adapters in float32 and no other part: drop --half and --teacher")
+    from ratiograph.reports import export
 
-        lines, (workdir, out) = FLAGS.gin_param, map(Path, argv[1:])
-        if FLAGS.lora:
-            print(export.export_lora(workdir, out, bindings=lines))
-        elif not export.is_pipeline(export.finished(workdir, lines)[1]):
-            if FLAGS.half or FLAGS.teacher:
-                raise ValueError(f"{workdir} trained no student of Stable Diffusion: drop --half and --teacher")
-            print(export.export_plain(workdir, out, bindings=lines))
-        else:
-            made = export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half, bindings=lines)
-            print(made)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    lines, (workdir, out) = FLAGS.gin_param, map(Path, arguments)
+    if FLAGS.lora:
+        print(export.export_lora(workdir, out, bindings=lines))
+    elif export.is_pipeline(export.finished(workdir, lines)[1]):
+        print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half, bindings=lines))
+    elif of_pipeline:
+        raise ValueError(f"{workdir} trained no student of Stable Diffusion: drop --half and --teacher")
+    else:
+        print(export.export_plain(workdir, out, bindings=lines))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -1,6 +1,6 @@
-"""Trains the ring of eight modes with every weighting and both directions, and tabulates what came out.
+"""Trains the ring of eight modes with every weighting and both directions, and tabulates the results.
 
-  python tools/mixture_table.py --out=README.md     the whole grid; writes the table between its markers in README.md
+  python tools/mixture_table.py --out=RESULTS.md    the whole grid; writes the table between its markers in RESULTS.md
   python tools/mixture_table.py                     prints the table only
   python tools/mixture_table.py --only=LS           runs whose name holds LS
 
@@ -15,17 +15,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from marked_text import insert, table
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("folder", "runs/mixture_table", "Folder of the runs.")
-flags.DEFINE_string("out", None, "Text file with the markers, e.g. README.md.")
+flags.DEFINE_string("out", None, "Text file with the markers, e.g. RESULTS.md.")
 flags.DEFINE_string("only", "", "Runs whose name holds this.")
 flags.DEFINE_integer("processes", 2, "Runs at a time.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Steps of each run; the gin file's number by default.", lower_bound=1)
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- mixture_table -->", "<!-- /mixture_table -->"
 
 WEIGHTINGS = {
     "KL": ["WEIGHTING=@KL()"],
@@ -58,14 +60,10 @@ def jobs():
     return {name: (file, WEIGHTINGS[weighting]) for weighting, name, file in grid if FLAGS.only in name}
 
 
-def slug(name):
-    """A folder name."""
-    return "".join(c if c.isalnum() else "_" for c in name.replace("λ", "lam"))
-
-
 def run(name, file, lines):
-    """Trains one job unless it is done; its evaluation.json, or None if it failed."""
-    workdir = Path(FLAGS.folder) / slug(name)
+    """Trains one job unless it is done; the numbers of its student, or None if it failed."""
+    folder = "".join(c if c.isalnum() else "_" for c in name.replace("λ", "lam"))
+    workdir = Path(FLAGS.folder) / folder
     document = workdir / "evaluation.json"
     if not document.exists():
         command = [sys.executable, ROOT / "launch/main.py", f"--gin_file={ROOT / file}", f"--workdir={workdir}"]
@@ -76,93 +74,64 @@ def run(name, file, lines):
             print(f"{name}: failed\n{done.stderr}", file=sys.stderr, flush=True)
             return None
     result = json.loads(document.read_text())
-    row = result["rows"][-1]
+    row, fresh = result["rows"][-1], result["rows"][0]["energy_distance"]
     print(f"{name}: {row['relative_energy_distance']:.2f} times the distance of fresh samples", flush=True)
-    return {
-        **row,
-        "target_class_shares": result["class_shares"]["exact"],
-        "fresh": result["rows"][0]["energy_distance"],
-    }
+    return {**row, "target_class_shares": result["class_shares"]["exact"], "fresh": fresh}
 
 
 def matched_table(rows):
     """The grid of weightings and directions as Markdown."""
-    lines = [
-        "| weighting ω | energy distance, scores | smallest mode | energy distance, ratio | smallest mode |",
-        "|---|---|---|---|---|",
-    ]
-    for weighting in WEIGHTINGS:
-        found = [rows.get(f"{weighting} by {name}") for name in DIRECTIONS]
-        if any(found):
-            cells = [cell for row in found for cell in matched_cells(row)]
-            lines.append(f"| {weighting} | " + " | ".join(cells) + " |")
-    return lines
+    found = {weighting: [rows.get(f"{weighting} by {name}") for name in DIRECTIONS] for weighting in WEIGHTINGS}
+    lines = [[name, *(c for row in pair for c in matched_cells(row))] for name, pair in found.items() if any(pair)]
+    heads = ("energy distance, scores", "smallest mode", "energy distance, ratio", "smallest mode")
+    return table(["weighting ω", *heads], lines)
 
 
 def matched_cells(row):
-    if row is None:
-        return "–", "–"
-    return f"{row['relative_energy_distance']:.2f}", f"{row['smallest_relative_mode']:.2f}"
+    """Energy distance and smallest mode of one run, which may be missing."""
+    keys = ("relative_energy_distance", "smallest_relative_mode")
+    return [f"{row[key]:.2f}" if row else "–" for key in keys]
 
 
 def tilted_table(rows):
     """Class masses of the tilted runs as Markdown."""
-    lines = ["| weighting ω | target r* | masses of the student | exact masses |", "|---|---|---|---|"]
+    lines = []
     for weighting in TILTED:
         for target in TARGETS:
             row = rows.get(f"{weighting} tilted, {target}")
             if row:
-                found, exact = (", ".join(f"{m:.3f}" for m in row[k]) for k in ("class_shares", "target_class_shares"))
-                lines.append(f"| {weighting} | {target} | {found} | {exact} |")
-    return lines
+                masses = (", ".join(f"{m:.3f}" for m in row[key]) for key in ("class_shares", "target_class_shares"))
+                lines.append([weighting, target, *masses])
+    return table(["weighting ω", "target r*", "masses of the student", "exact masses"], lines)
 
 
 def text_of(rows):
     """Both tables, and what their numbers mean."""
-    fresh = next(iter(rows.values()))
-    return "\n".join(
-        [
-            "Energy distance of the one-step student to the exact ring, as a multiple of that between two fresh sets "
-            f"of 1,000 teacher samples ({fresh['fresh']:.2g}); 1 is perfect. Smallest mode: share of the rarest of "
-            "the eight modes over its exact share. Made by `python tools/mixture_table.py --out=README.md`.",
-            "",
-            *matched_table(rows),
-            "",
-            "Tilted by a reward of e on even modes and 1 on odd ones:",
-            "",
-            *tilted_table(rows),
-        ]
+    fresh = next(iter(rows.values()))["fresh"]
+    return (
+        "Energy distance of the one-step student to the exact ring, as a multiple of that between two fresh sets of "
+        f"1,000 teacher samples ({fresh:.2g}); 1 is perfect. Smallest mode: share of the rarest of the eight modes "
+        f"over its exact share. Made by `python tools/mixture_table.py --out=RESULTS.md`.\n\n{matched_table(rows)}\n\n"
+        f"Tilted by a reward of e on even modes and 1 on odd ones:\n\n{tilted_table(rows)}"
     )
 
 
-def insert(path, text):
-    """Puts ``text`` between the markers of the file.
-
-    Raises:
-        ValueError: the file has no markers.
-    """
-    old = path.read_text() if path.exists() else ""
-    if START not in old or END not in old.split(START, 1)[1]:
-        raise ValueError(f"{path} has no place for the table: write the lines {START} and {END} where it belongs")
-    before, rest = old.split(START, 1)
-    path.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")
-
-
-def main(argv):
+def main(arguments):
+    command_line.no_arguments(arguments, "only")
     Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(FLAGS.processes) as pool:
-        asked = {name: pool.submit(run, name, *job) for name, job in jobs().items()}
-        found = {name: future.result() for name, future in asked.items()}
+        futures = {name: pool.submit(run, name, *job) for name, job in jobs().items()}
+        found = {name: future.result() for name, future in futures.items()}
     rows = {name: row for name, row in found.items() if row}
     if not rows:
-        sys.exit("error: no run finished")
+        raise ValueError("no run finished")
     (Path(FLAGS.folder) / "mixture_table.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = text_of(rows)
     print(text)
     if FLAGS.out:
-        insert(Path(FLAGS.out), text)
-    sys.exit(len(found) > len(rows))
+        insert(Path(FLAGS.out), "mixture_table", text)
+    return int(len(found) > len(rows))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -14,59 +14,45 @@ beside them, the parameters that differ, curves over each other, the last sample
 which every later report shows above the student's grid; a grid that is there already is made again.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ratiograph import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "The page; RUN/report.html for one run, comparison.html for several.")
 flags.DEFINE_integer(
     "teacher_evaluations", 0, "Draw the teacher by so many network evaluations a sample; 0 does not.", lower_bound=0
 )
-flags.DEFINE_multi_string(
-    "gin_param", [], "A line of gin for --teacher_evaluations, on top of the run's config.gin; repeatable."
-)
-flags.DEFINE_string("device", "auto", "Where the teacher is drawn: auto, cpu, cuda, cuda:1, ...")
+command_line.define_bindings("A line of gin for --teacher_evaluations, on top of the run's config.gin; repeatable.")
+command_line.define_device("Where the teacher is drawn: auto, cpu, cuda, cuda:1, ...")
 
 
-def draw_teachers(workdirs):
-    """Leaves samples/teacher.png in every run's folder."""
+def main(arguments):
+    workdirs = [Path(name) for name in arguments]
+    if not workdirs:
+        raise ValueError("no run: give the folder of one, as in tools/report.py runs/mnist_sba")
+    if FLAGS.out and Path(FLAGS.out).is_dir():
+        raise ValueError(f"--out={FLAGS.out} is a folder: give the page's name too, {FLAGS.out}/report.html")
     from rich.console import Console
 
+    from ratiograph.reports.comparison import labels_of, write_comparison
+    from ratiograph.reports.run_files import check_run
+    from ratiograph.reports.run_report import write_report
     from ratiograph.reports.teacher_grid import draw_teacher
 
-    console = Console(stderr=True)
+    labels_of(workdirs)
     for workdir in workdirs:
-        with console.status(f"drawing the teacher of {workdir}"):
+        check_run(workdir)
+    for workdir in workdirs if FLAGS.teacher_evaluations else ():
+        with Console(stderr=True).status(f"drawing the teacher of {workdir}"):
             draw_teacher(workdir, FLAGS.teacher_evaluations, FLAGS.device, bindings=FLAGS.gin_param)
-
-
-def main(argv):
-    try:
-        workdirs = [Path(name) for name in argv[1:]]
-        if not workdirs:
-            raise ValueError("no run: give the folder of one, as in tools/report.py runs/mnist_sba")
-        if FLAGS.out and Path(FLAGS.out).is_dir():
-            raise ValueError(f"--out={FLAGS.out} is a folder: give the page's name too, {FLAGS.out}/report.html")
-
-        from ratiograph.reports.comparison import labels_of, write_comparison
-        from ratiograph.reports.run_files import check_run
-        from ratiograph.reports.run_report import write_report
-
-        labels_of(workdirs)
-        for workdir in workdirs:
-            check_run(workdir)
-        if FLAGS.teacher_evaluations:
-            draw_teachers(workdirs)
-        if len(workdirs) == 1:
-            print(write_report(workdirs[0], FLAGS.out))
-        else:
-            print(write_comparison(workdirs, FLAGS.out or "comparison.html"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    if len(workdirs) == 1:
+        print(write_report(workdirs[0], FLAGS.out))
+    else:
+        print(write_comparison(workdirs, FLAGS.out or "comparison.html"))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -1,6 +1,6 @@
-"""Running the cells of a grid: here, several at a time, or as arrays of a SLURM cluster.
+"""Running the cells of a grid: on this machine, several at a time, or as job arrays of a SLURM cluster.
 
-Notation as in `ablation`. Every cell is a process of its own running launch/main.py, so that an interrupted one resumes
+Notation as in `grids`. Every cell is a process of its own running launch/main.py, so that an interrupted one resumes
 by main's rule. A *wave* is the cells that need nothing but cells of earlier waves.
 """
 
@@ -58,7 +58,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def spell_command(arguments: Sequence[str]) -> str:
-    """A command line as a person would type it: only the value of a flag is in quotes, where it needs them."""
+    """A command line as a person would type it: quotes only around flag values that need them."""
 
     def quoted(text: str) -> str:
         return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
@@ -68,7 +68,7 @@ def spell_command(arguments: Sequence[str]) -> str:
 
 
 def last_error(log: Path) -> str:
-    """The last ``error:`` line of a log, or its last line that says anything."""
+    """The last ``error:`` line of a log, or its last line that is not empty."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
 
@@ -152,7 +152,7 @@ def _start(cell: Cell, device: str, threads: int) -> subprocess.Popen:
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks every run to end and waits; what is left then, or at a second Ctrl-C, is ended with all that it started."""
+    """Asks every run to end and waits; kills those still running then, or at a second Ctrl-C, with their children."""
     deadline = time.monotonic() + GRACE
     try:
         for process in processes:

@@ -1,4 +1,4 @@
-"""Grids of runs: what differs between the rows of an ablation, and the folder each of its runs lives in.
+"""Grids of runs: the rows and axes of an ablation, and the folder of each of its runs.
 
 A *row* is gin files, lines of gin after them, and the rows whose results it needs. An *axis* is a binding with several
 values; every row is repeated at every *setting*, one value of each axis. A *line* is a row at a setting: one line of
@@ -21,6 +21,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from ratiograph import config
 from ratiograph.training.logs import read_metrics
@@ -138,24 +140,9 @@ def slug(name: str) -> str:
 
 # --- reading ------------------------------------------------------------------------------------------------
 
-_GRID_KEYS = {
-    "title": str,
-    "gin_file": (str, list),
-    "bindings": list,
-    "steps": int,
-    "columns": list,
-    "curve": str,
-    "axes": dict,
-    "rows": list,
-}
-_ROW_KEYS = {
-    "name": str,
-    "gin_file": (str, list),
-    "bindings": list,
-    "needs": list,
-    "steps": int,
-    "published": dict,
-}
+_GRID_KEYS = {"title": str, "gin_file": (str, list), "bindings": list, "steps": int}
+_GRID_KEYS |= {"columns": list, "curve": str, "axes": dict, "rows": list}
+_ROW_KEYS = {"name": str, "gin_file": (str, list), "bindings": list, "needs": list, "steps": int, "published": dict}
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -329,8 +316,6 @@ def check(cell: Cell) -> config.Config:
     Raises:
         ValueError: a mistake in it; the message names the row.
     """
-    import torch
-
     try:
         cfg = config.parse(cell.row.gin_files, cell.bindings, {})
         with torch.device("meta"):

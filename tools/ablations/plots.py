@@ -1,7 +1,7 @@
 """The figure of an ablation: a metric over the samples seen, over a numeric axis, or as one dot a line.
 
-Notation as in `ablation` and `ablation_table`. A *series* is what one line of the chart shows: its points, their mean
-over seeds where there are several, and its name beside its last point.
+Notation as in `grids` and `tables`. A *series* is one line of the chart: its points, their mean over seeds where there
+are several, and its name beside the last point.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ablations.tables import Column, Line, Table
+from paper_figures.drawing import spread
 from ratiograph.core.files import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["draw", "save"]
 
@@ -61,9 +63,7 @@ def draw(table: Table) -> Figure | None:
     Raises:
         ValueError: no run has logged the curve.
     """
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         if table.grid.curve:
             return _draw_curves(table) if table.results else None
         column = next((c for c in table.columns if any(line.mean(c.key) is not None for line in table.lines)), None)
@@ -75,19 +75,14 @@ def draw(table: Table) -> Figure | None:
 
 def save(figure: Figure, folder: Path) -> list[Path]:
     """Writes figure.png and figure.svg into the folder."""
-    import matplotlib
-
     paths = [folder / "figure.png", folder / "figure.svg"]
-    with matplotlib.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=200))
         write_atomically(paths[1], lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     return paths
 
 
 def _new(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
@@ -99,8 +94,6 @@ def _is_log(values: Sequence[float], span: float) -> bool:
 
 def _plain_ticks(axis) -> None:
     """Ticks of a logarithmic axis as plain numbers at 1, 2 and 5 times powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
@@ -207,10 +200,8 @@ def _draw_series(
 
 def _look(index: int) -> dict[str, str]:
     """Colour and dashes of a line: every colour solid first, then dashed, then dotted."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4],
-    }
+    dashes = ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
 
 
 def _name_lines(axes: Axes, series: Sequence[_Series], scale: float, gap: float) -> None:
@@ -219,36 +210,12 @@ def _name_lines(axes: Axes, series: Sequence[_Series], scale: float, gap: float)
     ends = [(to_share.transform((s.mean[-1][0] / scale, s.mean[-1][1])), s.name) for s in series]
     ends.sort(key=lambda end: end[0][1])
     colours = {line.get_label(): line.get_color() for line in axes.get_lines()}
-    for ((x, y), name), height in zip(ends, _apart([y for (_, y), _ in ends], gap), strict=True):
+    for ((x, y), name), height in zip(ends, spread([y for (_, y), _ in ends], gap), strict=True):
         style = {"color": colours[name], "annotation_clip": False, "va": "center"}
         leader = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.7, "alpha": 0.6}
         leader |= {"shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}  # from the middle of the name's left edge
-        axes.annotate(
-            name,
-            (x, y),
-            (1.035, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            arrowprops=leader,
-            **style,
-        )
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending ``heights`` in [0, 1] moved to be ``gap`` apart: those that meet form a block about their mean."""
-    blocks: list[tuple[float, int]] = []  # (centre, count)
-    for height in heights:
-        blocks.append((_inside(height, 1, gap), 1))
-        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2:
-            (a, n), (b, m) = blocks[-2:]
-            blocks[-2:] = [(_inside((a * n + b * m) / (n + m), n + m, gap), n + m)]
-    return [centre + gap * (k - (n - 1) / 2) for centre, n in blocks for k in range(n)]
-
-
-def _inside(centre: float, count: int, gap: float) -> float:
-    """The centre of a block of ``count`` names that stays in [0, 1], or starts at 0 where it is too long."""
-    half = gap * (count - 1) / 2
-    return max(min(centre, 1 - half), half)
+        share = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
+        axes.annotate(name, (x, y), (1.035, height), arrowprops=leader, **share, **style)
 
 
 # --- dots ---------------------------------------------------------------------------------------------------
@@ -313,19 +280,21 @@ def _constant(references: Mapping[str, Mapping[str, tuple[float, float]]], key: 
     return {name: low for name, (low, high) in spans.items() if math.isclose(low, high, rel_tol=1e-6)}
 
 
+_RULE = {"color": QUIET, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
+_NAME = {"textcoords": "offset points", "fontsize": 8, "color": QUIET}
+
+
 def _level_marker(axes: Axes) -> Callable[[float, str], None]:
     def mark(value: float, name: str) -> None:
-        axes.axhline(value, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8, "color": QUIET}
-        axes.annotate(name, (0, value), xycoords=("axes fraction", "data"), **place)
+        axes.axhline(value, **_RULE)
+        axes.annotate(name, (0, value), xytext=(4, 3), xycoords=("axes fraction", "data"), **_NAME)
 
     return mark
 
 
 def _column_marker(axes: Axes) -> Callable[[float, str], None]:
     def mark(value: float, name: str) -> None:
-        axes.axvline(value, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        place = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 8, "color": QUIET, "ha": "center"}
-        axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), **place)
+        axes.axvline(value, **_RULE)
+        axes.annotate(name, (value, 1), xytext=(0, 3), xycoords=("data", "axes fraction"), ha="center", **_NAME)
 
     return mark

@@ -1,6 +1,6 @@
 """What the runs of a grid have measured, as Markdown, JSON and CSV.
 
-Notation as in `ablation`. The *highlighted* row of an evaluation.json is the one marked ``highlight``, or its last one;
+Notation as in `grids`. The *highlighted* row of an evaluation.json is the one marked ``highlight``, or its last one;
 every other is a *reference*, the same for all runs of a grid unless it depends on the configuration. A *column* is a
 metric of the highlighted row, or "seconds" (training time) or "steps", from the last line of metrics.jsonl.
 """
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import marked_text
 from ablations.grids import Cell, Grid, label
 from ratiograph.training.logs import read_metrics
 
-__all__ = ["Column", "Line", "Result", "Table", "insert", "read_result", "tabulate"]
+__all__ = ["Column", "Line", "Result", "Table", "read_result", "tabulate"]
 
 MISSING = "–"
 PUBLISHED = "published (other data)"
@@ -69,7 +70,7 @@ class Line:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result of a run, or None before it has ended; a run without an evaluator has only seconds and steps.
+    """The result of a run, or None before its end; a run without an evaluator has only seconds and steps.
 
     Raises:
         ValueError: evaluation.json is damaged.
@@ -160,10 +161,8 @@ class Table:
             cells = [self._cell(line, column, formats[column.key]) for column in self.columns]
             paper = [f"{line.published[key]:g}" if key in line.published else "" for key in published]
             rows.append([*names, *cells, *paper])
-        rule = ["---"] * ahead + ["---:"] * (len(heads) - ahead)
-        body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [heads, *rows]]
-        body.insert(1, "|" + "|".join(rule) + "|")
-        return "\n".join([f"{title}Made by `{command}`.{seeds}{missing}", "", *body])
+        body = marked_text.table(heads, rows, left=ahead)
+        return f"{title}Made by `{command}`.{seeds}{missing}\n\n{body}"
 
     def document(self, command: str) -> dict[str, Any]:
         """What table.json holds: every value with its mean and standard deviation."""
@@ -193,7 +192,7 @@ class Table:
         return text.getvalue()
 
     def _only_needed(self, line: Line) -> bool:
-        """Whether the line's runs are done and have no column at all: they are there for others to start from."""
+        """Whether the line's runs are done and have no column at all: other rows only start from them."""
         return all(line.results) and not any(line.values(column.key) for column in self.columns)
 
     def _label(self, key: str) -> str:
@@ -263,18 +262,3 @@ def tabulate(grid: Grid, cells: Sequence[Cell]) -> Table:
 def _all_keys(results: Sequence[Result]) -> list[str]:
     """The metrics that the runs describe, then training time."""
     return [*dict.fromkeys(key for result in results for key in result.metrics), "seconds"]
-
-
-def insert(path: Path, name: str, text: str) -> str:
-    """The file's text with ``text`` between its lines ``<!-- ablation NAME -->`` and ``<!-- /ablation NAME -->``.
-
-    Raises:
-        ValueError: there is no such file, or it lacks the markers.
-    """
-    start, end = f"<!-- ablation {name} -->", f"<!-- /ablation {name} -->"
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, opened, rest = old.partition(start)
-    _, closed, after = rest.partition(end)
-    if not opened or not closed:
-        raise ValueError(f"{path} has no place for the table: write the lines {start} and {end} where it belongs")
-    return f"{before}{start}\n{text}\n{end}{after}"

@@ -1,7 +1,7 @@
 """Two runs of the benchmark against each other: what became slower or larger, beyond noise.
 
 Notation: a *measure* is one number of a record, smaller is better; its *change* is new / old. Medians of n rounds
-have a standard error (`benchmark.standard_error`); a change is a regression where log(new / old) exceeds both the
+have a standard error (`timing.standard_error`); a change is a regression where log(new / old) exceeds both the
 tolerance and three standard errors of the difference, an improvement where it falls below minus both.
 """
 
@@ -59,7 +59,7 @@ def compared(
     """Every measure that the last records of a measurement in both runs have.
 
     Args:
-        old, new: records, as of `benchmark.read_records`.
+        old, new: records, as of `timing.read_records`.
         tolerance: relative change that counts for nothing.
 
     Raises:
@@ -78,8 +78,8 @@ def _key(record: Mapping[str, object]) -> str:
 
 def _name(record: Mapping[str, object]) -> str:
     files = [str(name).removeprefix("gin/").removesuffix(".gin") for name in record.get("gin_file", [])]
-    told = [record.get("network"), *files, *record.get("gin_param", []), record.get("precision")]
-    return f"{record['bench']} {' '.join(str(each) for each in told if each)}, batch {record.get('batch_size')}"
+    parts = [record.get("network"), *files, *record.get("gin_param", []), record.get("precision")]
+    return f"{record['bench']} {' '.join(str(part) for part in parts if part)}, batch {record.get('batch_size')}"
 
 
 def _changes(old: Mapping[str, object], new: Mapping[str, object], tolerance: float) -> list[Change]:

@@ -1,7 +1,7 @@
-"""Whether training waits for its data: the share of a step's time that goes by before its batch is there.
+"""Whether training waits for its data: the share of a step's time before its batch arrives.
 
-Notation: *wait* is the time that the training thread stands still in ``next(batches)``; *delivery* the time that a
-batch takes when nobody computes meanwhile: steps longer than that need not wait.
+Notation: *wait* is the time that the training thread spends in ``next(batches)``; *delivery* is the time per batch when
+nothing else computes: steps longer than that need not wait.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.inputs import made_up_latents, randomised
 from benchmarks.step import kind_of
+from benchmarks.timing import request
 from ratiograph import config
 from ratiograph.core.types import Batch
 from ratiograph.tasks.distillation import Distillation
@@ -41,10 +42,10 @@ def waits(batches: Iterator[Batch], work: Callable[[Batch], object], steps: int)
     for _ in range(FIRST + steps):
         begun = time.perf_counter()
         batch = next(batches)
-        there = time.perf_counter()
+        arrived = time.perf_counter()
         work(batch)
-        waited.append(there - begun)
-        worked.append(time.perf_counter() - there)
+        waited.append(arrived - begun)
+        worked.append(time.perf_counter() - arrived)
     return waited[FIRST:], worked[FIRST:]
 
 
@@ -90,8 +91,8 @@ def bench_data(
         if made_up:
             made_up_latents(experiment, Path(folder), made_up)
         found = _measured(experiment, precision, batch_size, steps, device)
-    asked = {"gin_file": list(gin_file), "gin_param": list(gin_param), "batch_size": batch_size, "rounds": steps}
-    return {"bench": "data", **asked, "precision": kind_of(precision, device), "made_up": made_up, **found}
+    run = request(gin_file, gin_param, batch_size=batch_size, rounds=steps)
+    return {"bench": "data", **run, "precision": kind_of(precision, device), "made_up": made_up, **found}
 
 
 def _measured(

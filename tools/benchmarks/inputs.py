@@ -1,4 +1,4 @@
-"""Random numbers where a run has files: weights, images, latents and captions, of the shapes that a graph asks for.
+"""Random numbers in place of files: weights, images, latents and captions, of the shapes that a graph needs.
 
 Notation: B samples; ``text`` [B, 77, E], 77 words as CLIP's.
 """
@@ -61,7 +61,7 @@ def randomised(task: Distillation, seed: int = 0) -> Distillation:
 
 
 def made_up_condition(network: nn.Module, samples: int, generator: torch.Generator) -> Condition:
-    """What ``network`` is told: labels, or a caption's states with SDXL's pooled caption and sizes; on the CPU."""
+    """A random condition for ``network``, on the CPU: labels, or text states with SDXL's pooled caption and sizes."""
     if getattr(network, "classes", 0):
         return Condition(torch.randint(network.classes, (samples,), generator=generator))
     width = getattr(network, "text_width", None)
@@ -77,7 +77,7 @@ def made_up_condition(network: nn.Module, samples: int, generator: torch.Generat
 
 
 def made_up_batch(network: nn.Module, samples: int, generator: torch.Generator) -> Batch:
-    """Images or latents in [-1, 1] with what ``network`` is told about them; on the CPU."""
+    """Random images or latents in [-1, 1] with a condition for ``network``; on the CPU."""
     images = torch.randn(samples, *network.shape, generator=generator).clamp(-1, 1)
     return Batch(images, made_up_condition(network, samples, generator))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.inputs import filled, made_up_condition
+from ratiograph.core.differentiation import uncompiled
 from ratiograph.networks import compilation
 from ratiograph.networks.architectures import edm, unet
 from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, SDXLUNet
@@ -113,7 +114,7 @@ class _Variants:
         images = self.images.to(memory_format=torch.channels_last) if setting.last else self.images
 
         def run() -> None:
-            eager = nullcontext() if setting.compiled else compilation.uncompiled()
+            eager = nullcontext() if setting.compiled else uncompiled()
             with eager, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=setting.bf16):
                 output = network.decode(network.encode(images, self.c_noise, self.condition))
             output.float().square().mean().backward()

@@ -1,9 +1,9 @@
-"""What a training step computes and holds, from shapes alone: no weights, no data, no GPU, whatever its size.
+"""Operations and memory of a training step, from shapes alone: without weights, data or a GPU.
 
 Notation: *operations* are those of matrix products, convolutions and attention, two for a multiplication and an
 addition; the *peak* is the most bytes of tensors that exist at once. The step runs on fake tensors: every line of it is
-executed, with shapes and types and no contents. What a device's libraries take beside tensors comes on top: workspaces,
-fragmentation, and on a CPU the process itself.
+executed, with shapes and types and no contents. Memory that a device's libraries use beside tensors comes on top:
+workspaces, fragmentation, and on a CPU the process itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 
 from benchmarks.inputs import made_up_batch, without_files
-from benchmarks.timing import count_flops
+from benchmarks.timing import count_flops, request
 from ratiograph import config
 from ratiograph.networks.denoisers import set_precision
 from ratiograph.tasks.distillation import Distillation
@@ -99,7 +99,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Unmoved(Replicated):
-    """Fake tensors stay where they were made: torch cannot convert modules of them."""
+    """Leaves fake tensors where they are: torch cannot convert modules of them."""
 
     def place(self, task, nodes, device, dtype):
         set_precision(task, dtype)
@@ -107,7 +107,7 @@ class _Unmoved(Replicated):
 
 def _materialise(task: nn.Module) -> None:
     """Fake tensors on the CPU for all that were built, on the meta device or not; what is shared stays shared."""
-    made: dict[int, Tensor] = {}  # by the address of what it stands for
+    fakes: dict[int, Tensor] = {}  # by the address of the tensor that they replace
     kept = []
     for module in task.modules():
         tables = [vars(each) for each in vars(module).values() if hasattr(each, "__dict__")]  # as of a noising process
@@ -115,15 +115,15 @@ def _materialise(task: nn.Module) -> None:
             for name, tensor in held.items():
                 if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
                     kept.append(tensor)  # so that no other takes its address
-                    if id(tensor) not in made:
+                    if id(tensor) not in fakes:
                         fresh = torch.empty_like(tensor, device=CPU)
                         learns = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if learns else fresh
-                    held[name] = made[id(tensor)]
+                        fakes[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if learns else fresh
+                    held[name] = fakes[id(tensor)]
 
 
 def _used_once(recipe: Adam) -> None:
-    """One update of real numbers: what a library makes at its first use are constants, which cannot be fake."""
+    """One update of real numbers: a library makes constants at its first use, and these cannot be fake."""
     parameter = nn.Parameter(torch.zeros(4096))
     parameter.grad = torch.zeros(4096)
     recipe.build([parameter]).step()
@@ -133,10 +133,10 @@ def _halve(task: Distillation, dtype: torch.dtype) -> None:
     """The teacher's weights as `denoisers.freeze` holds them, for adapters on them too."""
     layers = [layer for layer in task.teacher.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     whole = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
-    made = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in whole.items()}
+    halves = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in whole.items()}
     for module in task.modules():
         for name, parameter in module._parameters.items():
-            module._parameters[name] = made.get(id(parameter), parameter)
+            module._parameters[name] = halves.get(id(parameter), parameter)
 
 
 def planned(
@@ -187,9 +187,7 @@ def bench_plan(
     plan = planned(gin_file, gin_param, precision=precision, batch_size=batch_size)
     return {
         "bench": "plan",
-        "gin_file": list(gin_file),
-        "gin_param": list(gin_param),
-        "batch_size": batch_size,
+        **request(gin_file, gin_param, batch_size=batch_size),
         "precision": precision,
         "parameters": plan.parameters,
         "flops": plan.flops,

@@ -1,4 +1,4 @@
-"""What a measurement prints: its record as a small table."""
+"""A measurement's record as a small table."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Record = Mapping[str, object]
 
 
 def shown(record: Record) -> str:
-    """The record for people, with the machine it is of."""
+    """The record and its machine, as text."""
     machine = record["hardware"]
     load = f", {record['load']:.1f} other processes before" if record.get("load", 0) >= 0.5 else ""
     return f"{_KINDS[record['bench']](record)}\n{machine['device']}, {machine['threads']} threads{load}"
 
 
 def _what(record: Record) -> str:
-    told = [*record["gin_file"], *record["gin_param"], f"batch {record['batch_size']}", record.get("precision")]
-    return ", ".join(str(each) for each in told if each)
+    parts = [*record["gin_file"], *record["gin_param"], f"batch {record['batch_size']}", record.get("precision")]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _network(record: Record) -> str:
@@ -42,10 +42,7 @@ def _step(record: Record) -> str:
     if record["units"] is not None:
         lines += [f"  = {record['units']:.2f} forward and backward passes of the student in plain eager float32"]
     return "\n".join(
-        [
-            *lines,
-            f"  {record['images_per_second']:.2g} images/s{speed}; peak memory {record['peak_memory_gb']:.2f} GB",
-        ]
+        [*lines, f"  {record['images_per_second']:.2g} images/s{speed}; peak memory {record['peak_memory_gb']:.2f} GB"]
     )
 
 

@@ -1,18 +1,18 @@
-"""README's table of what was measured where, from the records of the benchmark.
+"""The table of everything measured, from the records of the benchmark.
 
-Notation: a *configuration* is a run by its gin files; its row tells what a step costs by arithmetic (`benchmark_plan`),
-and one row more for each place, precision and batch that a step of it was measured at: the last record counts.
+Notation: a *configuration* is a run by its gin files. Its row says what a step costs by arithmetic (`plan`); there is
+one row for each machine, precision and batch at which a step of it was measured, from the last such record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-__all__ = ["CONFIGURATIONS", "Configuration", "render", "write"]
+from marked_text import table
 
-START, END = "<!-- bench -->", "<!-- /bench -->"
+__all__ = ["CONFIGURATIONS", "Configuration", "render"]
+
 COLUMNS = (
     *("configuration", "student", "TFLOP an image", "where", "batch", "s a step", "step / floor", "TFLOP/s"),
     *("data wait", "memory, GB", "planned"),
@@ -57,11 +57,8 @@ Record = Mapping[str, object]
 
 
 def render(records: Sequence[Record]) -> str:
-    """The Markdown table of the configurations that something is known of, in their order."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for configuration in CONFIGURATIONS:
-        lines += [f"| {' | '.join(row)} |" for row in _rows(configuration, records)]
-    return "\n".join(lines)
+    """The Markdown table of the configurations that have a record, in their order."""
+    return table(COLUMNS, [row for configuration in CONFIGURATIONS for row in _rows(configuration, records)])
 
 
 def _rows(configuration: Configuration, records: Sequence[Record]) -> Iterator[list[str]]:
@@ -81,13 +78,12 @@ def _measured(step: Record | None, data: Mapping[str, Record], plans: Sequence[R
     """The columns from ``where`` on."""
     if step is None:
         last = plans[-1] if plans else None
-        told = f"{last['planned_memory_gb']:.2f}, {last['precision']}" if last else ""
-        return ["–", str(last["batch_size"]) if last else "", *5 * [""], told]
-    told = " ".join([_device(step), str(step["precision"]), *map(str, step["gin_param"])])
+        planned = f"{last['planned_memory_gb']:.2f}, {last['precision']}" if last else ""
+        return ["–", str(last["batch_size"]) if last else "", *5 * [""], planned]
     wait = data.get(_device(step))
     same = [each for each in plans if all(each[k] == step[k] for k in ("batch_size", "precision", "gin_param"))]
     return [
-        told,
+        " ".join([_device(step), str(step["precision"]), *map(str, step["gin_param"])]),
         str(step["batch_size"]),
         _number(step["seconds"]),
         _number(step["step_over_floor"]),
@@ -99,7 +95,7 @@ def _measured(step: Record | None, data: Mapping[str, Record], plans: Sequence[R
 
 
 def _speed(step: Record, plans: Sequence[Record]) -> float | None:
-    """TFLOP/s; a step that was taken but once did not count its operations, and has its plan's."""
+    """TFLOP/s; by the plan's operations for a step that was taken only once, as that one does not count its own."""
     if step["tflops"] is None and plans:
         return plans[-1]["flops"] / step["seconds"] / 1e12
     return step["tflops"]
@@ -121,16 +117,3 @@ def _millions(plan: Record | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def write(path: Path, table: str) -> None:
-    """Writes ``table`` between the markers of a text file.
-
-    Raises:
-        ValueError: it has none.
-    """
-    old = Path(path).read_text()
-    if START not in old or END not in old:
-        raise ValueError(f"{path} has no place for the table: write the lines {START} and {END} there")
-    before, after = old.split(START, 1)[0], old.split(END, 1)[1]
-    Path(path).write_text(f"{before}{START}\n{table}\n{END}{after}")

@@ -3,24 +3,32 @@
 Notation: ``seconds[n]`` are the seconds of each timed step of n processes, which end together as they exchange
 gradients; the efficiency of n is median(seconds[1]) / median(seconds[n]), 1 where an exchange costs nothing.
 
-Launches alternate between the numbers of processes, so that a slow minute of the machine falls on all of them. What an
-exchange computes shows in a process's CPU seconds a step, which other programs hardly change; what is lost beyond that
-is waiting.
+Launches alternate between the numbers of processes, so that a slow minute of the machine affects all of them. The work
+of an exchange shows in a process's CPU seconds a step, which other programs hardly change; any further loss is waiting.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from pathlib import Path
 
 import torch
 
+from benchmarks import step
+from benchmarks.timing import request
+from ratiograph.core import distributed
+from ratiograph.training import trainer
+
 __all__ = ["efficiencies", "step_seconds", "weak_scaling"]
+
+TOOLS = str(Path(__file__).resolve().parents[1])
 
 
 def step_seconds(
@@ -42,11 +50,11 @@ def step_seconds(
     Raises:
         ValueError: the processes failed; ends with what they said.
     """
-    asked = {"gin_file": list(gin_file), "gin_param": list(gin_param)}
-    asked |= {"batch_size": batch_size, "steps": steps, "device": device}
+    order = request(gin_file, gin_param, batch_size=batch_size, steps=steps) | {"device": device}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *launcher, "-m", __name__, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, *launcher, "-m", __name__, json.dumps(order)]
+    path = os.pathsep.join([TOOLS, *filter(None, [os.environ.get("PYTHONPATH")])])  # so that it finds this module
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         raise ValueError(f"{ranks} processes could not take the steps: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -79,15 +87,13 @@ def weak_scaling(
         rounds: launches of each number.
         device: "cpu" or "cuda".
     """
+    launch = {"gin_file": gin_file, "gin_param": gin_param, "batch_size": batch_size, "steps": steps, "device": device}
     seconds: dict[int, list[float]] = {number: [] for number in ranks}
     cpu_seconds: dict[int, list[float]] = {number: [] for number in ranks}
-    for _ in range(rounds):
-        for number in ranks:
-            taken = step_seconds(
-                number, gin_file=gin_file, gin_param=gin_param, batch_size=batch_size, steps=steps, device=device
-            )
-            seconds[number] += taken["seconds"]
-            cpu_seconds[number] += taken["cpu_seconds"]
+    for _, number in itertools.product(range(rounds), ranks):
+        measured = step_seconds(number, **launch)
+        seconds[number] += measured["seconds"]
+        cpu_seconds[number] += measured["cpu_seconds"]
     found = efficiencies(seconds)
     rows = [
         {
@@ -99,16 +105,12 @@ def weak_scaling(
         }
         for number in ranks
     ]
-    asked = {"gin_file": list(gin_file), "gin_param": list(gin_param), "batch_size": batch_size}
-    return {"bench": "scaling", **asked, "steps": steps, "rounds": rounds, "rows": rows}
+    run = request(gin_file, gin_param, batch_size=batch_size, steps=steps, rounds=rounds)
+    return {"bench": "scaling", **run, "rows": rows}
 
 
 def _take_steps(gin_file: Sequence[str], gin_param: Sequence[str], batch_size: int, steps: int, device: str) -> None:
     """This process's part of ``step_seconds``; the main one prints it."""
-    from benchmarks import step
-    from ratiograph.core import distributed
-    from ratiograph.training import trainer
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     place = trainer.choose_device(device)
@@ -122,7 +124,7 @@ def _take_steps(gin_file: Sequence[str], gin_param: Sequence[str], batch_size: i
         marks.append((time.perf_counter(), time.process_time()))
     if distributed.is_main():
         clocks = zip(("seconds", "cpu_seconds"), zip(*marks[1:], strict=True), strict=True)
-        print(json.dumps({name: [b - a for a, b in pairwise(clock)] for name, clock in clocks}), flush=True)
+        print(json.dumps({name: [b - a for a, b in itertools.pairwise(clock)] for name, clock in clocks}), flush=True)
     distributed.stop()
 
 

@@ -40,7 +40,7 @@ __all__ = ["StepBench", "bench_precisions", "bench_step", "kind_of", "prepared"]
 
 Pass = Callable[[], None]
 PATIENCE = 150.0
-"""Seconds of a step that is taken but once, without its floor."""
+"""Seconds from which on a step is taken only once, and without its floor."""
 
 
 class StepBench:
@@ -94,19 +94,19 @@ class StepBench:
         yield "student, forward and backward", (1, self._student)
         if updates > 1 and task.fresh_samples:
             yield "student, forward", (updates - 1, torch.no_grad()(lambda: task.student(self.field, self.condition)))
-        asked = task.objective.requires
-        if "teacher" in asked:
+        required = task.objective.requires
+        if "teacher" in required:
             graph = needs.ratio_gradient and task.ratio.on_teacher
-            yield "teacher, forward", (1, self._asked(task.teacher, graph or needs.teacher_gradient))
-        if "student_score" in asked:
+            yield "teacher, forward", (1, self._frozen(task.teacher, graph or needs.teacher_gradient))
+        if "student_score" in required:
             graph = needs.ratio_gradient and task.ratio is not None and task.ratio.on_student_score
-            yield "student score, forward", (1, self._asked(task.student_score, graph))
+            yield "student score, forward", (1, self._frozen(task.student_score, graph))
         if task.student_score is not None:
             yield "student score, forward and backward", (task.student_score_updates, self._score_update)
         if self._ratio_updates:
             own = not (task.ratio.on_teacher or task.ratio.on_student_score)
-            if own and "ratio" in asked:
-                yield "ratio, forward and backward to x_t", (1, self._ratio_asked)
+            if own and "ratio" in required:
+                yield "ratio, forward and backward to x_t", (1, self._ratio_gradient)
             losses = [task.ratio_loss.at(update) for update in range(self._ratio_updates)]
             penalised = [loss for loss in losses if loss.needs_gradient]
             plain = [loss for loss in losses if not loss.needs_gradient]
@@ -132,7 +132,7 @@ class StepBench:
         self.task.student(self.field, self.condition).backward(self.field)
         self._clear(self.task.student)
 
-    def _asked(self, network: Denoiser, graph: bool) -> Pass:
+    def _frozen(self, network: Denoiser, graph: bool) -> Pass:
         """Features and output; with a graph from the features to x_t where a term differentiates them."""
 
         def run() -> None:
@@ -170,7 +170,7 @@ class StepBench:
         condition = self.condition if len(samples) == self.batch_size else self.condition.join(self.condition)
         return Evaluation(self._noisy(samples, False), samples, condition, self.task.nodes, needs)
 
-    def _ratio_asked(self) -> None:
+    def _ratio_gradient(self) -> None:
         self.task.ratio.eval()
         evaluation = self._evaluation(self.field, Needs(ratio_gradient=True))
         torch.autograd.grad(evaluation.log_ratio_output.sum(), evaluation.noisy.x_t)
@@ -185,8 +185,8 @@ class StepBench:
         else:
             samples = self.field if self._shared else torch.cat([self.field, self.field])
             loss = self._evaluation(samples, Needs(training=True)).log_ratio_output.sum()
-        loss.backward(inputs=task.learn_from_ratio)
-        for parameter in task.learn_from_ratio:
+        loss.backward(inputs=task.critics.ratio_parameters)
+        for parameter in task.critics.ratio_parameters:
             parameter.grad = None
 
 
@@ -243,8 +243,8 @@ def bench_step(
 ) -> dict[str, object]:
     """The record of a training step, its floor, and the step in units of a plain pass; arguments as of ``prepared``.
 
-    One round alone is not warmed up but by steps. A step of more than 150 seconds is taken once, and what it is
-    compared with and its operations are None; so are the units of adapters on a base in bf16.
+    With one round only steps are warmed up. A step of more than 150 seconds is taken once; its floor, units and
+    operations are None then. The units are None too for adapters on a base in bf16.
 
     Raises:
         ValueError: as ``prepared``.
@@ -258,7 +258,7 @@ def bench_step(
     found = _step_alone(seconds, device) if seconds > PATIENCE else _step_and_floor(bench, rounds, device)
     return {
         "bench": "step",
-        **_asked(gin_file, gin_param, batch_size, rounds),
+        **timing.request(gin_file, gin_param, batch_size=batch_size, rounds=rounds),
         "precision": kind_of(precision, device),
         "images_per_second": batch_size / found["seconds"],
         **found,
@@ -300,7 +300,7 @@ def _step_and_floor(bench: StepBench, rounds: int, device: torch.device) -> dict
 
 
 def _warm(work: Pass) -> Pass:
-    """``work`` but for its first call, that of the round that is not counted."""
+    """``work`` without its first call, which belongs to the round that is not counted."""
     calls = itertools.count()
     return lambda: work() if next(calls) else None
 
@@ -318,10 +318,5 @@ def bench_precisions(
     rounds_seconds = timing.in_turn({kind: bench.step for kind, bench in benches.items()}, rounds, device)
     seconds = timing.medians(rounds_seconds)
     rows = [{"variant": kind, "seconds": seconds[kind], "faster": seconds["fp32"] / seconds[kind]} for kind in kinds]
-    asked = _asked(gin_file, gin_param, batch_size, rounds)
-    return {"bench": "precisions", **asked, "rows": rows, "rounds_seconds": rounds_seconds}
-
-
-def _asked(gin_file: Sequence[str], gin_param: Sequence[str], batch_size: int, rounds: int) -> dict[str, object]:
-    named = {"gin_file": list(gin_file), "gin_param": list(gin_param)}
-    return {**named, "batch_size": batch_size, "rounds": rounds}
+    request = timing.request(gin_file, gin_param, batch_size=batch_size, rounds=rounds)
+    return {"bench": "precisions", **request, "rows": rows, "rounds_seconds": rounds_seconds}

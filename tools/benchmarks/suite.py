@@ -1,7 +1,7 @@
-"""Many measurements, each in a process of its own, as many as a time limit allows: the most wanted first.
+"""Many measurements, each in a process of its own, the most important first, until a time limit.
 
-A process of its own has a peak of memory of its own, and one that fails, for want of memory or of a package, costs the
-others nothing.
+So each has a peak of memory of its own, and one that fails, for want of memory or of a package, does not stop the
+others.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ SIZES = {
     "NCSNPP": ["NCSNPP.channels = 16", "NCSNPP.blocks = 1"],
     "ADM": ["ADM.channels = 16", "ADM.blocks = 1", "ADM.head_channels = 16"],
     "SD15UNet": [
-        *(
-            "SD15UNet.block_out_channels = (32, 32, 32, 32)",
-            "SD15UNet.layers_per_block = 1",
-            "SD15UNet.resolution = 16",
-        ),
-        *("SD15UNet.cross_attention_dim = 16", "SD15UNet.attention_heads = 2", "StudentScoreHeadRatio.width = 8"),
+        *("SD15UNet.block_out_channels = (32, 32, 32, 32)", "SD15UNet.layers_per_block = 1"),
+        *("SD15UNet.resolution = 16", "StudentScoreHeadRatio.width = 8"),
+        *("SD15UNet.cross_attention_dim = 16", "SD15UNet.attention_heads = 2"),
     ],
     "SDXLUNet": [
         *("SDXLUNet.block_out_channels = (32, 32, 32)", "SDXLUNet.layers_per_block = 1", "SDXLUNet.resolution = 16"),
@@ -46,29 +43,29 @@ LONGEST = 3600.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """``arguments`` of tools/bench.py, and the ``seconds`` that it is left out for when fewer are left."""
+    """``arguments`` of tools/bench.py; the measurement is left out when fewer than ``seconds`` are left."""
 
     arguments: tuple[str, ...]
     seconds: float
 
 
 def steps(tiny: bool = False) -> list[Measurement]:
-    """What a GPU is asked: steps in bf16 at the plan's batch, compiled or recorded too; at eight times it; networks."""
+    """A GPU's measurements: steps in bf16, compiled and recorded too; steps at eight times the batch; bare networks."""
     whole = [each for each in CONFIGURATIONS if not each.further]
-    found = [asked for each in whole for asked in (_step(each, tiny), _compiled(each, tiny))]
+    found = [take(each, tiny) for each in whole for take in (_step, _compiled)]
     found += [_recorded(each, tiny) for each in whole if each.network not in LARGE]  # whose kernels are long
     found += [_step(each, tiny) for each in CONFIGURATIONS if each.further]
     found += [_step(each, tiny, wide=8) for each in whole]
     for network, batch in () if tiny else (("DDPMPP", 64), ("ADM", 32), ("SD15UNet", 8), ("SDXLUNet", 2)):
-        told = ("network", f"--network={network}", f"--batch_size={batch}", "--rounds=5", "--settings=all")
-        found.append(Measurement(told, 120))
+        arguments = ("network", f"--network={network}", f"--batch_size={batch}", "--rounds=5", "--settings=all")
+        found.append(Measurement(arguments, 120))
     return found
 
 
 def _step(configuration: Configuration, tiny: bool, wide: int = 1) -> Measurement:
-    told = ("step", *_named(configuration, SIZES[configuration.network] if tiny else ()))
-    told += ("--rounds=5", "--precision=bf16", f"--batch_size={wide * (2 if tiny else configuration.batch_size)}")
-    return Measurement(told, 60 if configuration.network in LARGE else 30)
+    arguments = ("step", *_named(configuration, SIZES[configuration.network] if tiny else ()))
+    arguments += ("--rounds=5", "--precision=bf16", f"--batch_size={wide * (2 if tiny else configuration.batch_size)}")
+    return Measurement(arguments, 60 if configuration.network in LARGE else 30)
 
 
 def _compiled(configuration: Configuration, tiny: bool) -> Measurement:
@@ -96,11 +93,7 @@ def _named(configuration: Configuration, lines: Sequence[str]) -> tuple[str, ...
 
 
 def run(
-    wanted: Sequence[Measurement],
-    *,
-    minutes: float,
-    common: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    wanted: Sequence[Measurement], *, minutes: float, common: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> dict[str, int]:
     """Takes measurements in order until the time is up.
 

@@ -1,8 +1,8 @@
-"""Timing that can be compared: variants in turn in one process, medians of many, and what machine it was.
+"""Timing that can be compared: variants in turn in one process, medians over rounds, and the machine.
 
 Notation: a *variant* is a function of no arguments that does the whole work once; a *round* runs every variant once, in
-an order that turns from round to round, so that a slow minute of the machine falls on all of them. A *record* is what
-one measurement found, a line of JSON.
+an order that rotates from round to round, so that a slow minute of the machine affects all of them. A *record* is the
+result of one measurement, a line of JSON.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ratiograph.core.files import write_atomically
 
-__all__ = ["append_record", "count_flops", "hardware", "in_turn", "load", "medians", "read_records", "standard_error"]
+__all__ = [
+    *("append_record", "count_flops", "hardware", "in_turn", "load"),
+    *("medians", "read_records", "request", "standard_error"),
+]
 
 
 def in_turn(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -80,13 +83,18 @@ def count_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def request(gin_file: Sequence[str], gin_param: Sequence[str], **numbers: int) -> dict[str, object]:
+    """The part of a record that says which run was measured."""
+    return {"gin_file": list(gin_file), "gin_param": list(gin_param), **numbers}
+
+
 def load() -> float:
-    """Processes that were running on this machine in the last minute, on average: 0 is a quiet one."""
+    """Average number of processes running on this machine in the last minute; 0 if it was idle."""
     return os.getloadavg()[0]
 
 
 def hardware(device: torch.device) -> dict[str, object]:
-    """What the numbers were measured on."""
+    """The machine that the numbers are measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     kinds = [kind for kind in ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx2") if capabilities.get(kind)]
@@ -111,8 +119,8 @@ def _processor() -> str:
 
 def revision() -> str | None:
     """The commit of the checkout that holds this package, with a + where files differ from it; None outside one."""
-    asked = ["describe", "--always", "--dirty=+", "--abbrev=8", "--exclude=*"]
-    command = ["git", "-C", str(Path(__file__).parent), *asked]
+    describe = ["describe", "--always", "--dirty=+", "--abbrev=8", "--exclude=*"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -123,8 +131,8 @@ def revision() -> str | None:
 def append_record(path: Path, record: Mapping[str, object], device: torch.device) -> dict[str, object]:
     """Adds one JSON line with date, revision and hardware to ``path``; returns what was written."""
     path = Path(path)
-    made = {"date": datetime.date.today().isoformat(), "revision": revision(), "hardware": hardware(device)}
-    whole = {**made, **record}
+    today = datetime.date.today().isoformat()
+    whole = {"date": today, "revision": revision(), "hardware": hardware(device), **record}
     before = path.read_bytes() if path.is_file() else b""
     write_atomically(path, before + (json.dumps(whole) + "\n").encode())
     return whole

@@ -1,4 +1,4 @@
-"""What all figures share: the table's rows with their colours, a style, labels at the ends of lines, saving.
+"""Shared by all figures: the table's rows with their colours, a style, labels at the ends of lines, saving.
 
 Notation: *rows* are a figure's numbers, dicts with the same keys; a *curve* is the rows of one label, in order.
 """

@@ -16,7 +16,8 @@ from ratiograph.algebra.rewards import QuadraticReward
 from ratiograph.algebra.targets import RewardTilted, RewardTiltedCumulant, RewardTiltedSecondOrder
 from ratiograph.core.contracts import Evaluation, Nodes
 from ratiograph.core.types import Condition, Noisy
-from ratiograph.networks.teachers.mixture import ExactTilted, GaussianMixture
+from ratiograph.networks.teachers.exact_tilting import ExactTilted
+from ratiograph.networks.teachers.mixture import GaussianMixture
 
 __all__ = ["draw_reward_error", "reward_error"]
 

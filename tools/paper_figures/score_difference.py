@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 
 from paper_figures.drawing import TABLE, columns, label_ends, new_figure, set_title
-from ratiograph import config
 from ratiograph.core.contracts import Evaluation
 from ratiograph.tasks.distillation import Distillation
+from ratiograph.tasks.student_files import read_experiment
 from ratiograph.training import checkpoints
 
 __all__ = ["correlations", "draw_score_difference", "grouped_weights", "load_run", "percentiles", "score_difference"]
@@ -34,12 +34,10 @@ def load_run(workdir: Path, device: torch.device) -> tuple[Distillation, int]:
     """The task of a run at its newest checkpoint, in float32, and the checkpoint's step.
 
     Raises:
-        ValueError: the folder has no config.gin or no checkpoint, or the run has no teacher, student score and ratio.
+        FileNotFoundError: the folder has no config.gin.
+        ValueError: it has no checkpoint, or the run has no teacher, student score and ratio.
     """
-    workdir = Path(workdir)
-    if not (workdir / "config.gin").is_file():
-        raise ValueError(f"{workdir} has no config.gin: give the folder of a run as --workdir")
-    task = config.build(config.parse([str(workdir / "config.gin")], [], {})).task
+    task = read_experiment(workdir, memory=True).task
     missing = [name for name in ("teacher", "student_score", "ratio") if getattr(task, name, None) is None]
     if missing:
         raise ValueError(f"the run in {workdir} has no {' and no '.join(missing)}, which this figure compares")
@@ -48,10 +46,9 @@ def load_run(workdir: Path, device: torch.device) -> tuple[Distillation, int]:
         raise ValueError(f"{workdir}/checkpoints is empty: wait for the run's first checkpoint")
     step, state = found
     task.prepare(device, None)
-    asked = {name: task.trained()[name] for name in ("student", "student_score", "ratio")}
-    networks = state["task"]["networks"]
-    source = workdir / "checkpoints"
-    checkpoints.load_strict(asked, {name: networks[name] for name in asked if name in networks}, source=source)
+    modules = {name: task.trained()[name] for name in ("student", "student_score", "ratio")}
+    networks = {name: weights for name, weights in state["task"]["networks"].items() if name in modules}
+    checkpoints.load_strict(modules, networks, source=workdir / "checkpoints")
     return task.eval(), step
 
 

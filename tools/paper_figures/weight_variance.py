@@ -2,7 +2,7 @@
 
 Notation: p = N(m, 1), q = N(0, 1), y ~ q. Then l = log p/q = m y - m^2/2, so that l ~ N(-m^2/2, m^2), and
 E_q[e^(a l)] = e^(a (a - 1) m^2 / 2). NV is short for the normalised variance. Three ways lead to it: ``closed_form``,
-``quadrature`` of any weighting, and two Monte Carlo estimates that draw y and ask the library's own weightings.
+``quadrature`` of any weighting, and two Monte Carlo estimates that draw y and evaluate the library's own weightings.
 
 Closed forms. An exponential weight has
 
@@ -68,7 +68,7 @@ def closed_form(weighting: Weighting, m: Tensor) -> Tensor:
     Raises:
         ValueError: for a weighting without one; ``quadrature`` takes any.
     """
-    raise ValueError(f"{type(weighting).__name__} has no closed form of its variance: use variance.quadrature")
+    raise ValueError(f"{type(weighting).__name__} has no closed form of its variance: use weight_variance.quadrature")
 
 
 def _exponential(exponent: float, m: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def monte_carlo(weighting: Weighting, m: float, samples: int, generator: torch.G
     """Var_q[omega] / E_q[omega]^2 from plain samples of q; ``standard_error`` says how far to trust it.
 
     Args:
-        weighting: asked at ``samples`` values of l.
+        weighting: evaluated at ``samples`` values of l.
         m: distance >= 0.
         samples: how many.
         generator: the source of randomness.
@@ -200,7 +200,7 @@ def importance_sampling(weighting: Weighting, m: float, samples: int, generator:
     as dense as what was drawn from, and the relative error of either moment is below 2 / sqrt(samples) for every m.
 
     Args:
-        weighting: asked at about ``samples`` values of l.
+        weighting: evaluated at about ``samples`` values of l.
         m: distance >= 0.
         samples: how many, at least 3.
         generator: the source of randomness.

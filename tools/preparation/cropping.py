@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from preparation.image_bytes import Damaged
-from ratiograph.data.shards import PILLOW_MODES
+from ratiograph.data.images import PILLOW_MODES
 
 __all__ = ["Preparation", "centre_crop", "plain", "upright"]
 

@@ -1,7 +1,6 @@
-"""Where the bytes of one image lie: in a file, in an archive, or in memory.
+"""The places of an image's bytes: a file, a member of an archive, or memory.
 
-A *place* is small, can be sent to another process and is read there by ``read()`` without looking at the rest of its
-archive.
+A *place* is a small object that another process can receive; its ``read()`` does not look at the rest of the archive.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ __all__ = ["Damaged", "Pixels", "Slice", "ZipMember", "looks_like", "tar_members
 
 
 class Damaged(Exception):
-    """An image that cannot be had; the message is the reason."""
+    """An image cannot be read; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Images and captions turned into latents and text states once, so that training runs neither encoder.
 
 Notation: a *cache* is a folder of shards ``shard-000000.tar`` ..., one for each input, in `LatentStream`'s format, and
-their ``index.json`` with the settings that made them. It grows by whole shards: the same command goes on where an
-interrupted one ended. Prompts are lines of a text file; their shards hold text states and no latents.
+their ``index.json`` with the settings that made them. It grows by whole shards, so the command of an interrupted cache
+continues it. Prompts are lines of a text file; their shards hold text states and no latents.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from ratiograph.core.files import write_atomically
 from ratiograph.core.types import Condition
 from ratiograph.data.captioned import CaptionedStream
 from ratiograph.data.images import to_tensor
-from ratiograph.data.latents import _npy
-from ratiograph.data.shards import INDEX, DamagedSample
+from ratiograph.data.latents import npy_bytes
+from ratiograph.data.raw_samples import DamagedSample
+from ratiograph.data.shards import INDEX
 from ratiograph.data.tars import Damage
 from ratiograph.networks.autoencoder import Autoencoder
-from ratiograph.networks.text_encoders import CaptionEncoder
+from ratiograph.networks.text_encoders import CaptionEncoder, SD15CaptionEncoder, SDXLCaptionEncoder
+from ratiograph.networks.weights import pipeline_files
 
-__all__ = ["CachedImages", "CachedPrompts", "cache_shards", "write_empty_prompt"]
+__all__ = ["CachedImages", "CachedPrompts", "cache_shards", "encoder_of", "write_empty_prompt"]
 
 
 def _rows(condition: Condition, captions: Sequence[str]) -> list[dict[str, bytes]]:
@@ -40,7 +42,7 @@ def _rows(condition: Condition, captions: Sequence[str]) -> list[dict[str, bytes
     kinds = {"text": np.float16, "pooled": np.float16, "sizes": np.int32}
     arrays = {part: tensor.cpu().float().numpy().astype(kinds[part]) for part, tensor in condition.parts().items()}
     return [
-        {**{f"{part}.npy": _npy(rows[k]) for part, rows in arrays.items()}, "txt": caption.encode()}
+        {**{f"{part}.npy": npy_bytes(rows[k]) for part, rows in arrays.items()}, "txt": caption.encode()}
         for k, caption in enumerate(captions)
     ]
 
@@ -108,16 +110,16 @@ class CachedImages:
         with ThreadPoolExecutor(self.workers) as pool:
             raws = (pool.submit(self._prepared, raw) for raw in self._taken(source))
             for futures in _one_ahead(raws, self.batch_size):
-                made = [sample for sample in (future.result() for future in futures) if sample is not None]
-                if made:
-                    yield from self._encoded(made, generator)
+                samples = [sample for sample in (future.result() for future in futures) if sample is not None]
+                if samples:
+                    yield from self._encoded(samples, generator)
         self._check()
 
     def _taken(self, source: Path) -> Iterator[object]:
         for raw in self.stream.read(source):
             self.seen += 1
             if isinstance(raw, Damage):
-                self._note(raw.why)
+                self._note(raw.message)
             elif self.stream.rejects(raw) is not None:
                 self.skipped += 1
             else:
@@ -142,8 +144,8 @@ class CachedImages:
                 "the shards again, or allow more"
             )
 
-    def _encoded(self, made: Sequence[tuple], generator: torch.Generator | None) -> Iterator[dict[str, object]]:
-        keys, pixels, sizes, captions = zip(*made, strict=True)
+    def _encoded(self, samples: Sequence[tuple], generator: torch.Generator | None) -> Iterator[dict[str, object]]:
+        keys, pixels, sizes, captions = zip(*samples, strict=True)
         device = next(self.autoencoder.parameters()).device
         latents = self.autoencoder.encode(to_tensor(pixels).to(device), generator)
         condition = self.encoder.encode(captions)
@@ -152,7 +154,7 @@ class CachedImages:
         for key, latent, row in zip(keys, latents.cpu(), _rows(condition, captions), strict=True):
             if not latent.isfinite().all():
                 raise ValueError(f"the latent of sample '{key}' is not finite: the autoencoder's weights are damaged")
-            yield {"__key__": key, "latent.npy": _npy(latent.numpy().astype(np.float16)), **row}
+            yield {"__key__": key, "latent.npy": npy_bytes(latent.numpy().astype(np.float16)), **row}
 
 
 def _one_ahead(futures: Iterable[Future], size: int) -> Iterator[list[Future]]:
@@ -246,6 +248,21 @@ def _write(path: Path, samples: Iterable[Mapping[str, object]]) -> dict:
 
     write_atomically(path, write)
     return record
+
+
+def encoder_of(teacher: str) -> tuple[CaptionEncoder, int]:
+    """(the caption encoder of a pipeline, not loaded, and its usual resolution): SDXL's if its U-Net takes sizes.
+
+    Raises:
+        ValueError, FileNotFoundError: ``teacher`` is no pipeline in diffusers' format.
+    """
+    pipeline_files.folder_of(teacher, "unet", "--teacher", weights=False)
+    unet = pipeline_files.config_of(teacher, "unet")
+    if unet is None:
+        raise ValueError(f"--teacher={teacher} holds no unet/config.json: give a pipeline in diffusers' format")
+    if unet.get("addition_embed_type") == "text_time":
+        return SDXLCaptionEncoder(weights=teacher), 1024
+    return SD15CaptionEncoder(weights=teacher), 512
 
 
 def write_empty_prompt(path: Path, encoder: CaptionEncoder) -> None:

@@ -1,8 +1,8 @@
-"""Makes shards of a source: in parallel, resumable, and to the last byte the same however it is run.
+"""Makes shards of a source: in parallel, resumable, and always the same to the last byte.
 
 The source's entries are put in a fixed random order and cut into consecutive, nearly equal parts, one a shard. Worker
-processes prepare the images; this process writes shard after shard, each aside and then renamed. A *record* tells what
-a finished shard holds. Until all are finished the records lie in ``.progress/`` beside the shards, afterwards in the
+processes prepare the images; this process writes shard after shard, each aside and then renamed. A *record* describes
+a finished shard. Until all are finished the records lie in ``.progress/`` beside the shards, afterwards in the
 index. A sample's key is its number in the source's own order, so that a sample can be traced to its image.
 """
 
@@ -24,9 +24,9 @@ from typing import BinaryIO
 import numpy as np
 
 from preparation.cropping import Preparation
-from preparation.image_bytes import Damaged
 from preparation.parallel_map import in_order
 from preparation.sources import Entry, Listing, Source
+from preparation.tar_samples import Numbered, Prepared, Skipped, prepare_entries
 from ratiograph.core.files import write_atomically
 from ratiograph.data.shards import INDEX
 
@@ -37,58 +37,15 @@ SETTINGS = "settings.json"
 CHUNK = 32  # images a message to a worker
 END = bytes(2 * tarfile.BLOCKSIZE)  # ends a tar archive
 
-# --- images ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A sample ready to be written: the blocks of a tar archive that hold it, and its image's (width, height)."""
-
-    blocks: bytes
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """An image that was left out, and why."""
-
-    name: str
-    reason: str
-
-
-Numbered = tuple[int, Entry]
-"""An entry with its number in the source's own order."""
-
-
-def _make(preparation: Preparation, entries: Sequence[Numbered]) -> list[Made | Skipped]:
-    return [_make_one(preparation, number, entry) for number, entry in entries]
-
-
-def _make_one(preparation: Preparation, number: int, entry: Entry) -> Made | Skipped:
-    try:
-        suffix, data, size = preparation(entry.image.read())
-    except (Damaged, FileNotFoundError) as error:
-        return Skipped(entry.name, error.strerror if isinstance(error, OSError) else str(error))
-    except OSError as error:  # no fault of this image, and another attempt may succeed
-        raise ValueError(f"cannot read {entry.name}: {error}. The same command continues from here") from error
-    members = sorted({**entry.members, suffix: data}.items())
-    return Made(b"".join(_tar_blocks(f"{number:08d}.{suffix}", data) for suffix, data in members), size)
-
-
-def _tar_blocks(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)  # of no owner, and of time 0
-    info.size, info.mode = len(data), 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-
 
 class Watch:
-    """Is told how the work goes; does nothing."""
+    """Receives reports of the progress; this base class ignores them."""
 
     def begin(self, total: int, done: int) -> None:
-        """``total`` images are to be made, ``done`` of them lie in finished shards."""
+        """``total`` images belong into shards, ``done`` of them lie in finished ones."""
 
     def advance(self) -> None:
-        """One image more was made or skipped."""
+        """One more image was prepared or skipped."""
 
     def skip(self, skipped: Skipped) -> None:
         """An image was skipped."""
@@ -105,7 +62,7 @@ class _Writer:
     sizes: set[tuple[int, int]] = field(default_factory=set)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def write(self, results: Iterable[Made | Skipped], on_skip: Callable[[Skipped], None], file: BinaryIO) -> None:
+    def write(self, results: Iterable[Prepared | Skipped], on_skip: Callable[[Skipped], None], file: BinaryIO) -> None:
         for result in results:
             if isinstance(result, Skipped):
                 self.skipped.append(result)
@@ -117,7 +74,7 @@ class _Writer:
         file.write(END)
 
     def record(self, path: Path) -> dict:
-        """What is to be remembered of the shard at ``path``; ``size`` is None where the images' sizes differ."""
+        """The record of the shard at ``path``; ``size`` is None where the images' sizes differ."""
         skipped = [{"name": one.name, "reason": one.reason, "shard": path.name} for one in self.skipped]
         size = list(*self.sizes) if len(self.sizes) == 1 else None
         return {"samples": self.samples, **_fingerprint(path), "size": size, "skipped": skipped}
@@ -129,7 +86,7 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
 
 
 def _intact(path: Path, record: Mapping | None) -> bool:
-    """Whether the shard lies there as its record says."""
+    """Whether the shard at ``path`` is the one of its record."""
     if record is None or not path.is_file() or path.stat().st_size != record["bytes"]:
         return False
     return _fingerprint(path)["sha256"] == record["sha256"]
@@ -185,17 +142,17 @@ class _Job:
         self.watch.begin(total, total - sum(len(self.parts[number]) for number in pending))
         self.check_skipped()
         chunks = (chunk for number in pending for chunk in _chunks(self.parts[number]))
-        with closing(in_order(partial(_make, self.preparation), chunks, self.workers)) as made:
-            results = self.counted(itertools.chain.from_iterable(made))
+        with closing(in_order(partial(prepare_entries, self.preparation), chunks, self.workers)) as prepared:
+            results = self.counted(itertools.chain.from_iterable(prepared))
             for number in pending:
                 self.write(number, itertools.islice(results, len(self.parts[number])))
 
-    def counted(self, results: Iterable[Made | Skipped]) -> Iterator[Made | Skipped]:
+    def counted(self, results: Iterable[Prepared | Skipped]) -> Iterator[Prepared | Skipped]:
         for result in results:
             self.watch.advance()
             yield result
 
-    def write(self, number: int, results: Iterable[Made | Skipped]) -> None:
+    def write(self, number: int, results: Iterable[Prepared | Skipped]) -> None:
         writer, path = _Writer(), self.path(number)
         write_atomically(path, partial(writer.write, results, self.skip))
         if not writer.samples:
@@ -262,7 +219,7 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _others(folder: Path) -> str:
-    """The first names in a folder, of all but unfinished settings."""
+    """The first names in a folder, without ``.progress``."""
     names = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS) if folder.is_dir() else []
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
@@ -275,7 +232,7 @@ def _differences(earlier: Mapping | None, settings: Mapping) -> str:
 
 
 def _records(folder: Path, earlier: Mapping) -> dict[str, dict]:
-    """What is known of finished shards: from the index of a finished job, and from an unfinished one's records."""
+    """Records of finished shards: from the index of a finished job, or from the files of an unfinished one."""
     records = {
         name: {**entry, "size": earlier["size"], "skipped": [one for one in earlier["skipped"] if one["shard"] == name]}
         for name, entry in earlier.get("shards", {}).items()
@@ -314,7 +271,7 @@ def make_shards(
         shuffle_seed: of the samples' random order; None keeps the source's own order.
         max_corrupt: fraction of the images that may be skipped.
         workers: processes that prepare images; 1 works in this process.
-        watch: is told how the work goes.
+        watch: receives reports of the progress.
 
     Returns:
         The index: ``shards`` {file: {samples, bytes, sha256}}, ``source``, ``samples``, ``size`` [width, height] or
@@ -333,32 +290,17 @@ def make_shards(
     count = shards or -(-total // (shard_samples or source.shard_samples))
     if count > total:
         raise ValueError(f"--shards={count}: the source has only {total} images")
-    order = np.arange(total) if shuffle_seed is None else np.random.RandomState(shuffle_seed).permutation(total)
-    numbered = [(number, listing.entries[number]) for number in order.tolist()]
-    bounds = np.linspace(0, total, count + 1).astype(int)
-    settings = source.settings() | {
-        "name": name,
-        "resolution": resolution,
-        "channels": channels,
-        "format": format,
-        "shards": count,
-        "shuffle_seed": shuffle_seed,
-        "images": total,
-        "contents": _contents(listing.entries),
-    }
+    image_options = {"resolution": resolution, "channels": channels, "format": format}
+    shard_options = {"shards": count, "shuffle_seed": shuffle_seed, "images": total}
+    contents = {"contents": _contents(listing.entries)}
+    settings = source.settings() | {"name": name} | image_options | shard_options | contents
     job = _Job(
         folder=Path(folder),
         name=name,
         settings=settings,
         listing=listing,
-        parts=[numbered[first:last] for first, last in itertools.pairwise(bounds)],
-        preparation=Preparation(
-            resolution=resolution,
-            channels=channels,
-            format=format,
-            new_format=source.format,
-            normalize=source.normalize,
-        ),
+        parts=_parts(listing.entries, count, shuffle_seed),
+        preparation=Preparation(**image_options, new_format=source.format, normalize=source.normalize),
         max_corrupt=max_corrupt,
         workers=workers,
         watch=watch or Watch(),
@@ -366,6 +308,15 @@ def make_shards(
     job.claim()
     job.run()
     return job.finish()
+
+
+def _parts(entries: Sequence[Entry], count: int, shuffle_seed: int | None) -> list[list[Numbered]]:
+    """The entries in their random order, or without a seed in their own, cut into ``count`` nearly equal parts."""
+    total = len(entries)
+    order = np.arange(total) if shuffle_seed is None else np.random.RandomState(shuffle_seed).permutation(total)
+    numbered = [(number, entries[number]) for number in order.tolist()]
+    bounds = np.linspace(0, total, count + 1).astype(int)
+    return [numbered[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 def _contents(entries: Sequence[Entry]) -> str:

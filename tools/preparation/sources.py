@@ -1,8 +1,8 @@
-"""Data sets as they are downloaded: which images lie in them, before shards are made of them.
+"""Data sets as they are downloaded, listed image by image for the making of shards.
 
 A *source* lists its *entries*. An entry is one image: a name to find it by, the place of its bytes, and the members
 that go with it into a shard, which are ``cls`` (class index in ASCII digits), ``txt`` (caption) and ``json`` (further
-facts). Listing reads no image, and nothing that a file holds is ever run.
+facts). Listing reads no image and never executes code in a file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Listing:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Base class: ``path`` is the file or folder; ``listing`` says what lies in it."""
+    """Base class: ``path`` is the file or folder, ``listing`` lists its entries."""
 
     path: Path
 

@@ -56,7 +56,7 @@ def _statement(line: Any, where: str) -> Statement:
     return Statement(line.scope, name, parameter, line.value, where)
 
 
-def full_bindings(path: Path) -> dict[str, object]:
+def full_bindings(path: Path, root: str = "Experiment") -> dict[str, object]:
     """As ``read_bindings``, with the present defaults of parameters that the file leaves out.
 
     A file that no longer fits the components is taken as it stands.
@@ -66,7 +66,7 @@ def full_bindings(path: Path) -> dict[str, object]:
     """
     found = read_bindings(path)
     try:
-        return {**bindings(parse([str(path)])), **found}
+        return {**bindings(parse([str(path)], root=root)), **found}
     except (ConfigError, ImportError):
         return found
 
@@ -91,7 +91,7 @@ def changes(cfg: Config, path: str | Path, *, ignore: Collection[str] = ()) -> l
     Raises:
         ConfigError: as ``read_bindings``.
     """
-    found = differences({"there": full_bindings(Path(path)), "here": bindings(cfg)})
+    found = differences({"there": full_bindings(Path(path), cfg.root), "here": bindings(cfg)})
     told = [(d.name, *("absent" if value == ABSENT else value for value in d.values)) for d in found]
     return [f"{name} is {there} there and {here} here" for name, there, here in told if name not in ignore]
 

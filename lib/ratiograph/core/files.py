@@ -28,6 +28,9 @@ class Missing(FileNotFoundError):
         super().__init__(message)
         self.filename = source
 
+    def __str__(self) -> str:
+        return self.args[0]
+
 
 @contextmanager
 def clear_storage_errors(path: Path) -> Iterator[None]:

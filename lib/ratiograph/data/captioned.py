@@ -1,68 +1,58 @@
 """Images with captions from webdataset shards, as img2dataset writes them for LAION, COYO or COCO.
 
-Members of a sample: ``<key>.jpg`` (or png, webp), ``<key>.txt`` the caption in UTF-8, ``<key>.json`` what else is known
-of the image. Without a ``.txt`` the caption is the ``caption`` of the ``.json``.
+Members of a sample: ``<key>.jpg`` (or png, webp), ``<key>.txt`` the caption in UTF-8, ``<key>.json`` the image's other
+fields. Without a ``.txt`` the caption is the ``caption`` of the ``.json``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
 from ratiograph.data.filters import Filters
-from ratiograph.data.images import IMAGE_SUFFIXES, BadImage, fitted, to_tensor
-from ratiograph.data.shards import DamagedSample, damaged_sample, no_image
+from ratiograph.data.images import BadImage, fitted, to_tensor
+from ratiograph.data.raw_samples import DamagedSample, RawSample, image_member
 from ratiograph.data.stream import SampleStream
-from ratiograph.data.tars import shown
+from ratiograph.data.tars import printable
 
 __all__ = ["CaptionStream", "CaptionedStream"]
 
 
 @dataclass
-class RawCaptioned:
-    """One sample as it lies in a shard."""
+class RawCaptioned(RawSample):
+    """An undecoded caption: the members ``.txt`` and ``.json``, and the image where the stream reads images."""
 
-    shard: str
-    key: str
-    image: bytes | None
     txt: bytes | None
     json: bytes | None
-
-    @property
-    def place(self) -> str:
-        return f"sample '{shown(self.key)}' of shard {self.shard}"
+    image: bytes | None = None
 
     @cached_property
     def fields(self) -> Mapping[str, object]:
-        """What the ``.json`` says, by names in lower case; nothing without one."""
+        """The fields of the ``.json``, by names in lower case; empty without one."""
         try:
-            found = json.loads(self.json or b"{}")
+            fields = json.loads(self.json or b"{}")
         except (ValueError, RecursionError) as error:
-            raise damaged_sample(self.place, f"its .json cannot be read ({error})") from error
-        if not isinstance(found, dict):
-            raise damaged_sample(self.place, "its .json is no object with named fields")
-        return {name.lower(): value for name, value in found.items()}
+            raise self.damaged(f"is damaged: its .json cannot be read ({error})") from error
+        if not isinstance(fields, dict):
+            raise self.damaged("is damaged: its .json is no object with named fields")
+        return {name.lower(): value for name, value in fields.items()}
 
     @cached_property
     def caption(self) -> str:
         """The caption without white space around it; DamagedSample where there is none."""
         if self.txt is None and not isinstance(self.fields.get("caption", 0), str | None):
             raise DamagedSample(
-                f"{self.place} has no caption ('{shown(self.key)}.txt', or 'caption' in its .json): write the captions "
-                "into the shards, or read the images alone with ShardStream"
+                f"{self.place} has no caption ('{printable(self.key)}.txt', or 'caption' in its .json): write the "
+                "captions into the shards, or read the images alone with ShardStream"
             )
-        try:
-            text = (self.fields["caption"] or "") if self.txt is None else self.txt.decode()
-        except UnicodeDecodeError as error:
-            raise damaged_sample(self.place, f"its caption is no UTF-8 text ({error.reason})") from error
+        text = (self.fields["caption"] or "") if self.txt is None else self.decoded_caption(self.txt)
         return text.encode(errors="replace").decode().strip()  # json can hold halves of characters
 
 
@@ -108,24 +98,16 @@ class CaptionStream(SampleStream):
         return bool(self.filters)
 
     def raw(self, path: Path, members: Mapping[str, bytes]) -> RawCaptioned:
-        return RawCaptioned(str(path), members["__key__"], None, members.get("txt"), members.get("json"))
+        return RawCaptioned(str(path), members["__key__"], members.get("txt"), members.get("json"))
 
-    def rejects(self, raw: RawCaptioned) -> str | None:
-        try:
-            return self._judged(raw)
-        except DamagedSample:
-            if self.tolerant:
-                return None  # it is met again, and counted, where it is decoded
-            raise
-
-    def _judged(self, raw: RawCaptioned) -> str | None:
+    def rejection(self, raw: RawCaptioned) -> str | None:
         return self.filters.rejects(raw.place, raw.caption, lambda: raw.fields)
 
-    def nothing(self) -> str:
+    def empty_message(self) -> str:
         return f"the filters of {type(self).__name__} leave no sample of {self.urls}: loosen them"
 
     def prepared(self, raw: RawCaptioned) -> str:
-        self._judged(raw)
+        self.rejection(raw)  # its errors, which ``rejects`` does not raise if ``tolerant``
         return raw.caption
 
     def collated(self, raw, prepared, positions, seed) -> Batch:
@@ -147,7 +129,7 @@ class CaptionedStream(CaptionStream):
         urls: paths of tar files with braces ('data/laion-{00000..01023}.tar', several joined by '::'), also
             'https://...', 's3://...' and 'pipe:COMMAND'.
         resolution: height and width of the batches' images in pixels.
-        sizes: whether to say what SDXL wants to know, ``condition.sizes`` int64 [B, 6]: the original's height and
+        sizes: whether to give SDXL's sizes, ``condition.sizes`` int64 [B, 6]: the original's height and
             width (``original_height`` and ``original_width`` in the .json, or the image file's own), the top and left
             of the crop in the resized image, and the target's height and width.
         minimum_aesthetic: least score of LAION's aesthetic predictor, about 0 to 10; None, here and below, is any.
@@ -197,10 +179,9 @@ class CaptionedStream(CaptionStream):
         self.resolution, self.sizes = resolution, sizes
 
     def raw(self, path: Path, members: Mapping[str, bytes]) -> RawCaptioned:
-        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-        if image is None:
-            raise no_image(path, members)
-        return replace(super().raw(path, members), image=image)
+        raw = super().raw(path, members)
+        raw.image = image_member(path, members)
+        return raw
 
     def prepared(self, raw: RawCaptioned):
         """(pixels uint8 [3, resolution, resolution], the six numbers of SDXL, the caption)."""
@@ -208,21 +189,18 @@ class CaptionedStream(CaptionStream):
         try:
             pixels, (height, width, top, left) = fitted(raw.image, self.resolution)
         except BadImage as error:
-            raise DamagedSample(
-                f"{raw.place} {error}. Write this shard anew, or leave it out of the data's URLs."
-            ) from error
-        original = self._original(raw, height, width) if self.sizes else (height, width)
-        return pixels, (*original, top, left, self.resolution, self.resolution), caption
-
-    def _original(self, raw: RawCaptioned, height: int, width: int) -> tuple[int, int]:
-        said = raw.fields.get("original_height"), raw.fields.get("original_width")
-        return said if all(isinstance(side, int) and 0 < side < 2**31 for side in said) else (height, width)
+            raise raw.damaged(error) from error
+        if self.sizes:
+            original = raw.fields.get("original_height"), raw.fields.get("original_width")
+            if all(isinstance(side, int) and 0 < side < 2**31 for side in original):
+                height, width = original
+        return pixels, (height, width, top, left, self.resolution, self.resolution), caption
 
     def collated(self, raw, prepared, positions, seed) -> Batch:
         """Images float32 [B, 3, resolution, resolution] in [-1, 1]; the condition holds caption and sizes."""
         pixels, sizes, captions = zip(*prepared, strict=True)
-        known: Tensor | None = torch.tensor(sizes) if self.sizes else None
-        return Batch(to_tensor(pixels), Condition(sizes=known, caption=pack(captions)))
+        condition = Condition(sizes=torch.tensor(sizes) if self.sizes else None, caption=pack(captions))
+        return Batch(to_tensor(pixels), condition)
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""

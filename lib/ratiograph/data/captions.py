@@ -1,4 +1,4 @@
-"""Captions as tensors, so that they travel in a ``Condition`` like everything else.
+"""Captions as tensors, for ``Condition.caption``.
 
 A caption is its UTF-8 bytes, zero-padded to ``LENGTH``; text encoders read 77 tokens, so longer ones are cut.
 """

@@ -1,8 +1,8 @@
 """Coloured digits with captions: a small text-to-image world made of the embedded MNIST digits.
 
 Notation: a digit's pixels are v(i) in [0, 1]; its ink has one colour c in [0, 1]^3, so that the image is v(i) c on
-black. A colour's name stands for a family of shades, as words do: c is the colour of `COLOURS` with noise in every
-channel, times a brightness. A caption names the digit, the colour, both or neither, and leaves the rest open.
+black. A colour's name stands for a family of shades: c is the colour of `COLOURS` with noise in every channel, times a
+brightness. A caption names the digit, the colour, both or neither; what it does not name may be anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ratiograph.data.images import encode_png, pixels_of
-from ratiograph.data.shards import RawSample, decode_label
+from ratiograph.data.raw_samples import RawImage, decode_label
 
 __all__ = ["COLOURS", "DIGITS", "caption_of", "coloured_digits_samples", "named"]
 
@@ -31,21 +31,21 @@ FORMS = ((True, True), (True, True), (True, False), (False, True))  # does a cap
 
 
 def caption_of(digit: int | None, colour: str | None) -> str:
-    """'a red seven', 'a seven', 'a red digit' or 'a digit'; what is None is left open."""
+    """'a red seven', 'a seven', 'a red digit' or 'a digit'; None is not named."""
     noun = "digit" if digit is None else DIGITS[digit]
     words = [noun] if colour is None else [colour, noun]
     return " ".join(["an" if words[0] == "eight" else "a", *words])
 
 
 def named(caption: str) -> tuple[int | None, str | None]:
-    """The digit and the colour that ``caption`` names, None for what it leaves open."""
+    """The digit and the colour that ``caption`` names; None for each that it does not name."""
     words = caption.lower().split()
     digits = [number for number, word in enumerate(DIGITS) if word in words]
     colours = [colour for colour in COLOURS if colour in words]
     return (digits[0] if digits else None), (colours[0] if colours else None)
 
 
-def coloured_digits_samples(digits: Sequence[RawSample]) -> list[Mapping[str, object]]:
+def coloured_digits_samples(digits: Sequence[RawImage]) -> list[Mapping[str, object]]:
     """Each digit in two colours, drawn uniformly, as 28 x 28 RGB images: 10,000 samples of the 5,000 embedded digits.
 
     ``txt`` is the caption: half of them name digit and colour, a quarter the digit alone, a quarter the colour alone.

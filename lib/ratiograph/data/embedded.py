@@ -16,10 +16,11 @@ import braceexpand
 import numpy as np
 
 from ratiograph.data.coloured_digits import coloured_digits_samples
+from ratiograph.data.images import encode_png
 from ratiograph.data.remote import RemoteShard, cache_folder, fetch_indexes, is_remote, local
-from ratiograph.data.shards import encode_png, read_shard, verify_shard, write_shards
+from ratiograph.data.shards import read_shard, verify_shard, write_shards
 
-__all__ = ["EMBEDDED", "cache_folder", "check_local", "resolve", "sources"]
+__all__ = ["EMBEDDED", "check_local", "resolve", "sources"]
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ def mnist_samples() -> list[Mapping[str, object]]:
         ) from error
     pixels, labels = mnist_data()
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    order = np.random.default_rng(0)
-    by_class = [order.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    rng = np.random.default_rng(0)
+    by_class = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     return [
         {"__key__": f"{i:04d}", "png": encode_png(pixels[i]), "cls": str(int(labels[i])).encode()}
         for i in np.stack(by_class, axis=1).reshape(-1)  # [500, 10]: one of each class after another
@@ -73,7 +74,7 @@ EMBEDDED: dict[str, EmbeddedSet] = {
 
 
 def _embedded_shards(name: str) -> list[Path]:
-    """The shards of an embedded data set. Absent, half-written or altered ones are written anew."""
+    """The shards of an embedded data set; all are written anew if any is absent, incomplete or altered."""
     data = EMBEDDED[name]
     folder = cache_folder() / "data" / data.folder
     stem = data.folder.rsplit("-", 1)[0]
@@ -92,17 +93,30 @@ def _intact(paths: list[Path]) -> bool:
         return False
 
 
-def _named(urls: str) -> list[Path | RemoteShard]:
+def _shards(urls: str) -> list[Path | RemoteShard]:
     names = [name for part in urls.split("::") for name in braceexpand.braceexpand(part)]
     return [RemoteShard(name) if is_remote(name) else Path(name).expanduser() for name in names]
 
 
 def check_local(urls: str) -> None:
-    """Raises a ValueError if a local shard of ``urls``, as of `sources`, is not there; reads and fetches nothing."""
-    shards = [] if urls in EMBEDDED else _named(urls)
+    """Checks that the local shards of ``urls`` (as in `sources`) exist; reads and fetches nothing.
+
+    Raises:
+        ValueError: a shard does not exist.
+    """
+    shards = [] if urls in EMBEDDED else _shards(urls)
     missing = [shard for shard in shards if isinstance(shard, Path) and not shard.is_file()]
-    if missing:
-        raise ValueError(_missing_message(urls, missing, len(shards)))
+    if not missing:
+        return
+    near = difflib.get_close_matches(urls, EMBEDDED, n=1)
+    suggestion = f" Did you mean the embedded data set '{near[0]}'?" if near else ""
+    count = (
+        f"{len(missing)} of {len(shards)} shards do not exist, the first is" if len(shards) > 1 else "No such shard:"
+    )
+    raise ValueError(
+        f"{count} {missing[0]} (from the data '{urls}').{suggestion} Give paths of tar files with braces, such as "
+        f"'data/faces-{{000000..000127}}.tar', or an embedded data set: {', '.join(EMBEDDED)}."
+    )
 
 
 def sources(urls: str) -> list[Path | RemoteShard]:
@@ -120,7 +134,7 @@ def sources(urls: str) -> list[Path | RemoteShard]:
     if urls in EMBEDDED:
         return list(_embedded_shards(urls))
     check_local(urls)
-    shards = _named(urls)
+    shards = _shards(urls)
     fetch_indexes(shards)
     return shards
 
@@ -128,13 +142,3 @@ def sources(urls: str) -> list[Path | RemoteShard]:
 def resolve(urls: str) -> list[Path]:
     """The files of the shards that `sources` names, remote ones fetched."""
     return [local(shard) for shard in sources(urls)]
-
-
-def _missing_message(urls: str, missing: list[Path], total: int) -> str:
-    near = difflib.get_close_matches(urls, EMBEDDED, n=1)
-    suggestion = f" Did you mean the embedded data set '{near[0]}'?" if near else ""
-    count = f"{len(missing)} of {total} shards do not exist, the first is" if total > 1 else "No such shard:"
-    return (
-        f"{count} {missing[0]} (from the data '{urls}').{suggestion} Give paths of tar files with braces, such as "
-        f"'data/faces-{{000000..000127}}.tar', or an embedded data set: {', '.join(EMBEDDED)}."
-    )

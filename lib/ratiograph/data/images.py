@@ -1,4 +1,4 @@
-"""From the bytes of a PNG, JPEG or WebP file to pixels, with limits on what a file may ask for.
+"""Decodes PNG, JPEG and WebP files to pixels, within limits on size and formats.
 
 Pixels are uint8 v in 0..255 here and v / 127.5 - 1 in [-1, 1] outside this package's ``data`` folder.
 """
@@ -24,7 +24,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 class BadImage(ValueError):
-    """The bytes are no image that can be used; the message is a phrase, to be put after the sample's name."""
+    """An image that cannot be decoded or used; the message is a phrase, to be put after the sample's name."""
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -36,7 +36,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image in ``data``, undecoded; BadImage for whatever goes wrong in the body."""
+    """The image in ``data``, undecoded; any error in the body becomes a BadImage."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -71,7 +71,7 @@ def fitted(data: bytes, side: int) -> tuple[np.ndarray, tuple[int, int, int, int
     """The image resized until its shorter side is ``side``, antialiased, and cropped to the square in its middle.
 
     JPEGs at least twice too large are decoded at 1/2, 1/4 or 1/8 of their size, which their format does in a fraction
-    of the time. Transparent images are laid on white, grey ones and palettes become RGB, EXIF's orientation holds.
+    of the time. Transparent images are put on white, grey ones and palettes become RGB, EXIF's orientation is applied.
 
     Args:
         data: an image file.

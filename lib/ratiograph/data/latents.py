@@ -21,55 +21,42 @@ from torch import Tensor
 
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
-from ratiograph.data.shards import DamagedSample, damaged_sample, write_shards
+from ratiograph.data.raw_samples import DamagedSample, RawSample
+from ratiograph.data.shards import write_shards
 from ratiograph.data.stream import SampleStream
-from ratiograph.data.tars import shown
+from ratiograph.data.tars import printable
 
 __all__ = ["CachedCaptionStream", "LatentStream"]
 
-CAPTION = ("text",)
-SIZED_CAPTION = ("text", "pooled", "sizes")
 RANKS = {"latent": 3, "text": 2, "pooled": 1, "sizes": 1}
 
 
-@dataclass(frozen=True)
-class RawLatent:
-    """One sample as it lies in a shard; ``arrays`` are npy files by their part's name, ``caption`` is UTF-8."""
+@dataclass
+class RawLatent(RawSample):
+    """An undecoded sample; ``arrays`` are npy files by their part's name, ``caption`` is UTF-8."""
 
-    shard: str
-    key: str
     arrays: Mapping[str, bytes]
     caption: bytes | None = None
 
-    @property
-    def place(self) -> str:
-        return f"sample '{shown(self.key)}' of shard {self.shard}"
-
     def array(self, part: str) -> np.ndarray:
-        """The decoded part, in the kind of numbers that it is stored in.
+        """The decoded part, of the number type that the file has.
 
         Raises:
             DamagedSample: it is missing, damaged, of a wrong rank, or holds NaN or infinity; names shard and sample.
         """
         if part not in self.arrays:
             raise DamagedSample(
-                f"{self.place} has no {part} ('{shown(self.key)}.{part}.npy'): encode it into the shards, or read them "
-                "as what they hold (LatentStream.captions, LatentStream.pooled; CachedCaptionStream for no latents)"
+                f"{self.place} has no {part} ('{printable(self.key)}.{part}.npy'): encode it into the shards, or read "
+                "them as what they hold (LatentStream.captions, LatentStream.pooled; CachedCaptionStream for no "
+                "latents)"
             )
         try:
-            found = _array(self.arrays[part])
+            array = _array(self.arrays[part])
         except Exception as error:  # on hostile bytes the reader raises anything: TypeError, SyntaxError, MemoryError
-            raise damaged_sample(self.place, f"its {part} is no npy array of numbers ({error})") from error
-        if found.ndim != RANKS[part] or not _finite(found):
-            raise damaged_sample(self.place, f"its {part} of shape {found.shape} is not {RANKS[part]}-d and finite")
-        return found
-
-    def text(self) -> str | None:
-        """The caption, or None where there is none."""
-        try:
-            return None if self.caption is None else self.caption.decode()
-        except UnicodeDecodeError as error:
-            raise damaged_sample(self.place, f"its caption is no UTF-8 text ({error.reason})") from error
+            raise self.damaged(f"is damaged: its {part} is no npy array of numbers ({error})") from error
+        if array.ndim != RANKS[part] or not _finite(array):
+            raise self.damaged(f"is damaged: its {part} of shape {array.shape} is not {RANKS[part]}-d and finite")
+        return array
 
 
 def _array(data: bytes) -> np.ndarray:
@@ -127,21 +114,22 @@ class CachedCaptionStream(SampleStream):
     @property
     def parts(self) -> tuple[str, ...]:
         """The members that are decoded."""
-        return SIZED_CAPTION if self.pooled else CAPTION
+        return ("text", "pooled", "sizes") if self.pooled else ("text",)
 
     def raw(self, path: Path, members: Mapping[str, object]) -> RawLatent:
         arrays = {part: members[f"{part}.npy"] for part in self.parts if f"{part}.npy" in members}
         return RawLatent(str(path), str(members["__key__"]), arrays, members.get("txt"))
 
     def prepared(self, raw: RawLatent) -> tuple[dict[str, np.ndarray], str | None]:
-        return {part: raw.array(part) for part in self.parts}, raw.text()
+        caption = None if raw.caption is None else raw.decoded_caption(raw.caption)
+        return {part: raw.array(part) for part in self.parts}, caption
 
     def collated(self, raw, prepared, positions, seed) -> Batch:
-        """Latents, where they are read, and their condition in float32; ``caption`` if the samples hold texts."""
-        arrays, texts = zip(*prepared, strict=True)
+        """Latents, where they are read, and their condition in float32; ``caption`` if the samples hold captions."""
+        arrays, captions = zip(*prepared, strict=True)
         stacked = {part: _stack(raw, [sample[part] for sample in arrays], part) for part in arrays[0]}
         images = stacked.pop("latent", torch.zeros(len(raw), 0))
-        return Batch(images, Condition(**stacked, caption=_captions(raw, texts)))
+        return Batch(images, Condition(**stacked, caption=_packed(raw, captions)))
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""
@@ -207,15 +195,16 @@ def _stack(raw: Sequence[RawLatent], arrays: Sequence[np.ndarray], part: str) ->
     return torch.from_numpy(np.stack(arrays)).float()
 
 
-def _captions(raw: Sequence[RawLatent], texts: Sequence[str | None]) -> Tensor | None:
-    if all(text is None for text in texts):
+def _packed(raw: Sequence[RawLatent], captions: Sequence[str | None]) -> Tensor | None:
+    if all(caption is None for caption in captions):
         return None
-    for sample, text in zip(raw, texts, strict=True):
-        if text is None:
+    for sample, caption in zip(raw, captions, strict=True):
+        if caption is None:
             raise ValueError(
-                f"{sample.place} has no caption ('{shown(sample.key)}.txt') and others have: write their shards anew"
+                f"{sample.place} has no caption ('{printable(sample.key)}.txt') and others have: write their shards "
+                "anew"
             )
-    return pack(texts)
+    return pack(captions)
 
 
 def write_latents(
@@ -239,10 +228,11 @@ def write_latents(
         The shard paths in order.
     """
     assert {"latent"} <= parts.keys() <= RANKS.keys(), parts.keys()
-    kinds = {part: np.int32 if part == "sizes" else np.float16 for part in parts}
-    arrays = {part: np.asarray(values).astype(kinds[part]) for part, values in parts.items()}
+    arrays = {
+        part: np.asarray(values).astype(np.int32 if part == "sizes" else np.float16) for part, values in parts.items()
+    }
     samples = [
-        {"__key__": f"{k:09d}", **{f"{part}.npy": _npy(values[k]) for part, values in arrays.items()}}
+        {"__key__": f"{k:09d}", **{f"{part}.npy": npy_bytes(values[k]) for part, values in arrays.items()}}
         for k in range(len(arrays["latent"]))
     ]
     for sample, caption in zip(samples, captions or [], strict=captions is not None):
@@ -250,14 +240,15 @@ def write_latents(
     return write_shards(Path(folder), name, samples, shards)
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The npy file of ``array``."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def picture(samples: Tensor) -> Tensor:
-    """Samples as what a grid of pictures can show: images as they are, latents as their channels side by side.
+    """Samples as images that can be shown: images unchanged, latents as their channels side by side.
 
     Latents [N, C, H, W] of unit variance with C other than 1 and 3 become grey [N, 1, H, C W], black at -3, white at 3.
     """

@@ -1,11 +1,11 @@
-"""From the order of samples to decoded batches, in a thread or in worker processes.
+"""Decodes samples and puts them into batches, ahead of the consumer, in a thread or in worker processes.
 
 The *global batch* number k holds the samples at positions ``start + k N`` to ``start + (k+1) N - 1``, N = ranks times
 batch_size; rank r gets rows ``r batch_size`` to ``(r+1) batch_size - 1`` of it, and of W worker processes number
-k mod W makes it. Every process walks the whole order and decodes only its own rows, so that neither ranks nor workers
-change which sample lies where.
+k mod W decodes it. Every process goes through all samples and decodes only its own rows, so that the position of a
+sample depends neither on the number of ranks nor on that of workers.
 
-Where a GPU is in use, batches are pinned ahead of the consumer: their copies to it then go on beside its work.
+Where a GPU is in use, batches are pinned ahead of the consumer, so that copies to the GPU overlap with its work.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ratiograph.core.types import Batch, Condition
+from ratiograph.data.raw_samples import DamagedSample
 from ratiograph.data.sample_order import Order
-from ratiograph.data.shards import DamagedSample
 from ratiograph.data.tars import Damage
 
 __all__ = ["Account", "Batches", "deliver"]
@@ -34,13 +34,13 @@ __all__ = ["Account", "Batches", "deliver"]
 log = logging.getLogger(__name__)
 
 PATIENCE = 1000
-"""Samples before the fraction of damaged ones is judged, and damaged samples in a row that are the end."""
+"""``max_damaged`` is a fraction of at least so many samples; so many damaged samples in a row are an error."""
 PINNED = 2
-"""Batches of worker processes that lie pinned."""
+"""Batches of worker processes that are pinned ahead of the consumer."""
 
 
 class Decoder(Protocol):
-    """What makes a batch of raw samples."""
+    """Decodes raw samples and puts them into batches."""
 
     def prepared(self, raw: object) -> object:
         """The decoded sample; DamagedSample where it cannot be used."""
@@ -51,38 +51,38 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """An error on its way from a worker to the consumer, who raises it without the worker's traceback."""
+    """An error in a worker; the consumer raises it, without the worker's traceback."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """A batch with what happened while it was made: the damaged samples, and what was left out since the start."""
+    """A batch, the damaged samples met for it, and the number of samples rejected since the start, by reason."""
 
     batch: Batch
     damaged: tuple[Damage, ...]
     rejected: Counter[str]
 
     def pinned(self) -> Delivery:
-        """Whatever goes to the GPU in memory that it reads by itself; a caption stays where tokenizers read it."""
-        told = self.batch.condition.parts()
-        pinned = {name: value if name == "caption" else value.pin_memory() for name, value in told.items()}
+        """The delivery with its tensors in pinned memory, except the caption, which tokenizers read on the CPU."""
+        parts = self.batch.condition.parts()
+        pinned = {name: value if name == "caption" else value.pin_memory() for name, value in parts.items()}
         return replace(self, batch=Batch(self.batch.images.pin_memory(), Condition(**pinned)))
 
 
 @dataclass
 class Account:
-    """What a stream has delivered, passed over and left out, as far as the consumer has come."""
+    """Counts of the samples that a stream has delivered, skipped as damaged and rejected up to the last batch taken."""
 
     max_damaged: float
     used: int = 0
     damaged: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    named: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def add(self, delivery: Delivery) -> None:
-        """Enters a batch into the books.
+        """Counts a batch, and logs each damaged sample once.
 
         Raises:
             ValueError: more than ``max_damaged`` of all samples met so far were damaged.
@@ -91,18 +91,18 @@ class Account:
         self.rejected = delivery.rejected
         for damage in delivery.damaged:
             self.damaged += damage.lost
-            if damage.why not in self.named:
-                self.named.add(damage.why)
-                log.warning("Skipped (%d so far): %s", self.damaged, damage.why)
+            if damage.message not in self.reported:
+                self.reported.add(damage.message)
+                log.warning("Skipped (%d so far): %s", self.damaged, damage.message)
         if delivery.damaged and self.damaged > self.max_damaged * max(self.used, PATIENCE):
             raise ValueError(
                 f"{self.damaged} of the first {self.used} samples are damaged, more than max_damaged="
-                f"{self.max_damaged} allows; the last: {delivery.damaged[-1].why}"
+                f"{self.max_damaged} allows; the last: {delivery.damaged[-1].message}"
             )
 
 
 class _Lookahead:
-    """The samples at the next positions, read no further than asked for."""
+    """Indexes the samples at the next positions; reads no more of them than needed."""
 
     def __init__(self, samples: Iterator):
         self.samples, self.waiting = samples, deque()
@@ -115,18 +115,16 @@ class _Lookahead:
     def drop(self, count: int) -> None:
         """Moves on by ``count`` positions."""
         for _ in range(count):
-            if self.waiting:
-                self.waiting.popleft()
-            else:
-                next(self.samples)
+            self[0]
+            self.waiting.popleft()
 
 
 @dataclass
 class Batches(IterableDataset):
     """One rank's decoded batches of an order, without end.
 
-    With ``tolerant``, the next sound sample of the order stands in for a damaged one, so that a position holds the same
-    sample whichever rank and worker asks for it.
+    With ``tolerant``, the next sound sample of the order replaces a damaged one, so that a position holds the same
+    sample on every rank and worker.
     """
 
     order: Order
@@ -164,14 +162,14 @@ class Batches(IterableDataset):
         for k in itertools.count(ahead):
             try:
                 if isinstance(samples[k], Damage):
-                    raise DamagedSample(samples[k].why)
+                    raise DamagedSample(samples[k].message)
                 return samples[k], self.decoder.prepared(samples[k])
             except DamagedSample as error:
                 if not self.tolerant:
                     raise
                 if k - ahead >= PATIENCE:
                     raise ValueError(f"{PATIENCE} samples in a row are damaged, the last: {error}") from None
-                if k == ahead:  # others are counted where they are met themselves
+                if k == ahead:  # a later sample is counted at its own position
                     damaged.append(samples[k] if isinstance(samples[k], Damage) else Damage(str(error)))
         raise AssertionError("the order has no end")
 
@@ -229,26 +227,22 @@ def _from_workers(source: Batches, workers: int, ahead: int) -> Iterator[Deliver
         )
 
 
-def _pinned(source: Iterable[Delivery | Failure]) -> Iterator[Delivery | Failure]:
-    for item in source:
-        yield item.pinned() if isinstance(item, Delivery) else item
-
-
-def _made(source: Batches, workers: int, ahead: int) -> Iterator[Delivery | Failure]:
-    """What ``source`` makes ahead of the consumer, in worker processes or a thread; pinned in a thread either way."""
-    made = _from_workers(source, workers, ahead) if workers else source
+def _deliveries(source: Batches, workers: int, ahead: int) -> Iterator[Delivery | Failure]:
+    """The items of ``source`` from worker processes or a thread; a thread pins them if a GPU is in use."""
+    items = _from_workers(source, workers, ahead) if workers else source
     if torch.cuda.is_initialized():
-        return _prefetch(_pinned(made), ahead if not workers else PINNED)
-    return made if workers else _prefetch(made, ahead)
+        pinned = (item.pinned() if isinstance(item, Delivery) else item for item in items)
+        return _prefetch(pinned, PINNED if workers else ahead)
+    return items if workers else _prefetch(items, ahead)
 
 
 def deliver(source: Batches, workers: int, ahead: int, account: Account) -> Iterator[Batch]:
-    """The batches of ``source``, made ``ahead`` of the consumer by so many worker processes, or by a thread for 0.
+    """The batches of ``source``, decoded up to ``ahead`` before the consumer by worker processes, or a thread if 0.
 
     Raises:
-        ValueError: while iterating, whatever the source fails with, a worker that died, too much damage.
+        ValueError: while iterating: the source failed, a worker died, or too many samples are damaged.
     """
-    with closing(_made(source, workers, ahead)) as items:
+    with closing(_deliveries(source, workers, ahead)) as items:
         for item in items:
             if isinstance(item, Failure):
                 raise ValueError(item.message)

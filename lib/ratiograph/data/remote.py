@@ -1,10 +1,10 @@
-"""Shards that lie elsewhere: fetched whole into a cache folder, verified, and kept there while there is room.
+"""Remote shards: fetched whole into a cache folder, verified, and kept there while there is room.
 
 A remote shard is named by ``http(s)://...``, ``s3://...`` (read by ``aws s3 cp``) or ``pipe:COMMAND``, whose standard
-output is the shard. Commands come from the user alone: an index names shards and never says where they are.
+output is the shard. Commands come from the user alone: an index holds names of shards and no addresses.
 
-The cache is $RATIOGRAPH_CACHE/shards. It is shared by all processes of a machine, holds at most
-$RATIOGRAPH_CACHE_GIGABYTES (200) and loses what was used longest ago first.
+The cache is $RATIOGRAPH_CACHE/shards. It is shared by all processes of a machine and holds at most
+$RATIOGRAPH_CACHE_GIGABYTES (200); the shards used longest ago are removed first.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ FIRST_WAIT = 1.0  # seconds before the second try; every further one waits twice
 TIMEOUT = 60  # seconds without a byte from a server
 LARGEST_SHARD = 2**36  # bytes; a server that never stops must not fill the disk
 IN_USE = 60  # seconds after its last use in which a cached shard is not removed: its reader may not have opened it yet
-ABANDONED = 86400  # seconds after which an unfinished file is no one's any more
+ABANDONED = 86400  # seconds after which an unfinished file is removed
 CHUNK = 2**20
 
 
 def cache_folder() -> Path:
-    """Where generated files are kept: $RATIOGRAPH_CACHE, or ~/.cache/ratiograph."""
+    """The folder of generated and fetched files: $RATIOGRAPH_CACHE, or ~/.cache/ratiograph."""
     chosen = os.environ.get("RATIOGRAPH_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "ratiograph"
 
@@ -55,10 +55,10 @@ def is_remote(url: str) -> bool:
 
 
 class Unreachable(Exception):
-    """A try that failed; ``final`` where another one would too."""
+    """A failed attempt to fetch; ``final`` if another attempt would fail too."""
 
-    def __init__(self, why: str, final: bool = False):
-        super().__init__(why)
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
         self.final = final
 
 
@@ -76,7 +76,7 @@ class RemoteShard:
 
     @property
     def path(self) -> Path:
-        """Where it lies in the cache, in a folder for each folder that it comes from."""
+        """Its file in the cache, in one folder for each remote folder."""
         place, _, name = str(self).rpartition("/")
         if self.url.startswith("pipe:") or not re.fullmatch(r"\w[\w.+=-]*", name) or name == INDEX:
             place, name = self.url, "shard.tar"
@@ -86,12 +86,12 @@ class RemoteShard:
         """The file in the cache, fetched if it is not there.
 
         Raises:
-            ValueError: it cannot be had after several tries, or the cache cannot be written.
+            ValueError: it cannot be fetched after several tries, or the cache cannot be written.
         """
         path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path.with_name(f".{path.name}.lock")):
+            with _locked(path.with_name(f".{path.name}.lock")):
                 entry = index_entry(path) or {}
                 if not path.is_file() or path.stat().st_size != entry.get("bytes", path.stat().st_size):
                     _fetch(self, path, entry)
@@ -111,13 +111,13 @@ def local(shard: Path | RemoteShard) -> Path:
 
 
 def samples_in(shard: Path | RemoteShard, count: Callable[[Path], int]) -> int:
-    """``count`` of the shard's file, which is not fetched if an index tells."""
+    """The shard's number of samples: from a remote shard's index if there is one, else ``count(file)``."""
     entry = index_entry(shard.path) if isinstance(shard, RemoteShard) else None
     return entry["samples"] if entry else count(local(shard))
 
 
 def fetch_ahead(shard: Path | RemoteShard) -> None:
-    """Starts to fetch a shard that will be wanted soon; what goes wrong shows when it is wanted."""
+    """Starts to fetch a shard in a thread; an error is raised later, by the call that needs the shard."""
 
     def fetch() -> None:
         with suppress(ValueError):
@@ -128,7 +128,7 @@ def fetch_ahead(shard: Path | RemoteShard) -> None:
 
 
 def fetch_indexes(shards: Iterable[Path | RemoteShard]) -> None:
-    """Fetches the indexes beside remote shards, where there are any; shards are counted and verified by them.
+    """Fetches the indexes beside remote shards, where there are any, to count and verify the shards.
 
     Raises:
         ValueError: a server cannot be reached.
@@ -139,7 +139,7 @@ def fetch_indexes(shards: Iterable[Path | RemoteShard]) -> None:
             continue
         index, place = folder / INDEX, shard.url.partition("?")[0].rpartition("/")[0]
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f".{INDEX}.lock"):
+        with _locked(folder / f".{INDEX}.lock"):
             try:
                 _fetch(RemoteShard(f"{place}/{INDEX}"), index, {})
             except FileNotFoundError:
@@ -150,11 +150,11 @@ def fetch_indexes(shards: Iterable[Path | RemoteShard]) -> None:
             except ValueError:
                 if not index.is_file():
                     raise
-                log.warning("The index beside %s cannot be fetched: what it said before holds.", shard)
+                log.warning("The index beside %s cannot be fetched: its earlier copy is used.", shard)
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Runs the body in one process at a time."""
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -162,11 +162,11 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _fetch(shard: RemoteShard, path: Path, entry: dict) -> None:
-    """Fetches ``shard`` to ``path``, whole or not at all, trying again for a while.
+    """Fetches ``shard`` to ``path``, whole or not at all, in up to ``TRIES`` attempts.
 
     Raises:
-        FileNotFoundError: an index that is not there.
-        ValueError: a shard that cannot be had.
+        FileNotFoundError: there is no such index.
+        ValueError: the shard cannot be fetched.
     """
     for number in range(TRIES):
         time.sleep(FIRST_WAIT * 2 ** (number - 1) if number else 0)
@@ -211,7 +211,7 @@ def _chunks(url: str) -> Iterator[bytes]:
     """The bytes behind a URL.
 
     Raises:
-        Unreachable: they, or the last of them, do not come.
+        Unreachable: not all bytes can be fetched.
     """
     if url.startswith("pipe:"):
         return _output(["bash", "-o", "pipefail", "-c", url.removeprefix("pipe:")])
@@ -221,43 +221,45 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _download(url: str) -> Iterator[bytes]:
-    came = 0
+    received = 0
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "ratiograph"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             while chunk := response.read(CHUNK):
-                came += len(chunk)
+                received += len(chunk)
                 yield chunk
-            expected = int(response.headers.get("Content-Length", came))
+            expected = int(response.headers.get("Content-Length", received))
     except urllib.error.HTTPError as error:
         final = 400 <= error.code < 500 and error.code not in (408, 425, 429)  # time-outs and "too many requests" pass
         raise Unreachable(f"the server says {error.code} {error.reason}", final) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unreachable(str(getattr(error, "reason", error)) or type(error).__name__) from error
-    if came != expected:
-        raise Unreachable(f"{came} bytes came of {expected}")
+    if received != expected:
+        raise Unreachable(f"{received} bytes came of {expected}")
 
 
 def _output(command: Sequence[str]) -> Iterator[bytes]:
-    """The standard output of a command that must end well."""
-    with tempfile.TemporaryFile() as complaints:
+    """The standard output of a command.
+
+    Raises:
+        Unreachable: the command is not installed, or ends with an error.
+    """
+    with tempfile.TemporaryFile() as errors:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         except FileNotFoundError as error:
             raise Unreachable(f"the command '{command[0]}' is not installed", final=True) from error
         with process:
-            whole = False
             try:
                 while chunk := process.stdout.read(CHUNK):
                     yield chunk
-                whole = True
-            finally:
-                if not whole:  # the reader has had enough
-                    process.kill()
+            except BaseException:  # the reader takes no more
+                process.kill()
+                raise
         if process.returncode:
-            complaints.seek(0)
-            said = complaints.read()[-300:].decode(errors="replace").strip()
-            raise Unreachable(f"'{command[0]}' ended with code {process.returncode}: {said}")
+            errors.seek(0)
+            text = errors.read()[-300:].decode(errors="replace").strip()
+            raise Unreachable(f"'{command[0]}' ended with code {process.returncode}: {text}")
 
 
 def _make_room(newest: Path) -> None:

@@ -1,8 +1,8 @@
-"""The one endless order of samples in which a stream reads its shards.
+"""The order of a stream's samples.
 
-An *epoch* is one pass over all shards; ``position`` counts the samples of the endless sequence of epochs from 0. What
-lies at a position is a function of the seed, the list of shards and their contents alone: shards are permuted, read one
-after another, and their undecoded samples pass a shuffle buffer.
+An *epoch* is one pass over all shards; ``position`` counts the samples of the endless sequence of epochs from 0. The
+sample at a position is a function of the seed, the list of shards and their contents alone: shards are permuted, read
+one after another, and their undecoded samples pass a shuffle buffer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Order", "mix"]
 
 
 def mix(*parts: int | str) -> int:
-    """A seed from several numbers; unlike with a sum, epoch 1 of seed 0 differs from epoch 0 of seed 1."""
+    """A seed made of several parts by hashing; unlike in a sum, epoch 1 of seed 0 differs from epoch 0 of seed 1."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 @dataclass
 class _ShardReader:
-    """Reads shards again and again; those that fit in ``memory`` bytes are read from disk once."""
+    """Reads shards any number of times; those that fit in ``memory`` bytes are kept, and read from disk once."""
 
     read: Callable[[Path], Iterator]
     memory: int
@@ -52,7 +52,7 @@ class _ShardReader:
 
 
 class _Unread(NamedTuple):
-    """A sample in the shuffle that has not been read: the one called ``number`` of the epoch's shard ``turn``."""
+    """A sample in the shuffle buffer that has not been read: sample ``number`` of the epoch's shard ``turn``."""
 
     turn: int
     number: int
@@ -69,9 +69,9 @@ class Order:
         shuffle_buffer: number of samples held to draw from.
         memory: bytes of shards kept undecoded.
         read: the samples of one file.
-        count: how many those are, found without decoding them.
+        count: how many samples ``read`` gives, found without decoding them.
         rejects: why a sample is left out of the sequence, or None where it belongs to it. None takes all samples.
-        nothing: the error's message where an epoch has no sample left.
+        empty_message: the error's message where an epoch has no sample.
     """
 
     shards: Sequence[Path | RemoteShard]
@@ -82,23 +82,23 @@ class Order:
     read: Callable[[Path], Iterator]
     count: Callable[[Path | RemoteShard], int]
     rejects: Callable[[object], str | None] | None = None
-    nothing: str = "the shards hold no sample"
+    empty_message: str = "the shards hold no sample"
     rejected: Counter[str] = field(default_factory=Counter)
     """How many samples were left out so far, by reason."""
     counts: dict[Path | RemoteShard, int] = field(default_factory=dict)
-    """What ``count`` said; only an order that does not start at 0 asks."""
+    """Samples of each shard; filled only if ``start`` is not 0 and nothing is rejected."""
 
     def __iter__(self) -> Iterator:
         reader = _ShardReader(self.read, self.memory)
         if not self.start:
             return self._epochs(reader, 0)
         epoch, skip = divmod(self.start, self._samples_an_epoch(reader))
-        if self.rejects:  # what is left out has to be read to be known
+        if self.rejects:  # samples have to be read to know which are left out
             return itertools.islice(self._epochs(reader, epoch), skip, None)
         return itertools.chain(self._rest_of_epoch(reader, epoch, skip), self._epochs(reader, epoch + 1))
 
     def _samples_an_epoch(self, reader: _ShardReader) -> int:
-        """The number of samples of one epoch; with ``rejects``, it may stop counting where that exceeds ``start``."""
+        """The number of samples of one epoch; with ``rejects`` it may stop counting above ``start``."""
         if self.rejects is None:
             self.counts = {shard: self.count(shard) for shard in self.shards}
             found = sum(self.counts[shard] for shard in self.shards)
@@ -107,7 +107,7 @@ class Order:
             wanted = (sample for sample in everything if isinstance(sample, Damage) or not self.rejects(sample))
             found = sum(1 for _ in itertools.islice(wanted, self.start + 1))
         if not found:
-            raise ValueError(self.nothing)
+            raise ValueError(self.empty_message)
         return found
 
     def _permuted(self, epoch: int) -> tuple[random.Random, list[Path | RemoteShard]]:
@@ -118,19 +118,18 @@ class Order:
         return wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
 
     def _epochs(self, reader: _ShardReader, first: int) -> Iterator:
-        # webdataset's own deterministic shuffle counts epochs in an attribute, of which every worker process
-        # has its own copy that starts over; here the epoch's number is handed in.
+        # webdataset's own deterministic shuffle counts epochs in an attribute, and every worker process has a copy
+        # that starts at 0; here the epoch's number is an argument.
         for epoch in itertools.count(first):
             rng, shards = self._permuted(epoch)
-            shuffled = self._shuffled(self._wanted(reader, shards), rng)
-            for sample in itertools.islice(shuffled, 1):
+            empty = True
+            for sample in self._shuffled(self._accepted(reader, shards), rng):
+                empty = False
                 yield sample
-                break
-            else:
-                raise ValueError(self.nothing)
-            yield from shuffled
+            if empty:
+                raise ValueError(self.empty_message)
 
-    def _wanted(self, reader: _ShardReader, shards: Sequence[Path | RemoteShard]) -> Iterator:
+    def _accepted(self, reader: _ShardReader, shards: Sequence[Path | RemoteShard]) -> Iterator:
         for shard in _fetching_ahead(shards):
             for sample in reader.samples(shard):
                 reason = self.rejects(sample) if self.rejects and not isinstance(sample, Damage) else None
@@ -140,18 +139,19 @@ class Order:
                     self.rejected[reason] += 1
 
     def _rest_of_epoch(self, reader: _ShardReader, epoch: int, skip: int) -> Iterator:
-        """An epoch from its sample ``skip`` on; shards of which all samples have gone by are not read.
+        """An epoch from its sample ``skip`` on; shards of which every sample is skipped are not read.
 
-        The shuffle does not look at what it shuffles, so that the samples to be passed over go through it unread.
+        The shuffle does not depend on what it shuffles: until ``skip`` samples have left it, it is given the places of
+        samples instead. Of these, the ones that remain in its buffer are read afterwards.
         """
         rng, shards = self._permuted(epoch)
         waiting: list[set[int]] = [set() for _ in shards]  # numbers of the unread samples in the shuffle buffer
-        passing = True
+        skipping = True
 
         def places() -> Iterator:
             for turn, shard in enumerate(shards):
                 count, number = self.counts[shard], 0
-                while passing and number < count:
+                while skipping and number < count:
                     waiting[turn].add(number)
                     yield _Unread(turn, number)
                     number += 1
@@ -159,9 +159,9 @@ class Order:
                     yield from itertools.islice(reader.samples(shard), number, None)
 
         shuffled = self._shuffled(places(), rng)
-        for passed in itertools.islice(shuffled, skip):
-            waiting[passed.turn].remove(passed.number)
-        passing = False
+        for skipped in itertools.islice(shuffled, skip):
+            waiting[skipped.turn].remove(skipped.number)
+        skipping = False
         read: dict[int, dict[int, object]] = {}
         for place in shuffled:
             if not isinstance(place, _Unread):
@@ -174,7 +174,7 @@ class Order:
 
 
 def _fetching_ahead(shards: Sequence[Path | RemoteShard]) -> Iterator[Path | RemoteShard]:
-    """``shards``, while the one after the current is being fetched."""
+    """``shards``; the one after the current is fetched meanwhile."""
     for turn, shard in enumerate(shards):
         for following in shards[turn + 1 : turn + 2]:
             fetch_ahead(following)

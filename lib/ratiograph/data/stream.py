@@ -1,8 +1,8 @@
 """Endless streams of batches from shards.
 
 Sample order is a function of (seed, epoch) and of the list of shards only: shards are permuted, read one
-after another, and their undecoded samples pass a shuffle buffer. Neither the number of ranks and of workers nor a
-restart changes it (`order`, `loader`).
+after another, and their undecoded samples pass a shuffle buffer. It does not depend on the number of ranks or of
+workers, or on restarts (`sample_order`, `loader`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,10 @@ from ratiograph.core.types import Batch, Condition
 from ratiograph.data.embedded import check_local, resolve, sources
 from ratiograph.data.images import PILLOW_MODES, to_tensor
 from ratiograph.data.loader import Account, Batches, deliver
+from ratiograph.data.raw_samples import DamagedSample, RawImage, RawSample, decode, decode_label, raw_image
 from ratiograph.data.remote import samples_in
 from ratiograph.data.sample_order import Order, mix
-from ratiograph.data.shards import (
-    DamagedSample,
-    RawSample,
-    count_items,
-    count_samples,
-    decode,
-    decode_label,
-    raw_image,
-    read_samples,
-    read_shard,
-)
+from ratiograph.data.shards import count_items, count_samples, read_samples, read_shard
 
 __all__ = ["ShardStream", "load_all"]
 
@@ -39,23 +30,17 @@ __all__ = ["ShardStream", "load_all"]
 class SampleStream:
     """Base class: endless, resumable batches from shards.
 
-    Subclasses give ``raw``, ``prepared``, ``collated`` and ``describe``; ``rejects`` where they leave samples out.
+    Subclasses define ``raw``, ``prepared``, ``collated`` and ``describe``, and ``rejection`` if they leave samples out.
 
     Args:
         urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged: as in `ShardStream`.
     """
 
     filtered = False
-    """Whether ``rejects`` may leave out samples."""
+    """Whether ``rejection`` may leave out samples."""
 
     def __init__(
-        self,
-        urls: str,
-        shuffle_buffer: int,
-        workers: int,
-        prefetch: int,
-        memory_megabytes: int,
-        max_damaged: float,
+        self, urls: str, shuffle_buffer: int, workers: int, prefetch: int, memory_megabytes: int, max_damaged: float
     ) -> None:
         for name, value, least in [
             ("shuffle_buffer", shuffle_buffer, 0),
@@ -67,12 +52,8 @@ class SampleStream:
                 raise ValueError(f"{type(self).__name__}.{name} is {value}: it must be at least {least}.")
         if not 0 <= max_damaged < 1:
             raise ValueError(f"{type(self).__name__}.max_damaged is {max_damaged}: give a fraction in [0, 1).")
-        self.urls = urls
-        self.shuffle_buffer = shuffle_buffer
-        self.workers = workers
-        self.prefetch = prefetch
-        self.memory_megabytes = memory_megabytes
-        self.max_damaged = max_damaged
+        self.urls, self.shuffle_buffer, self.workers, self.prefetch = urls, shuffle_buffer, workers, prefetch
+        self.memory_megabytes, self.max_damaged = memory_megabytes, max_damaged
         self._account = Account(max_damaged)
 
     @property
@@ -82,41 +63,54 @@ class SampleStream:
 
     @property
     def skipped(self) -> int:
-        """Damaged samples that the last call of ``batches`` has skipped so far, of this rank's part."""
+        """Damaged samples of this rank that the last call of ``batches`` has skipped so far."""
         return self._account.damaged
 
     def accounting(self) -> dict[str, int]:
-        """What became of the samples since the last call of ``batches``, as far as its batches were taken.
+        """Number of samples since the last call of ``batches``, up to the last batch taken.
 
-        ``used`` and ``damaged`` count this rank's part; every other name is a reason for which samples were left out,
-        of all ranks' parts and of those that a shuffle buffer has read ahead.
+        ``used`` and ``damaged`` count this rank's samples. Every other name is a reason for which samples were left
+        out; these count all ranks' samples and those that the shuffle buffer has read ahead.
         """
         account = self._account
         return {"used": account.used, "damaged": account.damaged, **dict(sorted(account.rejected.items()))}
 
     @staticmethod
     def locate(*, urls: str) -> None:
-        """Raises a ValueError if a local shard does not exist; nothing is read or fetched."""
+        """Checks that local shards exist; nothing is read or fetched.
+
+        Raises:
+            ValueError: a local shard does not exist.
+        """
         check_local(urls)
 
-    def raw(self, path: Path, members: Mapping[str, object]) -> object:
+    def raw(self, path: Path, members: Mapping[str, object]) -> RawSample:
         """The undecoded sample of a shard's members by suffix; DamagedSample where one is missing."""
         raise NotImplementedError
 
     def read(self, path: Path) -> Iterator:
-        """The undecoded samples of one shard, with a `Damage` in the place of what is damaged if ``tolerant``."""
+        """The undecoded samples of one shard; if ``tolerant``, a `Damage` for each damaged one."""
         return read_samples(path, self.raw, tolerant=self.tolerant)
 
-    def rejects(self, raw: object) -> str | None:
-        """Why the stream leaves a sample out, in a word or two, or None where it does not."""
+    def rejects(self, raw: RawSample) -> str | None:
+        """`rejection`, but None for a damaged sample if ``tolerant``: ``prepared`` raises its error, to be counted."""
+        try:
+            return self.rejection(raw)
+        except DamagedSample:
+            if self.tolerant:
+                return None
+            raise
+
+    def rejection(self, raw: RawSample) -> str | None:
+        """Why the stream leaves a sample out, in a word or two, or None where it does not leave it out."""
         return None
 
-    def nothing(self) -> str:
-        """The error's message where ``rejects`` leaves no sample."""
+    def empty_message(self) -> str:
+        """The error's message where ``rejection`` leaves no sample."""
         return f"no sample of {self.urls} is left"
 
-    def prepared(self, raw: object) -> object:
-        """The decoded sample; DamagedSample where that cannot be."""
+    def prepared(self, raw: RawSample) -> object:
+        """The decoded sample; DamagedSample where it cannot be decoded."""
         raise NotImplementedError
 
     def collated(self, raw: Sequence, prepared: Sequence, positions: Sequence[int], seed: int) -> Batch:
@@ -125,8 +119,8 @@ class SampleStream:
         Args:
             raw: the undecoded samples, for messages.
             prepared: the decoded ones.
-            positions: their places in the endless order, for what is drawn sample by sample.
-            seed: the order's.
+            positions: their places in the endless order, for random draws of single samples.
+            seed: the seed of the order.
         """
         raise NotImplementedError
 
@@ -137,14 +131,14 @@ class SampleStream:
     def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; one may straddle two epochs, and all have the same size.
 
-        The global batch, of ``ranks * batch_size`` samples, is the next so many samples of one sequence, which neither
-        the number of ranks nor that of workers changes; this rank gets rows ``rank * batch_size`` and following of it.
+        The global batch is the next ``ranks * batch_size`` samples of one sequence, which does not depend on the number
+        of ranks or of workers; this rank gets ``batch_size`` rows of it from row ``rank * batch_size`` on.
 
         Args:
             batch_size: samples a batch, on this rank.
             seed: with the epoch's number it fixes the order.
-            start: number of samples that all ranks together have consumed; they are passed over without being
-                decoded, and without being read where the index or the shards' headers tell how many there are.
+            start: number of samples that all ranks together have consumed; they are skipped without being decoded, and
+                without being read where the index or the shards' headers tell how many there are.
             rank: number of this process among ``ranks``.
             ranks: processes that share the data.
 
@@ -168,7 +162,7 @@ class SampleStream:
             self.read,
             partial(samples_in, count=self.count),
             self.rejects if self.filtered else None,
-            self.nothing(),
+            self.empty_message(),
         )
         source = Batches(order, self, batch_size, rank, ranks, self.tolerant)
         self._account = Account(self.max_damaged)
@@ -189,7 +183,7 @@ class ShardStream(SampleStream):
         channels: 1 (grey) or 3 (RGB); the image files must hold exactly these.
         labels: whether samples carry class labels (member ``<key>.cls``).
         classes: only samples of these classes; None takes all.
-        flip: whether each sample is mirrored left to right or not, by a fair coin of its own for every time it comes.
+        flip: whether to mirror samples left to right, each with probability 1/2 in every epoch.
         shuffle_buffer: number of undecoded samples held to draw from; 0 keeps the order within the shuffled
             shards.
         workers: processes that decode ahead of the training loop; 0 decodes in a thread of this process,
@@ -226,31 +220,23 @@ class ShardStream(SampleStream):
         if resolution is not None and resolution < 1:
             raise ValueError(f"ShardStream.resolution is {resolution}: give pixels, or None for the images' own.")
         super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
-        self.resolution = resolution
-        self.channels = channels
-        self.labels = labels
+        self.resolution, self.channels, self.labels, self.flip = resolution, channels, labels, flip
         self.classes = None if classes is None else frozenset(classes)
-        self.flip = flip
 
     @property
     def filtered(self) -> bool:
         return self.classes is not None
 
-    def raw(self, path: Path, members: Mapping[str, object]) -> RawSample:
+    def raw(self, path: Path, members: Mapping[str, object]) -> RawImage:
         return raw_image(path, members)
 
-    def rejects(self, raw: RawSample) -> str | None:
-        try:
-            return None if decode_label(raw) in self.classes else "other class"
-        except DamagedSample:
-            if self.tolerant:
-                return None  # it is met again, and counted, where it is decoded
-            raise
+    def rejection(self, raw: RawImage) -> str | None:
+        return None if decode_label(raw) in self.classes else "other class"
 
-    def nothing(self) -> str:
+    def empty_message(self) -> str:
         return f"no sample of the data has a class in ShardStream.classes={sorted(self.classes or ())}"
 
-    def prepared(self, raw: RawSample) -> tuple[np.ndarray, int]:
+    def prepared(self, raw: RawImage) -> tuple[np.ndarray, int]:
         return decode(raw, channels=self.channels, resolution=self.resolution, labels=self.labels)
 
     def collated(self, raw, prepared, positions, seed) -> Batch:
@@ -265,7 +251,7 @@ class ShardStream(SampleStream):
         return f"{self.urls}: {size}, {colour}{', classes' if self.labels else ''}{', flips' if self.flip else ''}"
 
 
-def _collated(raw: Sequence[RawSample], prepared: Sequence[tuple[np.ndarray, int]], *, labels: bool) -> Batch:
+def _collated(raw: Sequence[RawImage], prepared: Sequence[tuple[np.ndarray, int]], *, labels: bool) -> Batch:
     pixels, classes = zip(*prepared, strict=True)
     for sample, image in zip(raw, pixels, strict=True):
         if image.shape != pixels[0].shape:
@@ -278,7 +264,7 @@ def _collated(raw: Sequence[RawSample], prepared: Sequence[tuple[np.ndarray, int
 
 
 def flipped(images: Tensor, positions: Sequence[int], seed: int) -> Tensor:
-    """Mirrors the images [B, C, H, W] at whose position a coin of (seed, position) says so."""
+    """The images [B, C, H, W], each mirrored with probability 1/2; the draw is a function of (seed, position)."""
     coins = torch.tensor([mix(seed, "flip", position) & 1 for position in positions], dtype=torch.bool)
     return torch.where(coins[:, None, None, None], images.flip(-1), images)
 

@@ -66,7 +66,7 @@ class ClipScore(ImageScore):
         ("preprocessor_config.json", "processor_config.json"),
         ("tokenizer.json", "vocab.json"),
     )
-    """Of each group one must be there."""
+    """The folder must have one file of each group."""
 
     def __init__(self, *, folder: str, repository: str = "openai/clip-vit-large-patch14"):
         self.folder, self.repository = Path(folder).expanduser(), repository
@@ -125,9 +125,7 @@ class RewardScore(ImageScore):
         self.network, self.label = reward, label
 
     def load(self):
-        load = getattr(self.network, "load", None)
-        if load is not None:
-            load()
+        self.network.load()
         return self
 
     @torch.no_grad()

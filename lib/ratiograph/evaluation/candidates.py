@@ -1,14 +1,14 @@
-"""What of a task is judged: the averages of its student, the student's last weights, or the teacher by many steps.
+"""The candidates that an evaluation judges: averages of the student, its last weights, the teacher by many steps.
 
-Notation: a *maker* turns the draws of samples into x0 [n, ...], images or latents, under the task's own conditions or
-under given ones. The same draws give all makers the same noise.
+Notation: a *candidate* turns the draws of samples into x0 [n, ...], images or latents, under the task's own conditions
+or under given ones. The same draws give all candidates the same noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,31 @@ from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Condition
 from ratiograph.evaluation.result_cache import component_identity, weights_identity
 from ratiograph.networks.samplers import ManyStepSampler
+from ratiograph.tasks.distillation import Distillation
 
-if TYPE_CHECKING:
-    from ratiograph.tasks.distillation import Distillation
-
-__all__ = ["AveragedStudent", "LastStudent", "Maker", "Teacher", "marked_best", "students_of"]
+__all__ = ["AveragedStudent", "Candidate", "LastStudent", "Teacher", "marked_best", "students_of"]
 
 
-class Maker(Protocol):
-    """Makes samples of a task."""
+class Candidate(Protocol):
+    """A network of a task with a way to sample it."""
 
     name: str
     evaluations: int
-    """Network evaluations of a sample."""
+    """Network evaluations a sample."""
 
     def samples(self, task: Distillation, draws: SampleDraws) -> Tensor:
         """x0 of the samples of ``draws`` under the task's own conditions."""
 
-    def told(self, task: Distillation, condition: Condition, draws: SampleDraws) -> Tensor:
+    def samples_under(self, task: Distillation, condition: Condition, draws: SampleDraws) -> Tensor:
         """x0 of the samples of ``draws`` under ``condition``."""
 
     def identity(self, task: Distillation) -> dict[str, object]:
-        """What the samples depend on beside the draws and the condition, as JSON values."""
+        """What the samples depend on besides the draws and the condition, as JSON values."""
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    """The module without its dropout."""
+    """The module in evaluation mode, without dropout."""
     training = module.training
     try:
         yield module.eval()
@@ -52,7 +50,7 @@ def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class AveragedStudent:
-    """An average of the student's weights; the main one is what a run leaves.
+    """An average of the student's weights; the main one is the run's result.
 
     Args:
         average: one of ``Distillation.averages``; None is the main one.
@@ -83,7 +81,7 @@ class AveragedStudent:
         with _evaluating(self.network(task)) as student:
             return task.student_samples(draws, student=student)
 
-    def told(self, task: Distillation, condition: Condition, draws: SampleDraws) -> Tensor:
+    def samples_under(self, task: Distillation, condition: Condition, draws: SampleDraws) -> Tensor:
         with _evaluating(self.network(task)) as student:
             return student(student.noise_of(draws), condition)
 
@@ -103,11 +101,7 @@ class LastStudent(AveragedStudent):
 
 
 class Teacher:
-    """The teacher by a many-step sampler.
-
-    Args:
-        sampler: and its number of steps.
-    """
+    """The teacher by a many-step ``sampler``."""
 
     def __init__(self, sampler: ManyStepSampler):
         self.sampler, self.evaluations = sampler, sampler.evaluations
@@ -116,7 +110,7 @@ class Teacher:
     def samples(self, task: Distillation, draws: SampleDraws) -> Tensor:
         return task.teacher_samples(draws, self.sampler)
 
-    def told(self, task: Distillation, condition: Condition, draws: SampleDraws) -> Tensor:
+    def samples_under(self, task: Distillation, condition: Condition, draws: SampleDraws) -> Tensor:
         return self.sampler.sample(task.teacher, task.average.noise_of(draws), condition, draws)
 
     def identity(self, task: Distillation) -> dict[str, object]:
@@ -124,7 +118,7 @@ class Teacher:
 
 
 def students_of(task: Distillation, *, raw: bool = False) -> list[AveragedStudent]:
-    """The student by its main average, by each further one and, where there are such or with ``raw``, as it is."""
+    """The student's main average, each further average and, if there are any or with ``raw``, its last weights."""
     further = [AveragedStudent(name) for name in getattr(task, "averaged", ())]
     return [AveragedStudent(), *further, *([LastStudent()] if raw or further else [])]
 
@@ -134,14 +128,14 @@ def marked_best(rows: Sequence[Mapping[str, object]], metrics: Mapping[str, Mapp
 
     Args:
         rows: the main average's first.
-        metrics: what is known of the numbers, as in ``evaluation.json``; the first that all rows have and of which less
-            or more is better decides.
+        metrics: ``{"label", "better"}`` by name, as in ``evaluation.json``. The best row is best by the first metric
+            that all rows have and that has a better direction.
     """
     marked = [{**row, **({} if number else {"highlight": True})} for number, row in enumerate(rows)]
-    for name, about in metrics.items():
+    for name, metric in metrics.items():
         values = [row.get(name) for row in rows]
-        if len(rows) > 1 and about.get("better") in ("lower", "higher") and None not in values:
-            best = (min if about["better"] == "lower" else max)(values)
+        if len(rows) > 1 and metric.get("better") in ("lower", "higher") and None not in values:
+            best = (min if metric["better"] == "lower" else max)(values)
             marked[values.index(best)]["best"] = True
             break
     return marked

@@ -1,24 +1,20 @@
 """Evaluation of samplers of coloured digits by their captions.
 
 Notation: a *sampler* is called as ``sampler(draws, conditions)`` and returns x0 [n, 3, 28, 28] for the samples of
-``draws``, told what ``conditions`` say. A *row* is one sampler's measurements. A caption names a digit, a colour, both
-or neither; what it does not name is *open*.
+``draws`` under ``conditions``. A *row* holds one sampler's measurements. A caption names a digit, a colour, both or
+neither; what it does not name is *open*.
 
-Digits are read by the package's digit classifier, trained on real MNIST digits, off the grey image max_c x_c scaled to
-full brightness; colours by `InkColour`. Sample i of a row has noise of its own and the prompt i mod P, so that a row
-does not depend on the batch size. Images are rounded to the 256 levels of an image file before they are measured.
+Digits are classified by the package's digit classifier, trained on real MNIST digits, from the grey image max_c x_c
+scaled to full brightness; colours by `InkColour`. Sample i of a row has its own noise and the prompt i mod P, so that a
+row does not depend on the batch size. Images are rounded to the 256 levels of an image file before they are measured.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ratiograph.algebra.rewards import ClassReward, Reward
@@ -30,25 +26,20 @@ from ratiograph.data.captions import unpack
 from ratiograph.data.coloured_digits import COLOURS, DIGITS
 from ratiograph.data.embedded import resolve
 from ratiograph.evaluation.candidates import AveragedStudent, marked_best, students_of
+from ratiograph.evaluation.documents import shares_series, without
 from ratiograph.evaluation.frechet import FeatureStatistics, fit, frechet_distance
 from ratiograph.evaluation.prompt_readings import Readings, prompts, to_grey
-from ratiograph.evaluation.prompt_sheet import prompt_sheet
-from ratiograph.evaluation.result_cache import RowCache, component_identity, weights_identity
+from ratiograph.evaluation.prompt_sheet import Sampler, draw_sheet, sampled, sampler_of, teacher_name, teacher_of
+from ratiograph.evaluation.result_cache import ResultCache, component_identity, settings_identity, weights_identity
 from ratiograph.evaluation.sample_distances import class_histogram
-from ratiograph.evaluation.small_images import check_sizes, gaussian_of, levels_of, spelt, tilted
+from ratiograph.evaluation.small_images import check_sizes, gaussian_of, gaussian_text, tilted
 from ratiograph.networks.architectures.classifier import DigitClassifier, classify_all
 from ratiograph.networks.architectures.ink_colour import InkColour
-from ratiograph.networks.conditions import Conditions, Prompts
-from ratiograph.networks.guidance import Guided
-from ratiograph.networks.samplers import HeunSampler
+from ratiograph.networks.conditions import Prompts
 from ratiograph.networks.text_encoders import CaptionEncoder
-
-if TYPE_CHECKING:
-    from ratiograph.tasks.distillation import Distillation
+from ratiograph.tasks.distillation import Distillation
 
 __all__ = ["CaptionsEvaluator"]
-
-Sampler = Callable[[SampleDraws, Conditions], Tensor]
 
 METRICS = {
     "prompt_accuracy": {"label": "prompt accuracy: all that is named is right", "better": "higher"},
@@ -72,15 +63,15 @@ COLUMNS = 6
 
 
 class CaptionsEvaluator:
-    """Measures teacher and student of coloured digits: do they paint what the captions say, and what where open?
+    """Measures whether teacher and student of coloured digits follow the captions, and what they make where open.
 
-    Nothing is read before ``prepare`` is called.
+    Nothing is read before ``prepare``.
 
     Args:
-        encoder: of captions, as the data's.
+        encoder: of captions, the same as for training.
         reference: shards or embedded data set of the real coloured digits.
-        reward: whose mean log R is measured, also in runs that do not tilt; None measures none.
-        classifier: reads digits; its ``load`` reads the trained weights.
+        reward: R whose mean log R is measured, in runs without a tilted target too; None measures none.
+        classifier: of digits; the package's by default.
         samples: images a row.
         teacher_evaluations: odd numbers of the denoiser's evaluations at which the teacher is measured.
         batch_size: images a call of a sampler.
@@ -108,9 +99,7 @@ class CaptionsEvaluator:
         self.teacher_evaluations = tuple(teacher_evaluations)
         self.classifier = DigitClassifier() if classifier is None else classifier
         self.colour = InkColour()
-        self.cache = RowCache(Path(__file__).parent.parent / "assets" / "captions_teacher.evaluations.json")
-
-    # ------------------------------------------------------------------------------------------- measuring
+        self.cache = ResultCache(Path(__file__).parent.parent / "assets" / "captions_teacher.evaluations.json")
 
     def prepare(self, device: torch.device) -> None:
         """Loads classifier, encoder, reward and reference; further calls only move the networks.
@@ -125,21 +114,22 @@ class CaptionsEvaluator:
                     part.load()
             self.real = self._read_reference()
             self.statistics, self.spreads = fit(self.real.features), self.real.spreads()
-        for module in (self.classifier, self.colour, self.reward):
-            if module is not None:
-                module.to(device)
+        self._move(device)
+
+    def _move(self, device: torch.device) -> None:
+        for network in (self.classifier, self.colour, self.reward):
+            if network is not None:
+                network.to(device)
 
     def _read_reference(self) -> Readings:
         stream = CaptionedStream(urls=self.reference, resolution=28)
         raw = [sample for path in resolve(self.reference) for sample in stream.read(path)]
         batch = stream.collated(raw, [stream.prepared(sample) for sample in raw], range(len(raw)), 0)
-        for part in (self.classifier, self.colour, self.reward):
-            if part is not None:
-                part.to("cpu")
+        self._move(torch.device("cpu"))
         return self._read(batch.images, batch.condition)
 
     def _read(self, images: Tensor, condition: Condition) -> Readings:
-        """Everything measured of images [N, 3, 28, 28], which the captions of ``condition`` asked for."""
+        """What is measured of images [N, 3, 28, 28] of the captions of ``condition``."""
         features, logits = classify_all(self.classifier, to_grey(images), self.batch_size)
         log_rewards = None
         with torch.no_grad():
@@ -155,14 +145,14 @@ class CaptionsEvaluator:
 
         Args:
             name: of the row.
-            sampler: see the module's head.
-            evaluations: of the denoiser, a sample; shown, not checked.
+            sampler: of the images.
+            evaluations: network evaluations a sample, for the table.
             samples: images; None takes the evaluator's own number.
             seed: of the noise.
 
         Returns:
             ``{"name", "evaluations", "samples", "open_colours": [5 shares], "open_digits": [10 shares], "fitted": the
-            features' Gaussian, ``spelt``}`` and the keys of ``METRICS``, those about log R only with a reward, but for
+            features' Gaussian as text}`` and the keys of ``METRICS``, those about log R only with a reward, except for
             "teacher_distance", which ``after`` adds.
 
         Raises:
@@ -205,7 +195,7 @@ class CaptionsEvaluator:
             "red_share": colours[list(COLOURS).index("red")],
             "open_digits": digits,
             "open_colours": colours,
-            "fitted": spelt(fitted),
+            "fitted": gaussian_text(fitted),
         }
 
     def real_row(self) -> dict:
@@ -215,32 +205,31 @@ class CaptionsEvaluator:
         row = self._row("real digits", 0, self.real, self.statistics)
         return {**row, "frechet_distance": frechet_distance(*halves)}
 
-    # ------------------------------------------------------------------------------------- a run's evaluation
-
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:
         """The row of the student before its first step."""
         self.prepare(device)
-        return [self.measure("student before training", student_of(task), evaluations=1, seed=seed)]
+        return [self.measure("student before training", sampler_of(task, AveragedStudent()), evaluations=1, seed=seed)]
 
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
         """The metrics of ``DURING`` of a student in training, from ``during_samples`` images.
 
-        Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``.
+        Those of a further average are called ``<average>/...``, those of the last weights ``raw/...``.
         """
         self.prepare(device)
         found = {}
-        for maker in students_of(task):
-            sampler = student_of(task, maker)
+        for student in students_of(task):
+            sampler = sampler_of(task, student)
             row = self.measure("student in training", sampler, evaluations=1, samples=self.during_samples, seed=seed)
-            found |= {maker.prefix + name: float(row[name]) for name in DURING if name in row}
+            found |= {student.prefix + name: float(row[name]) for name in DURING if name in row}
         return found
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         """The document of ``evaluation.json``: real digits, teacher, and student before and after training."""
         self.prepare(device)
         teacher = [self.teacher_row(task, n) for n in self.teacher_evaluations] if task.teacher is not None else []
-        makers = students_of(task)
-        students = [self.measure(each.name, student_of(task, each), evaluations=1, seed=seed) for each in makers]
+        students = [
+            self.measure(each.name, sampler_of(task, each), evaluations=1, seed=seed) for each in students_of(task)
+        ]
         students = marked_best(students, METRICS)
         real, figures = self.real_row(), [self.picture(task, seed, Path(workdir))]
         if teacher:
@@ -252,7 +241,7 @@ class CaptionsEvaluator:
         return self.document([real, *teacher, *before, *students], figures, tilted_shares(task, p))
 
     def teacher_row(self, task: Distillation, evaluations: int) -> dict:
-        """A row of the many-step teacher, kept for later runs: it can cost as much as a training."""
+        """A row of the many-step teacher, cached, as it can cost as much as a training."""
         depends_on = {
             "protocol": PROTOCOL,
             "teacher": component_identity(task.teacher),
@@ -262,22 +251,21 @@ class CaptionsEvaluator:
             "reference": [self.reference, len(self.real.captions)],
             "samples": [self.samples, evaluations],
         }
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        key = settings_identity(depends_on)
         row = self.cache.get(key)
         if row is None:
-            row = self.measure(teacher_name(task, evaluations), teacher_of(task, evaluations), evaluations=evaluations)
+            sampler = sampler_of(task, teacher_of(evaluations))
+            row = self.measure(teacher_name(task, evaluations), sampler, evaluations=evaluations)
             self.cache.put(key, row)
         return row
 
-    # ------------------------------------------------------------------------------------------- reporting
-
     def picture(self, task: Distillation, seed: int, workdir: Path) -> dict:
-        """Draws samples of the prompts ``SHOWN`` into the run's folder; the figure's entry in the document."""
-        samplers = {"student, one evaluation": student_of(task)}
+        """Draws samples of the prompts ``SHOWN`` into the run's folder; returns the figure's entry in the document."""
+        samplers = {"student, one evaluation": sampler_of(task, AveragedStudent())}
         if task.teacher is not None:
             evaluations = max(self.teacher_evaluations, default=25)
-            samplers = {teacher_name(task, evaluations): teacher_of(task, evaluations), **samplers}
-        sheet = sheet_of(samplers, SHOWN, COLUMNS, encoder=self.encoder, seed=seed, device=self.device)
+            samplers = {teacher_name(task, evaluations): sampler_of(task, teacher_of(evaluations)), **samplers}
+        sheet = draw_sheet(samplers, SHOWN, COLUMNS, encoder=self.encoder, seed=seed, device=self.device)
         path = workdir / "figures" / "captions.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: sheet.save(file, "PNG"))
@@ -299,13 +287,11 @@ class CaptionsEvaluator:
             figures: as `picture` gives them.
             expected: further series of colour shares to show, such as ``{"p*(colour)": [...]}``.
         """
-        hidden = ("open_colours", "open_digits", "fitted")
-        colours = [{"name": row["name"], "values": list(row["open_colours"])} for row in rows]
-        colours += [{"name": name, "values": list(shares)} for name, shares in (expected or {}).items()]
-        digits = [{"name": row["name"], "values": list(row["open_digits"])} for row in rows]
+        colours = shares_series(rows, "open_colours", expected or {})
+        digits = shares_series(rows, "open_digits", {})
         return {
             "title": "One-step coloured digits from captions",
-            "rows": [{key: value for key, value in row.items() if key not in hidden} for row in rows],
+            "rows": without(rows, ("open_colours", "open_digits", "fitted")),
             "metrics": {key: about for key, about in METRICS.items() if any(key in row for row in rows)},
             "histograms": [
                 {"title": "Colours, where the caption leaves them open", "labels": list(COLOURS), "series": colours},
@@ -325,58 +311,13 @@ class CaptionsEvaluator:
         }
 
 
-def sampled(name: str, sampler: Sampler, draws: SampleDraws, conditions: Conditions) -> Tensor:
-    """Images [n, 3, 28, 28] of ``draws``, of 256 levels; errors as of ``levels_of``."""
-    with torch.no_grad():
-        return levels_of(name, sampler(draws, conditions), (len(draws), 3, 28, 28))
-
-
-def sheet_of(
-    samplers: Mapping[str, Sampler],
-    shown: Sequence[str],
-    columns: int,
-    *,
-    encoder: CaptionEncoder,
-    seed: int,
-    device: torch.device,
-) -> Image.Image:
-    """Samples of the prompts ``shown``, each with ``columns`` noises, which are the same for all ``samplers``."""
-    conditions = Prompts(captions=[prompt for prompt in shown for _ in range(columns)], encoder=encoder)
-    indices = range(len(conditions.captions))
-    return prompt_sheet(
-        {name: sampled(name, one, SampleDraws(seed, indices, device), conditions) for name, one in samplers.items()},
-        shown,
-    )
-
-
-def student_of(task: Distillation, maker: AveragedStudent | None = None) -> Sampler:
-    """The student of ``task`` by the weights of ``maker``, its main average by default."""
-    network = (maker or AveragedStudent()).network(task)
-    return lambda draws, conditions: network(network.noise_of(draws), conditions.sampled(draws, network))
-
-
-def teacher_of(task: Distillation, evaluations: int) -> Sampler:
-    """The teacher of ``task`` by Heun's method."""
-    heun = HeunSampler.for_evaluations(evaluations)
-    return lambda draws, conditions: heun.sample(
-        task.teacher, task.average.noise_of(draws), conditions.sampled(draws, task.average), draws
-    )
-
-
-def teacher_name(task: Distillation, evaluations: int) -> str:
-    """'teacher, 25 evaluations', or 'teacher at guidance 2, 25 evaluations'."""
-    scales = [part.guidance_scale for part in task.teacher.modules() if isinstance(part, Guided)]
-    told = "".join(f" at guidance {scale:g}" for scale in scales)
-    return f"teacher{told}, {evaluations} evaluation{'s' if evaluations > 1 else ''}"
-
-
 def tilted_shares(task: Distillation, shares: Sequence[float]) -> dict[str, list[float]]:
-    """p*(c), proportional to R(c) p(c), where the objective tilts by colours; nothing where it does not.
+    """p*(c), proportional to R(c) p(c), if the objective has a reward of colours; otherwise nothing.
 
     Args:
-        task: whose objective.
-        shares: p(c) of the five colours where they are open, over all captions: p* is that of one caption if no
-            caption's shares differ.
+        task: with the objective.
+        shares: p(c) of the five colours where they are open, over all captions; p* is exact if all captions have the
+            same shares.
     """
     for term in task.objective.terms.values():
         reward = getattr(term.target, "reward", None)

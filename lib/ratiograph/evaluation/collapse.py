@@ -1,4 +1,4 @@
-"""Has a generator collapsed: does it make few kinds of samples, or nearly the same one?
+"""Whether a generator has collapsed: to few classes of samples, or to nearly one sample.
 
 Notation: s_c are the shares of K classes among the samples, e_c the expected ones (uniform unless given); H(s) is
 -sum s log s. Of N samples x
@@ -51,8 +51,8 @@ def mean_pairwise_distance(samples: Tensor) -> float:
 class Collapse:
     """Calls a set of samples collapsed if any of three numbers falls below its threshold.
 
-    The thresholds are set where no sound sampler comes near, so that the verdict can end or flag a run unseen:
-    a lost class or two of ten is a defect that class shares show, not a collapse.
+    The thresholds are far from every sound sampler, so that the verdict can end or flag a run automatically. One or two
+    lost classes of ten are a defect that class shares show, not a collapse.
 
     - Coverage below 0.8: more than a fifth of the classes are gone. With a tenth of a share as the bar, a present
       class misses it by chance with a probability under 1e-20 at 100 expected samples a class.
@@ -61,8 +61,8 @@ class Collapse:
     - In-batch distance below 0.5: m images repeated equally often are at 1 - 1/m of the distance of m real ones, so
       this is two images at most; and real handwritten digits of the most uniform class alone, the ones, are at 0.63.
 
-    What passes all three is one image, or a few, for each of the classes; recall and coverage of the ``Manifold`` are
-    then near 0.
+    A generator of one image, or a few, for each class passes all three; its recall and coverage (`Manifold`) are near
+    0.
 
     Args:
         least_coverage: threshold of class coverage, in [0, 1].

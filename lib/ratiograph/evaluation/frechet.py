@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,23 +22,16 @@ __all__ = ["FeatureStatistics", "Fitted", "Gaussian", "fit", "frechet_distance",
 CHUNK = 4096  # feature vectors converted to float64 at a time: 64 MB at D = 2,048
 
 
-class Fitted(Protocol):
-    """A Gaussian: ``mean`` [D] and ``covariance`` [D, D], float64 on the CPU."""
-
-    mean: Tensor
-    covariance: Tensor
-
-
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean [D] and covariance [D, D] in float64 as a file of statistics gives them."""
+    """Mean [D] and covariance [D, D], float64 on the CPU."""
 
     mean: Tensor
     covariance: Tensor
 
 
 class FeatureStatistics:
-    """Mean and covariance of features, in float64, batch by batch (Chan, Golub & LeVeque 1983)."""
+    """Mean and covariance of features, float64 on the CPU, batch by batch (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self, size: int):
         self.count = 0
@@ -77,6 +69,9 @@ class FeatureStatistics:
         """[size, size], unbiased."""
         assert self.count > 1, "a covariance needs two samples"
         return self.scatter / (self.count - 1)
+
+
+Fitted = Gaussian | FeatureStatistics
 
 
 def _square_root(covariance: Tensor) -> Tensor:

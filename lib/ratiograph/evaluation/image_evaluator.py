@@ -1,8 +1,8 @@
-"""The evaluator of image generators: a student's samples against real images, as the field measures them.
+"""Evaluation of image generators: a student's samples against real images, by the field's metrics.
 
-Notation: a *row* is one sampler's measurements, as ``report`` shows them. Numbers of the first extractor have their
-bare names (``frechet``, ``kid``, ``precision``), those of a further one called ``dino`` are ``frechet_dino``; a name
-that holds ``_error`` is a standard error. Images of 256 levels are compared, so a row is what image files would give.
+Notation: a *row* holds one candidate's numbers. Those of the first extractor have their plain names (``frechet``,
+``kid``, ``precision``), those of a further one called ``dino`` are ``frechet_dino``; a name that holds ``_error`` is a
+standard error. Images are rounded to 256 levels first, so that image files would give the same numbers.
 
 Published protocols as arguments:
 
@@ -14,41 +14,36 @@ Published protocols as arguments:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
-from ratiograph.core.distributed import is_main
+from ratiograph.core.distributed import from_main, is_main
 from ratiograph.core.draws import SampleDraws
 from ratiograph.evaluation.alignment import ImageScore
-from ratiograph.evaluation.candidates import AveragedStudent, Maker, Teacher, marked_best, students_of
-from ratiograph.evaluation.extraction import Extracted, extract, from_main
+from ratiograph.evaluation.candidates import AveragedStudent, Candidate, Teacher, marked_best, students_of
+from ratiograph.evaluation.documents import cached_notes, without
+from ratiograph.evaluation.extraction import Extracted, extract
 from ratiograph.evaluation.feature_sets import FeatureSet, read_statistics
 from ratiograph.evaluation.features import EfficientNetLite0Features, FeatureExtractor
-from ratiograph.evaluation.image_sources import Images, Made, StudentSamples, stream_images, stream_size
+from ratiograph.evaluation.image_sources import ImageBatch, Images, StudentSamples, stream_images, stream_size
 from ratiograph.evaluation.manifold import expected_coverage
-from ratiograph.evaluation.metrics import (
-    FeatureMetric,
-    Frechet,
-    InceptionScore,
-    KernelDistance,
-    NearestNeighbours,
-    with_errors,
+from ratiograph.evaluation.metric_rows import MetricRows
+from ratiograph.evaluation.metrics import FeatureMetric, Frechet, InceptionScore, KernelDistance, NearestNeighbours
+from ratiograph.evaluation.result_cache import (
+    ResultCache,
+    component_identity,
+    file_identity,
+    settings_identity,
+    weights_identity,
 )
-from ratiograph.evaluation.result_cache import RowCache, component_identity, file_identity, weights_identity
 from ratiograph.networks.samplers import ManyStepSampler
-
-if TYPE_CHECKING:
-    from ratiograph.tasks.distillation import Distillation
+from ratiograph.tasks.distillation import Distillation
 
 __all__ = ["ImageEvaluator"]
 
@@ -61,46 +56,30 @@ Progress = Callable[[str, int, int], None]
 """(what, images done by this rank, images this evaluation has in all)."""
 
 
-@dataclass
-class _Counter:
-    """Sums what batches report, for a ``Progress``."""
-
-    progress: Progress
-    what: str
-    samples: int
-    done: int = 0
-
-    def __call__(self, more: int) -> None:
-        self.done += more
-        self.progress(self.what, self.done, self.samples)
-
-
 class ImageEvaluator:
     """Fréchet distance, KID, Inception Score, precision, recall, density, coverage and scores of a student's images.
 
-    What lacks its weights is left out with a line that names the file and how to fetch it; the rest is computed. Rows
-    of finished runs are kept under a hash of weights and protocol, so that nothing is measured twice. Samples are
-    spread over the ranks of a distributed run, each from draws of its own: the numbers depend on neither ranks nor
-    batch size.
-    Nothing is read before ``prepare`` is called.
+    An extractor or score without its weights is left out, with a line that says how to fetch them. Rows of finished
+    runs are cached under a hash of weights and protocol. Samples are spread over the ranks of a distributed run, each
+    from its own random numbers, so that the results depend on neither ranks nor batch size. Nothing is read before
+    ``prepare``.
 
     Args:
-        data: stream of real images; the first epoch's order of seed 0 decides which are taken.
-        statistics: ``.npz`` of real images in place of ``data``, by name of the extractor: of ``tools/evaluate.py
-            stats``, or clean-fid's own.
+        data: stream of real images, taken in the order of the first epoch of seed 0.
+        statistics: ``.npz`` files of real images in place of ``data``, by name of the extractor, from
+            ``tools/evaluate.py stats`` or clean-fid.
         features: extractors by name, {} for scores alone; EfficientNet-Lite0 by default.
         metrics: on every extractor's features; ``Frechet``, ``KernelDistance``, ``InceptionScore`` and
             ``NearestNeighbours`` by default.
         scores: of single images with their captions, by name.
         source: makes the images; ``StudentSamples`` by default.
-        teacher_samplers: also evaluate the teacher by each of these, once the run is done.
+        teacher_samplers: after training, the teacher is evaluated with each of these too.
         samples: images a row.
-        real_samples: real images; None takes an epoch of the stream, or ``samples`` of them if it cannot tell how many
-            that is.
+        real_samples: real images; None takes an epoch of the stream, or ``samples`` if its length is unknown.
         during_samples: images of an evaluation while training, and of the student before it.
         batch_size: images at a time.
-        raw: also evaluate the student's weights of the last step, not only their average; done anyway where a run keeps
-            several averages, each of which is evaluated.
+        raw: also evaluate the student's weights of the last step; always done where a run keeps several averages, each
+            of which is evaluated.
         least_coverage: while training, a coverage below this share of what as many real images would have on average
             is called a collapse.
 
@@ -142,10 +121,9 @@ class ImageEvaluator:
         self.samples, self.real_samples, self.during_samples = samples, real_samples, during_samples
         self.teacher_samplers = tuple(teacher_samplers)
         self.batch_size, self.raw, self.least_coverage = batch_size, raw, least_coverage
-        self.cache = RowCache(Path("image_evaluations.json"))
+        self.cache = ResultCache(Path("image_evaluations.json"))
+        self.rows = MetricRows(self.features, self.metrics, self.scores)
         self.progress: Progress = lambda what, done, samples: None
-
-    # ------------------------------------------------------------------------------------------- preparing
 
     def prepare(self, device: torch.device) -> None:
         """Loads networks and real features; further calls only move the networks.
@@ -165,7 +143,7 @@ class ImageEvaluator:
         for network in (*self.extractors.values(), *self.judges.values()):
             network.to(device)
         if not hasattr(self, "real"):
-            self.real = self._read_statistics() if self.data is None else self._see_real()
+            self.real = self._read_statistics() if self.data is None else self._read_real()
 
     def _loaded(self, parts: Mapping[str, FeatureExtractor | ImageScore]) -> dict:
         """Those of the parts that have their weights, loaded."""
@@ -185,30 +163,25 @@ class ImageEvaluator:
             if name in self.statistics
         }
 
-    def _see_real(self) -> dict[str, FeatureSet]:
+    def _read_real(self) -> dict[str, FeatureSet]:
         if not self.extractors:
             return {}
-        found = self._extract("real images", stream_images(self.data, self.batch_size), self._real_count(), {})
-        return self._sets(found)
+        images = stream_images(self.data, self.batch_size)
+        return self._sets(self._extract("real images", images, self._real_count(), {}))
 
     def _real_count(self) -> int:
-        if self.data is None:
-            return 0
         available = stream_size(self.data)
         wanted = self.real_samples or available or self.samples
         return wanted if available is None else min(wanted, available)
-
-    # ------------------------------------------------------------------------------------------- measuring
 
     def measure(self, name: str, images: Images, *, samples: int, identity: str | None = None) -> dict:
         """One row.
 
         Args:
             name: of the row.
-            images: makes the batches of a range of indices.
+            images: gives the batches of a range of indices.
             samples: how many.
-            identity: what the images are. When given, a row measured earlier under the same identity and protocol is
-                returned in place of a new one.
+            identity: what the images depend on; where it is given, the row is cached under it and the protocol.
 
         Returns:
             ``{"name", "samples"}`` and every number by name, None where it is not finite; ``"skipped"``: sentences on
@@ -218,31 +191,34 @@ class ImageEvaluator:
             ValueError: images that are not finite, or of a shape no extractor takes.
         """
         key = None if identity is None else self._key(identity, samples)
-        row = from_main(None if key is None or not is_main() else self.cache.get(key), self.device)
+        row = from_main(self.cache.get(key) if key is not None and is_main() else None)
         if row is not None:
             return {**row, "name": name, "cached": True}
         found = self._extract(name, images, samples, self.judges)
-        row = from_main(self._row(name, found, samples) if is_main() else None, self.device)
+        sets = self._sets(found)
+        row = from_main(self.rows.row(name, sets, self.real, samples, found.scores, self.device) if is_main() else None)
         if key is not None and is_main():
             self.cache.put(key, row)
         return row
 
     def real_rows(self) -> list[dict]:
-        """Real against real images: every second one against the others, where their features are known."""
+        """Real against real images: every second one against the others, for extractors whose features are known."""
         sets = {name: real for name, real in self.real.items() if real.features is not None}
         if not sets or not is_main():
             return []
         real, samples = ({k: self._part(k, s, odd) for k, s in sets.items()} for odd in (0, 1))
         half = min(len(part) for part in samples.values())
-        return [self._numbers(f"real images (one half of {half:,} against the other)", samples, real, half, {})]
+        name = f"real images (one half of {half:,} against the other)"
+        return [self.rows.row(name, samples, real, half, {}, self.device)]
 
     def _part(self, name: str, real: FeatureSet, odd: int) -> FeatureSet:
         features = real.features[odd::2]
         return FeatureSet(features, logits=self._logits(name, features))
 
     def _extract(self, what: str, images: Images, samples: int, judges: Mapping[str, ImageScore]) -> Extracted:
-        counter = _Counter(self.progress, what, samples)
-        return extract(images, samples, self.extractors, judges, self.device, counter)
+        return extract(
+            images, samples, self.extractors, judges, self.device, lambda done: self.progress(what, done, samples)
+        )
 
     def _sets(self, found: Extracted) -> dict[str, FeatureSet]:
         groups = None if found.captions is None else found.captions.unique(dim=0, return_inverse=True)[1]
@@ -256,49 +232,6 @@ class ImageEvaluator:
         parts = [self.extractors[name].logits(part) for part in features.split(LOGITS)]
         return None if parts[0] is None else torch.cat([part.cpu() for part in parts])
 
-    def _row(self, name: str, found: Extracted, samples: int) -> dict:
-        return self._numbers(name, self._sets(found), self.real, samples, found.scores)
-
-    def _numbers(
-        self,
-        name: str,
-        sets: Mapping[str, FeatureSet],
-        real: Mapping[str, FeatureSet],
-        samples: int,
-        scores: Mapping[str, Tensor],
-    ) -> dict:
-        """The row of sets of features by extractor, and of scores [N] by name."""
-        row, skipped = {"name": name, "samples": samples}, []
-        for extractor, features in sets.items():
-            for metric in self.metrics:
-                reason = metric.lacks(features, real.get(extractor))
-                if reason:
-                    skipped.append(f"{type(metric).__name__} on {self.extractors[extractor].name}: {reason}.")
-                else:
-                    numbers = metric(features, real.get(extractor), self.device)
-                    row |= {self._key_of(extractor, key): value for key, value in numbers.items()}
-        for score, values in scores.items():
-            row |= {score: float(values.double().mean()), f"{score}_error": float(values.double().std()) / samples**0.5}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        return {**finite, "skipped": skipped}
-
-    def _key_of(self, extractor: str, number: str) -> str:
-        return number if extractor == next(iter(self.features)) else f"{number}_{extractor}"
-
-    def labels(self) -> dict[str, dict]:
-        """What ``evaluation.json`` says of each number; a standard error is ``of`` another one."""
-        labels = {}
-        for extractor, network in self.features.items():
-            for metric in self.metrics:
-                for number, about in metric.labels.items():
-                    label = {**about, "label": f"{about['label']} ({network.name})"}
-                    if "of" in about:
-                        label["of"] = self._key_of(extractor, about["of"])
-                    labels[self._key_of(extractor, number)] = label
-        for score, judge in self.scores.items():
-            labels |= with_errors({score: {"label": judge.label, "better": "higher"}})
-        return labels
-
     def _key(self, identity: str, samples: int) -> str:
         """Hash of all that a row depends on."""
         protocol = {
@@ -311,33 +244,31 @@ class ImageEvaluator:
             "statistics": {name: file_identity(path, {}) for name, path in self.statistics.items()},
             "real": None if self.data is None else [self.data.describe(), self._real_count()],
         }
-        return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+        return settings_identity(protocol)
 
-    # ------------------------------------------------------------------------------------- a run's evaluation
+    def images_of(self, task: Distillation, candidate: Candidate, seed: int) -> Images:
+        """The candidate's images."""
 
-    def images_of(self, task: Distillation, maker: Maker, seed: int) -> Images:
-        """The images that ``maker`` makes of the task."""
-
-        def images(indices: range) -> Iterator[Made]:
+        def images(indices: range) -> Iterator[ImageBatch]:
             for start in range(indices.start, indices.stop, self.batch_size):
                 batch = range(start, min(start + self.batch_size, indices.stop))
-                yield self.source.make(task, SampleDraws(seed, batch, self.device), maker)
+                yield self.source.make(task, SampleDraws(seed, batch, self.device), candidate)
 
         return images
 
-    def finished_row(self, task: Distillation, maker: Maker, seed: int) -> dict:
-        """The row of ``samples`` images of a maker that trains no more; measured once."""
+    def finished_row(self, task: Distillation, candidate: Candidate, seed: int) -> dict:
+        """The row of ``samples`` images of a candidate that is no longer trained; cached."""
         conditions = [component_identity(task.conditions), weights_identity(task.conditions.state_dict())]
         source = [type(self.source).__name__, self.source.settings()]
-        identity = [maker.identity(task), conditions, source, seed]
-        images = self.images_of(task, maker, seed)
-        row = self.measure(maker.name, images, samples=self.samples, identity=json.dumps(identity, sort_keys=True))
-        return {**row, "evaluations": maker.evaluations}
+        identity = [candidate.identity(task), conditions, source, seed]
+        images, identity = self.images_of(task, candidate, seed), json.dumps(identity, sort_keys=True)
+        row = self.measure(candidate.name, images, samples=self.samples, identity=identity)
+        return {**row, "evaluations": candidate.evaluations}
 
     def student_rows(self, task: Distillation, seed: int) -> list[dict]:
-        """The finished student by each of its weights; its main average is the row to look at."""
-        rows = [self.finished_row(task, maker, seed) for maker in students_of(task, raw=self.raw)]
-        return marked_best(rows, self.labels())
+        """The rows of the finished student, the main average's first."""
+        rows = [self.finished_row(task, student, seed) for student in students_of(task, raw=self.raw)]
+        return marked_best(rows, self.rows.labels())
 
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:
         """The row of the student before its first step, from ``during_samples`` images."""
@@ -348,18 +279,17 @@ class ImageEvaluator:
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
         """Numbers of ``during_samples`` images of the averaged student, without errors.
 
-        Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``. Where
-        coverage is measured, ``collapsed`` is 1 if it is too low. Numbers compare among themselves, not with those of
-        more samples.
+        Those of a further average are called ``<average>/...``, those of the last weights ``raw/...``. Where coverage
+        is measured, ``collapsed`` is 1 if it is too low. Compare the numbers only with those of as many samples.
 
         Raises:
             ValueError: the student's images are not finite.
         """
         self.prepare(device)
-        found, labels = {}, self.labels()
-        for maker in students_of(task, raw=self.raw):
-            row = self.measure("", self.images_of(task, maker, seed), samples=self.during_samples)
-            found |= {maker.prefix + k: v for k, v in row.items() if isinstance(v, float) and "of" not in labels[k]}
+        found, labels = {}, self.rows.labels()
+        for student in students_of(task, raw=self.raw):
+            row = self.measure("", self.images_of(task, student, seed), samples=self.during_samples)
+            found |= {student.prefix + k: v for k, v in row.items() if isinstance(v, float) and "of" not in labels[k]}
         if "coverage" in found:
             k = next(metric.density_neighbours for metric in self.metrics if isinstance(metric, NearestNeighbours))
             attainable = expected_coverage(len(next(iter(self.real.values()))), self.during_samples, k)
@@ -374,21 +304,16 @@ class ImageEvaluator:
 
     def document(self, rows: Sequence[Mapping[str, object]], *, title: str = "One-step samples") -> dict:
         """What ``evaluation.json`` holds of ``rows``."""
-        hidden = ("skipped", "cached")
-        shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+        shown = without(rows, ("skipped", "cached"))
         present = {key for row in shown for key, value in row.items() if value is not None}
         skipped = dict.fromkeys(sentence for row in rows for sentence in row.get("skipped", ()))
-        cached = ", ".join(str(row["name"]) for row in rows if row.get("cached"))
-        notes = [f"Left out: {line}" for line in (*self.missing, *skipped)]
-        if cached:
-            notes.append(f"Measured in an earlier run with the same weights and protocol: {cached}.")
-        labels = {key: about for key, about in self.labels().items() if key in present}
+        left_out = [f"Left out: {line}" for line in (*self.missing, *skipped)]
         return {
             "title": title,
             "rows": shown,
-            "metrics": labels,
+            "metrics": {key: label for key, label in self.rows.labels().items() if key in present},
             "figures": [],
-            "notes": [*self._notes(), *self.source.notes(), *notes],
+            "notes": [*self._notes(), *self.source.notes(), *left_out, *cached_notes(rows)],
         }
 
     def _notes(self) -> list[str]:

@@ -1,7 +1,7 @@
-"""Where the images of an evaluation come from: a student, a data stream, a folder or an array.
+"""Sources of an evaluation's images: a student, a data stream, a folder or an array.
 
-Notation: a *source* gives the images of samples i, ... [B, 1 or 3, H, W] in [-1, 1] with their captions. Sample i is
-the same whatever the batch, the rank or the device that it is made on.
+A source gives images [B, 1 or 3, H, W] in [-1, 1] by their indices, with their captions. Image i is the same in every
+batch, on every rank and device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,13 +28,11 @@ from ratiograph.core.types import Batch, Condition
 from ratiograph.data import captions as captions_format
 from ratiograph.data.embedded import resolve
 from ratiograph.data.stream import SampleStream
-from ratiograph.evaluation.candidates import Maker
+from ratiograph.evaluation.candidates import Candidate
 from ratiograph.evaluation.features import resized, to_pixels
 from ratiograph.networks.autoencoder import Autoencoder
 from ratiograph.networks.text_encoders import CaptionEncoder
-
-if TYPE_CHECKING:
-    from ratiograph.tasks.distillation import Distillation
+from ratiograph.tasks.distillation import Distillation
 
 __all__ = ["CaptionedSamples", "FolderStream", "StudentSamples"]
 
@@ -43,14 +40,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
-class Made:
-    """Images [B, 1 or 3, H, W] in [-1, 1] and, where they were asked for by captions, those [B, 1024] uint8."""
+class ImageBatch:
+    """Images [B, 1 or 3, H, W] in [-1, 1] and, if they were made from captions, these [B, 1024] uint8."""
 
     images: Tensor
     captions: Tensor | None = None
 
 
-Images = Callable[[range], Iterator[Made]]
+Images = Callable[[range], Iterator[ImageBatch]]
 """Batches of the samples of a range of indices, in their order."""
 
 
@@ -65,30 +62,27 @@ class StudentSamples:
         self.autoencoder = autoencoder
 
     def load(self, device: torch.device) -> None:
-        """Reads what making images needs beside the task."""
+        """Reads the networks that are needed besides the task's."""
         if self.autoencoder is not None:
             self.autoencoder.load()
             self.autoencoder.to(device)
 
     @torch.no_grad()
-    def make(self, task: Distillation, draws: SampleDraws, maker: Maker) -> Made:
-        """The images of ``draws`` that ``maker`` makes of the task."""
-        return Made(self.decoded(maker.samples(task, draws)), self.captions(task, draws))
-
-    def captions(self, task: Distillation, draws: SampleDraws) -> Tensor | None:
-        """What the samples were asked for by."""
-        return task.conditions.sampled(SampleDraws(draws.seed, draws.indices), task.student).caption
+    def make(self, task: Distillation, draws: SampleDraws, candidate: Candidate) -> ImageBatch:
+        """The candidate's images of ``draws``."""
+        conditions = task.conditions.sampled(SampleDraws(draws.seed, draws.indices), task.student)
+        return ImageBatch(self.decoded(candidate.samples(task, draws)), conditions.caption)
 
     def decoded(self, x0: Tensor) -> Tensor:
         """Samples => images."""
         return x0.float() if self.autoencoder is None else self.autoencoder.decode(x0.float())
 
     def settings(self) -> dict[str, object]:
-        """What the images depend on beside the student, as JSON values."""
+        """What the images depend on besides the candidate, as JSON values."""
         return {"autoencoder": None if self.autoencoder is None else str(self.autoencoder.weights)}
 
     def notes(self) -> list[str]:
-        """Sentences for ``evaluation.json`` on how the samples were asked for."""
+        """Sentences for ``evaluation.json`` about the samples' conditions."""
         return []
 
 
@@ -100,13 +94,13 @@ class CaptionedSamples(StudentSamples):
 
     Args:
         captions: COCO's ``captions_val2014.json``, or a text file in UTF-8 with a caption a line, whose first lines are
-            the list. ``notes`` tell the list's SHA-256, by which two evaluations can be seen to share it.
+            the list. ``notes`` give the list's SHA-256, which shows whether two evaluations used the same list.
         encoder: of captions.
         autoencoder: decodes the samples.
         prompts: length of the list; 30,000 of COCO's 202,654 captions are drawn by ``seed``.
         repeats: samples of each caption; several are needed for in-batch similarity.
         seed: of the list.
-        size: pixels a side of the images that are judged.
+        size: pixels a side of the evaluated images.
     """
 
     def __init__(
@@ -135,11 +129,11 @@ class CaptionedSamples(StudentSamples):
         self.encoder.to(device)
 
     @torch.no_grad()
-    def make(self, task, draws, maker):
+    def make(self, task, draws, candidate):
         captions = [self.texts[index // self.repeats % len(self.texts)] for index in draws.indices]
-        x0 = maker.told(task, self.encoder.encode(captions), draws)
+        x0 = candidate.samples_under(task, self.encoder.encode(captions), draws)
         pixels = resized(to_pixels(self.decoded(x0)), (self.size, self.size))
-        return Made(pixels.round() / 127.5 - 1, captions_format.pack(captions))
+        return ImageBatch(pixels.round() / 127.5 - 1, captions_format.pack(captions))
 
     @property
     def digest(self) -> str:
@@ -196,12 +190,12 @@ def stream_images(stream: DataStream, batch_size: int) -> Images:
         stream = copy.copy(stream)
         stream.flip = False
 
-    def images(indices: range) -> Iterator[Made]:
+    def images(indices: range) -> Iterator[ImageBatch]:
         left, batches = len(indices), stream.batches(batch_size, 0, indices.start)
         while left > 0:
             batch = next(batches).images[:left]
             left -= len(batch)
-            yield Made(batch)
+            yield ImageBatch(batch)
         close = getattr(batches, "close", None)
         if close is not None:
             close()
@@ -210,7 +204,7 @@ def stream_images(stream: DataStream, batch_size: int) -> Images:
 
 
 def stream_size(stream: DataStream) -> int | None:
-    """Samples of an epoch, or None where only reading all of them would tell."""
+    """Samples of an epoch, or None where they could only be counted by reading all of them."""
     if isinstance(stream, FolderStream):
         return len(stream)
     if isinstance(stream, SampleStream) and not stream.filtered:
@@ -219,7 +213,7 @@ def stream_size(stream: DataStream) -> int | None:
 
 
 class FolderStream:
-    """The images of a folder with all below it, by name, or of an ``.npz``, over and over in one order.
+    """The images of a folder and its subfolders, by name, or of an ``.npz``, repeated endlessly in that order.
 
     Args:
         path: of image files; or an ``.npz`` whose first array is uint8 [N, H, W, C] or float in [-1, 1] [N, C, H, W].
@@ -248,7 +242,7 @@ class FolderStream:
         return len(self.images)
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Endless batches from image ``start`` on; the order is fixed, whatever the seed.
+        """Endless batches from image ``start`` on, in the same order for every seed.
 
         Raises:
             ValueError: as ``images``; a file that cannot be decoded, or images of several sizes without ``size``.

@@ -1,7 +1,7 @@
 """Metrics of a set of samples against a set of real images, by their features.
 
-Each is called as ``metric(samples, real, device)`` on two ``FeatureSet`` and returns numbers by name; a name that ends
-in ``_error`` is the standard error of the one before it. What a metric lacks, it says in one line by ``lacks``.
+Each is called as ``metric(samples, real, device)`` on two ``FeatureSet`` and returns numbers by name; ``<name>_error``
+is the standard error of ``<name>``. ``lacks`` says in one line why a metric cannot be computed.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = [
 
 def with_errors(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str | None]]:
     """``labels`` of numbers, each followed by that of its standard error, ``<name>_error``."""
-    found = {}
-    for name, about in labels.items():
-        error = {"label": f"± {about['label']}", "better": None, "of": name}
-        found |= {name: dict(about), f"{name}_error": error}
-    return found
+    both = {}
+    for name, label in labels.items():
+        both[name] = dict(label)
+        both[f"{name}_error"] = {"label": f"± {label['label']}", "better": None, "of": name}
+    return both
 
 
 class FeatureMetric:
     """Base class.
 
-    ``labels`` holds what ``evaluation.json`` says of each number: ``{name: {"label": ..., "better": ...}}``; that of a
-    standard error also says what it is ``of``.
+    ``labels`` describes each number for ``evaluation.json``: ``{name: {"label": ..., "better": ...}}``; a standard
+    error also names the number that it is ``of``.
     """
 
     labels: ClassVar[Mapping[str, Mapping[str, str | None]]]
@@ -62,7 +62,7 @@ class FeatureMetric:
         raise NotImplementedError
 
     def lacks(self, samples: FeatureSet, real: FeatureSet | None) -> str:
-        """Why the metric cannot be taken, or ""."""
+        """Why the metric cannot be computed, or ""."""
         if real is None:
             return "no real images to compare with: give data or statistics"
         if self.needs_real_features and real.features is None:
@@ -162,9 +162,7 @@ class NearestNeighbours(FeatureMetric):
         if self.splits < 2 or smallest <= max(self.neighbours, self.density_neighbours):
             return rates
         errors = self._errors(samples.features.tensor_split(self.splits), real.features.tensor_split(self.splits))
-        return {
-            key: value for name in self.names for key, value in ((name, rates[name]), (f"{name}_error", errors[name]))
-        }
+        return rates | {f"{name}_error": errors[name] for name in self.names}
 
     def _errors(self, samples: tuple[Tensor, ...], real: tuple[Tensor, ...]) -> dict[str, float]:
         arguments = {"neighbours": self.neighbours, "density_neighbours": self.density_neighbours}

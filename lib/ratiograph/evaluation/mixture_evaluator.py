@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from torch import Tensor
 from ratiograph.core.types import Condition, Noisy
 from ratiograph.evaluation.candidates import marked_best, students_of
 from ratiograph.evaluation.sample_distances import class_histogram, energy_distance
-from ratiograph.networks.teachers.mixture import GaussianMixture, tilt
-
-if TYPE_CHECKING:
-    from ratiograph.tasks.distillation import Distillation
+from ratiograph.networks.teachers.exact_tilting import tilt
+from ratiograph.networks.teachers.mixture import GaussianMixture
+from ratiograph.tasks.distillation import Distillation
 
 __all__ = ["MixtureEvaluator"]
 
@@ -57,23 +55,23 @@ class MixtureEvaluator:
     def during(self, task: Distillation, device: torch.device, seed: int) -> dict[str, float]:
         """Energy distance and smallest relative mode of the student, over that of its target's own samples.
 
-        Those of a further average are called ``<average>/...``, those of the weights as they are ``raw/...``.
+        Those of a further average are called ``<average>/...``, those of the last weights ``raw/...``.
         """
         target = self._target(task)
         own, found = self.measure("", target.sample, target, device, seed), {}
-        for maker in students_of(task):
-            student = self.measure("", maker.sampler(task), target, device, seed)
-            found[f"{maker.prefix}relative_energy_distance"] = student["energy_distance"] / own["energy_distance"]
-            found[f"{maker.prefix}smallest_relative_mode"] = student["smallest_relative_mode"]
+        for candidate in students_of(task):
+            student = self.measure("", candidate.sampler(task), target, device, seed)
+            found[f"{candidate.prefix}relative_energy_distance"] = student["energy_distance"] / own["energy_distance"]
+            found[f"{candidate.prefix}smallest_relative_mode"] = student["smallest_relative_mode"]
         return found
 
     def after(self, task: Distillation, device: torch.device, seed: int, before: list[dict], workdir: Path) -> dict:
         target = self._target(task)
-        makers = students_of(task)
-        names = ["student", *(maker.name for maker in makers[1:])]
+        candidates = students_of(task)
+        names = ["student", *(candidate.name for candidate in candidates[1:])]
         students = [
-            self.measure(name, maker.sampler(task), target, device, seed)
-            for name, maker in zip(names, makers, strict=True)
+            self.measure(name, candidate.sampler(task), target, device, seed)
+            for name, candidate in zip(names, candidates, strict=True)
         ]
         students = marked_best(students, METRICS)
         rows = [*before, *students]
@@ -81,7 +79,7 @@ class MixtureEvaluator:
             row["relative_energy_distance"] = row["energy_distance"] / rows[0]["energy_distance"]
         figure = Path(workdir) / "figures" / "samples.png"
         captions = {}
-        if target.dimension == 2:
+        if target.shape == (2,):
             figure.parent.mkdir(parents=True, exist_ok=True)
             draw_samples(figure, self._sets(task.student_sampler, device, seed, 1)[0], target)
             captions = {"figures": [{"file": "figures/samples.png", "caption": "Student samples over the target."}]}
@@ -154,7 +152,6 @@ class MixtureEvaluator:
 
 def draw_samples(path: Path, x: Tensor, target: GaussianMixture) -> None:
     """Writes a picture of samples ``x`` [N, 2] over the density of ``target``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     reach = 1.15 * float((target.means.abs() + 3 * target.variances.amax(1, keepdim=True).sqrt()).max())
@@ -163,7 +160,6 @@ def draw_samples(path: Path, x: Tensor, target: GaussianMixture) -> None:
     zero = torch.zeros_like(grid[:, 0])
     density = target.log_density(Noisy(grid, zero, zero + 1, zero), Condition()).exp().reshape(241, 241).T.sqrt()
     figure = Figure(figsize=(5, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     extent = (-reach, reach, -reach, reach)
     axes.imshow(density.cpu().numpy(), origin="lower", extent=extent, cmap="Blues", interpolation="bilinear")

@@ -1,4 +1,4 @@
-"""What is read off images of coloured digits, against what their captions name.
+"""Digits and colours recognised in images, compared with what their captions name.
 
 A caption names a digit, a colour, both or neither; what it does not name is *open*.
 """
@@ -36,7 +36,7 @@ def to_grey(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Readings:
-    """What was read off N images: digit features [N, D], digits [N], colours [N] and, if any, log R [N]."""
+    """Readings of N images: digit features [N, D], digits [N], colours [N] and, with a reward, log R [N]."""
 
     captions: Sequence[str]
     features: Tensor
@@ -55,9 +55,8 @@ class Readings:
                     None if said_colour is None else said_colour == colours[colour],
                 )
             )
-        told = [pair for pair in right if pair != (None, None)]
         return {
-            "prompt_accuracy": _share([False not in pair for pair in told]),
+            "prompt_accuracy": _share([False not in pair for pair in right if pair != (None, None)]),
             "digit_accuracy": _share([digit for digit, _ in right if digit is not None]),
             "colour_accuracy": _share([colour for _, colour in right if colour is not None]),
         }

@@ -1,7 +1,7 @@
-"""Measured rows that are expensive to make again, kept under a key that says all they depend on.
+"""Cache of measured results, under keys that hash all that they depend on.
 
-A *row* is one line of the table in ``evaluation.json``. Rows are looked up in the file shipped with the
-package first and in the cache folder second; new ones are written to the cache folder.
+A *result* is a row of the table in ``evaluation.json``. Results are looked up in the file shipped with the package
+first and in the cache folder second; new ones are written to the cache folder.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from torch import Tensor
 
 from ratiograph.config import tree
 from ratiograph.core.files import write_atomically
-from ratiograph.data.embedded import cache_folder
+from ratiograph.data.remote import cache_folder
 
-__all__ = ["RowCache", "component_identity", "file_identity", "weights_identity"]
+__all__ = ["ResultCache", "component_identity", "file_identity", "settings_identity", "weights_identity"]
 
 log = logging.getLogger(__name__)
+
+
+def settings_identity(settings: object) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def file_identity(path: str | Path, settings: Mapping[str, object]) -> str:
@@ -29,11 +34,11 @@ def file_identity(path: str | Path, settings: Mapping[str, object]) -> str:
 
     Args:
         path: usually a weights file.
-        settings: what else determines the result; JSON values.
+        settings: what else the result depends on; JSON values.
     """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps([digest, settings], sort_keys=True).encode()).hexdigest()
+    return settings_identity([digest, settings])
 
 
 def weights_identity(state: Mapping[str, Tensor]) -> str:
@@ -47,19 +52,19 @@ def weights_identity(state: Mapping[str, Tensor]) -> str:
 
 def component_identity(component: object) -> str:
     """A component's class, plain arguments and parts, as text that is the same in every process."""
-    return _spelt(tree.describe(component))
+    return _text(tree.describe(component))
 
 
-def _spelt(node: tree.Node) -> str:
+def _text(node: tree.Node) -> str:
     arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(node.params.items()))
-    return f"{node.cls}({arguments})[{'; '.join(f'{part.name}: {_spelt(part)}' for part in node.children)}]"
+    return f"{node.cls}({arguments})[{'; '.join(f'{part.name}: {_text(part)}' for part in node.children)}]"
 
 
-class RowCache:
-    """Rows by key, from the shipped file and the cache folder.
+class ResultCache:
+    """Results by key, from the shipped file and the cache folder.
 
     Args:
-        shipped: JSON file ``{key: row}`` inside the package; need not exist.
+        shipped: JSON file ``{key: result}`` inside the package; need not exist.
     """
 
     def __init__(self, shipped: Path):
@@ -67,29 +72,25 @@ class RowCache:
 
     @property
     def kept(self) -> Path:
-        """The file in the cache folder that new rows are added to."""
+        """The file in the cache folder that new results are added to."""
         return cache_folder() / self.shipped.name
 
     def get(self, key: str) -> dict | None:
-        """The row, or None where it has to be measured."""
-        for path in (self.shipped, self.kept):
-            row = self._read(path).get(key)
-            if row is not None:
-                return row
-        return None
+        """The result, or None where it has to be measured."""
+        return {**self._read(self.kept), **self._read(self.shipped)}.get(key)
 
-    def put(self, key: str, row: dict) -> None:
-        """Keeps a row. A cache that cannot be written costs time, not the run, and is only logged."""
+    def put(self, key: str, result: dict) -> None:
+        """Stores a result; a cache that cannot be written is logged and does not end the run."""
         try:
-            text = json.dumps({**self._read(self.kept), key: row}, indent=1, sort_keys=True) + "\n"
+            text = json.dumps({**self._read(self.kept), key: result}, indent=1, sort_keys=True) + "\n"
             write_atomically(self.kept, text.encode())
         except ValueError as error:
-            log.warning("The measured row is not kept for later runs: %s", error)
+            log.warning("The measured result is not kept for later runs: %s", error)
 
     @staticmethod
     def _read(path: Path) -> dict:
         try:
-            rows = json.loads(path.read_text())
+            results = json.loads(path.read_text())
         except (OSError, ValueError):
             return {}
-        return rows if isinstance(rows, dict) else {}
+        return results if isinstance(results, dict) else {}

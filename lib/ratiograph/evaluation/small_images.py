@@ -1,4 +1,4 @@
-"""What the evaluators of small images share: the sizes they are given, a sampler's images, tilted class shares.
+"""Shared by the evaluators of digits and captions: checks, rounding of images, tilted shares, Gaussians as text.
 
 Notation: x [n, C, H, W] in [-1, 1] are images as a sampler returns them; p(y) the shares of the classes y; m [D] and
 C [D, D] mean and covariance of features.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ratiograph.evaluation.frechet import Fitted, Gaussian
 
-__all__ = ["check_sizes", "gaussian_of", "levels_of", "spelt", "tilted"]
+__all__ = ["check_sizes", "gaussian_of", "gaussian_text", "levels_of", "tilted"]
 
 
 def check_sizes(
@@ -35,8 +35,8 @@ def levels_of(name: str, images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Args:
         name: of the row, for errors.
-        images: x, of any finite size; what is outside [-1, 1] is clipped.
-        shape: (n, C, H, W), what was asked for.
+        images: x, any finite numbers; clipped to [-1, 1].
+        shape: (n, C, H, W) as requested.
 
     Raises:
         ValueError: the images have another shape, or are not finite.
@@ -61,14 +61,14 @@ def tilted(shares: Sequence[float], log_rewards: Sequence[float]) -> list[float]
     return [mass / math.fsum(masses) for mass in masses]
 
 
-def spelt(fitted: Fitted) -> str:
+def gaussian_text(fitted: Fitted) -> str:
     """m and C as text for a row of JSON: float32, little-endian, base64; ``gaussian_of`` reads it."""
     values = torch.cat([fitted.mean[None], fitted.covariance])
     return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 def gaussian_of(text: str) -> Gaussian:
-    """Inverse of ``spelt``, to float32's rounding."""
+    """Inverse of ``gaussian_text``, to float32's rounding."""
     values = torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64))
     size = (math.isqrt(1 + 4 * len(values)) - 1) // 2  # D + D^2 values
     mean, *rows = values.reshape(size + 1, size)

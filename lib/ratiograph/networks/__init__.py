@@ -6,4 +6,4 @@ papers, to fit the published weights; none is copied. Imports `core`, `algebra` 
 `students`, `ratios`.
 """
 
-from ratiograph.networks.weights import edm_weights as edm_weights  # lets every denoiser load official EDM files
+from ratiograph.networks import edm_weights as edm_weights  # lets every denoiser load official EDM files

@@ -1,10 +1,10 @@
-"""Augmentation of training images, with labels that tell the network what was done.
+"""Augmentation of training images, with labels from which the network knows how each image was moved.
 
 Notation: an image is moved by y = A x + d, with x and y in pixels from the image's centre, x to the right and y
 downwards; the augmented image at y is the image at A^-1 (y - d), continued outside by reflection at its outermost
 pixels. a_0, ..., a_7 are the random parameters of one image, 0 where nothing is done (EDM, Table 6); ``labels`` [B, 9]
-is what ``Condition.augment`` holds. A network that is told how its images were augmented learns the distribution of the
-others, at labels 0: the augmentation does not leak.
+is what ``Condition.augment`` holds. At labels 0 a network conditioned on them learns the distribution of the images
+that were not augmented: the augmentation does not leak.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Augmentation:
     """Base class."""
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """(augmented ``images`` [B, C, H, W], labels [B, 9]), or None for labels where the network is not to know."""
+        """The augmented ``images`` [B, C, H, W], and labels [B, 9] or None if the network gets none."""
         raise NotImplementedError
 
     def check(self, *networks: nn.Module) -> None:
-        """Raises a ValueError where one of the ``networks`` that learn from the images cannot be told what was done."""
+        """Raises a ValueError if one of the ``networks`` that learn from the images lacks the labels it needs."""
 
     def apply(self, images: Tensor, condition: Condition, generator: torch.Generator) -> tuple[Tensor, Condition]:
         """The augmented images, and ``condition`` with their labels."""
@@ -65,7 +65,7 @@ class NoAugmentation(Augmentation):
 
 
 class Flips(Augmentation):
-    """Horizontal flips, which the network is not told: it learns the mixture of p and its mirror image.
+    """Horizontal flips without labels: the network learns the mixture of p and its mirror image.
 
     Args:
         probability: of flipping an image.
@@ -87,7 +87,7 @@ def _checked(probability: float, name: str) -> float:
 
 @dataclass(frozen=True)
 class Parameters:
-    """a_0, ..., a_7, each [B] and all of one type; in this order they act on an image."""
+    """a_0, ..., a_7, each [B] and all of one dtype, in the order in which they act on an image."""
 
     flip_x: Tensor  # 1 mirrors left and right, 0 does not
     flip_y: Tensor
@@ -100,25 +100,23 @@ class Parameters:
 
     def labels(self) -> Tensor:
         """(a_0, a_1, a_2, cos a_3 - 1, sin a_3, a_5 cos a_4, a_5 sin a_4, a_6, a_7) [B, 9]."""
-        turned = self.rotation.cos() - 1, self.rotation.sin()
-        stretched = self.anisotropy * self.axis.cos(), self.anisotropy * self.axis.sin()
-        return torch.stack(
-            [self.flip_x, self.flip_y, self.scale, *turned, *stretched, self.shift_x, self.shift_y], dim=1
-        )
+        rotation = self.rotation.cos() - 1, self.rotation.sin()
+        stretch = self.anisotropy * self.axis.cos(), self.anisotropy * self.axis.sin()
+        return torch.stack([self.flip_x, self.flip_y, self.scale, *rotation, *stretch, self.shift_x, self.shift_y], 1)
 
 
 class NonLeaky(Augmentation):
     """EDM's pipeline (Karras et al. 2022, Appendix F.2, Table 6): one linear map and shift for every image.
 
-    Each step is done with the given probability: y-flip; scaling by 2^(scale_std a_2), a_2 ~ N(0, 1); rotation by
+    Each step is taken with the given probability: y-flip; scaling by 2^(scale_std a_2), a_2 ~ N(0, 1); rotation by
     a_3 ~ U(-pi, pi); stretching by 2^(scale_std a_5) along the axis a_4, a_5 ~ N(0, 1); a shift by shift_std (W a_6,
     H a_7), a_6 and a_7 ~ N(0, 1). The x-flip is a fair coin in every image. a_4 is 0 for half of the images and
     U(-pi, pi) for the others, as in EDM's program; the paper's table has the latter only. Images are resampled between
-    an upsampling by 2 and its adjoint, so what is moved by whole pixels or not at all comes back exactly.
+    an upsampling by 2 and its adjoint, so images shifted by whole pixels or not at all keep their values exactly.
 
-    The labels say all but the sign of the stretch: (a_4, a_5) and (a_4 + pi, -a_5) share one, as in EDM.
+    The labels determine all but the sign of the stretch: (a_4, a_5) and (a_4 + pi, -a_5) have the same ones, as in EDM.
 
-    For networks with ``augment_labels=9``; any other would learn to make augmented images.
+    For networks with ``augment_labels=9``; others would learn to make augmented images.
 
     Args:
         probability: 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQv2 (Table 6); 0 does nothing, not even the x-flip.
@@ -148,22 +146,22 @@ class NonLeaky(Augmentation):
     def draw(self, samples: int, generator: torch.Generator) -> Parameters:
         """Random parameters, float32 on the generator's device."""
         coins, normals = uniform((samples, 10), generator).T, normal((samples, 4), generator).T
-        done = (coins[:5] < self.probability).float()  # y-flip, scale, rotation, stretch, shift
+        taken = (coins[:5] < self.probability).float()  # y-flip, scale, rotation, stretch, shift
         rotation, axis = (2 * coins[5:7] - 1) * math.pi
         heads = (coins[7:] < 0.5).float()
         return Parameters(
             flip_x=heads[0] if self.probability else torch.zeros_like(heads[0]),
-            flip_y=heads[1] * done[0],
-            scale=normals[0] * done[1],
-            rotation=rotation * done[2],
-            axis=axis * heads[2] * done[3],
-            anisotropy=normals[1] * done[3],
-            shift_x=normals[2] * done[4],
-            shift_y=normals[3] * done[4],
+            flip_y=heads[1] * taken[0],
+            scale=normals[0] * taken[1],
+            rotation=rotation * taken[2],
+            axis=axis * heads[2] * taken[3],
+            anisotropy=normals[1] * taken[3],
+            shift_x=normals[2] * taken[4],
+            shift_y=normals[3] * taken[4],
         )
 
     def transform(self, images: Tensor, parameters: Parameters) -> Tensor:
-        """``images`` [B, C, H, W] moved as the parameters say, in their dtype; untouched ones bit for bit."""
+        """``images`` [B, C, H, W] moved by ``parameters``, in their dtype; those with all parameters 0 bit for bit."""
         p = parameters
         flipped = torch.where(expand(p.flip_x > 0, images), images.flip(3), images)
         flipped = torch.where(expand(p.flip_y > 0, images), flipped.flip(2), flipped)
@@ -186,8 +184,7 @@ def turn(angle: Tensor) -> Tensor:
 def warp(images: Tensor, inverse: Tensor, shift: Tensor) -> Tensor:
     """Images whose value at y is that of ``images`` at A^-1 (y - d): x2 upsampling => bilinear lookup => its adjoint.
 
-    The continuation by reflection has the period 2 (W - 1), so a single period of it, upsampled, is all there is to
-    look up, however far outside.
+    The continuation by reflection has the period 2 (W - 1), so one upsampled period of it suffices for any shift.
 
     Args:
         images: [B, C, H, W], H and W at least 2.
@@ -206,11 +203,11 @@ def warp(images: Tensor, inverse: Tensor, shift: Tensor) -> Tensor:
     )
     targets = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # [2H + 10, 2W + 10, 2]
     sources = (targets - shift.to(dtype)[:, None, None]) @ inverse.to(dtype).mT[:, None]
-    places = [  # index into the period, [0, 4 (size - 1)] => [-1, 1]
+    grid = [  # index into the period, [0, 4 (size - 1)] => [-1, 1]
         torch.remainder(2 * source + size - 1 + CENTRE, 4 * (size - 1)) / (2 * (size - 1)) - 1
         for source, size in zip(sources.unbind(-1), (width, height), strict=True)
     ]
-    found = functional.grid_sample(fine, torch.stack(places, -1), mode="bilinear", align_corners=True)
+    found = functional.grid_sample(fine, torch.stack(grid, -1), mode="bilinear", align_corners=True)
     return (down_y @ found @ down_x.T).to(images.dtype)
 
 

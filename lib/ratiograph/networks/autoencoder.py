@@ -1,7 +1,8 @@
-"""Stable Diffusion's autoencoder: images to latents and back (Rombach et al. 2022).
+"""Stable Diffusion's autoencoder, between images and latents (Rombach et al. 2022).
 
 Notation: images [B, 3, H, W] in [-1, 1]; latents [B, C, h, w], h = H/8, in the U-Net's scale: the posterior's mean or a
-sample of it, times the scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL). diffusers is imported when one is built.
+sample of it, times the scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL). diffusers is imported when an
+`Autoencoder` is built.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ratiograph.core.differentiation import recomputed_alike
 from ratiograph.core.files import Missing
+from ratiograph.networks.checkpointing import directly, recomputed
 from ratiograph.networks.weights.frozen import save_only
 from ratiograph.networks.weights.pipeline_files import config_of, fit, folder_of, missing_package, read_part, weights_of
 
@@ -29,12 +29,12 @@ STANDARD = {
     "sample_size": 512,
     "scaling_factor": 0.18215,
 }
-"""The configuration that SD 1.x, SD 2.x and SDXL share, but for SDXL's scaling factor."""
+"""The configuration of SD 1.x and SD 2.x; SDXL's differs in its scaling factor alone."""
 FOREIGN = ("shift_factor", "latents_mean", "latents_std")
 
 
 class Autoencoder(nn.Module):
-    """diffusers' ``AutoencoderKL``, frozen and no part of a checkpoint, always in float32: SDXL's overflows in float16.
+    """diffusers' ``AutoencoderKL``, frozen, not in checkpoints, and always in float32: SDXL's overflows in float16.
 
     Args:
         weights: a pipeline's folder in diffusers' format, its ``vae`` folder, a ``.safetensors`` file of either or of
@@ -43,9 +43,9 @@ class Autoencoder(nn.Module):
         scaling_factor: of the latents; None takes the configuration's, 0.18215 without one.
         chunk: samples encoded or decoded at a time, at least 1.
         checkpointing: where gradients are needed, keep only the latents of each chunk and decode it again in the
-            backward; else activations of about 2 GB for each 512 x 512 sample are held at once.
+            backward pass; without it the activations, about 2 GB for each 512 x 512 sample, are all kept.
         double_backward: compute attention in a form that can be differentiated twice (`RewardTiltedSecondOrder`);
-            holds whole attention maps in memory.
+            keeps whole attention maps in memory.
 
     Raises:
         ValueError: diffusers is not installed, or the configuration is of another kind of autoencoder.
@@ -69,9 +69,9 @@ class Autoencoder(nn.Module):
         save_only(self)
 
     def _build(self, config: dict[str, object]) -> None:
-        strange = [name for name in FOREIGN if config.get(name) is not None]
-        if strange:
-            raise ValueError(f"Autoencoder.weights={self.weights!r} is not Stable Diffusion's: it has {strange[0]}")
+        foreign = [name for name in FOREIGN if config.get(name) is not None]
+        if foreign:
+            raise ValueError(f"Autoencoder.weights={self.weights!r} is not Stable Diffusion's: it has {foreign[0]}")
         try:
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         except ImportError as error:
@@ -85,12 +85,12 @@ class Autoencoder(nn.Module):
 
     @property
     def factor(self) -> float:
-        """What latents are multiplied by."""
+        """The scaling factor of the latents."""
         return self.vae.config.scaling_factor if self.scaling_factor is None else self.scaling_factor
 
     @property
     def downsampling(self) -> int:
-        """Pixels of a latent's side, 8."""
+        """Image pixels along the side of one latent, 8."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @staticmethod
@@ -139,7 +139,7 @@ class Autoencoder(nn.Module):
         """
         if any(side % self.downsampling for side in images.shape[2:]):
             raise ValueError(
-                f"Autoencoder: images of {list(images.shape[2:])} pixels, and both sides must be multiples of "
+                f"Autoencoder: images have {list(images.shape[2:])} pixels, and both sides must be multiples of "
                 f"{self.downsampling}: crop or resize them"
             )
         with torch.autocast(images.device.type, enabled=False):
@@ -153,14 +153,8 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], mostly in [-1, 1], of ``latents`` [B, C, h, w]; differentiable, in float32."""
-        again = self.checkpointing and torch.is_grad_enabled() and latents.requires_grad
-        return torch.cat(
-            [self._decode_again(part) if again else self._decode(part) for part in latents.split(self.chunk)]
-        )
-
-    def _decode_again(self, latents: Tensor) -> Tensor:
-        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputed_alike}
-        return checkpoint(self._decode, latents, **again)
+        run = recomputed if self.checkpointing and latents.requires_grad else directly
+        return torch.cat([run(self._decode, part) for part in latents.split(self.chunk)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):

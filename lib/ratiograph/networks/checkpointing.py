@@ -1,8 +1,8 @@
-"""What a network keeps for its backward pass, and what it computes a second time there instead.
+"""Gradient checkpointing: what a network keeps for its backward pass, and what it computes a second time there.
 
 Notation: a *block* is a module of a network; a *part* of it is a function of features that is cheap up to its last
-operation, a convolution. Autograd keeps of every operation its inputs, so of norm, SiLU and convolution three maps,
-of which the last two follow from the first at a few percent of the time: what costs is convolutions and products.
+operation, a convolution. Autograd keeps every operation's inputs: three maps for norm, SiLU and convolution, of which
+the last two follow from the first at a few percent of the time; convolutions and products take nearly all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ratiograph.core.differentiation import recomputed_alike
 __all__ = ["CheapOperations", "WholeBlocks"]
 
 Part = Callable[..., Tensor]
-"""(function, *inputs) => function(*inputs), however it comes by its gradient."""
+"""(function, *inputs) => function(*inputs), with or without keeping what the backward pass needs."""
 
 
 def directly(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -27,12 +27,12 @@ def directly(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return function(*inputs)
 
 
-def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The `Part` that keeps ``inputs`` alone, and runs ``function`` a second time where the backward pass wants more.
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The `Part` that keeps only ``inputs`` and runs ``function`` a second time in the backward pass.
 
-    That second run ends at the last operation that keeps anything, before this is computed: a convolution there is
-    not done twice. Dropout draws the same numbers, autocast chooses the same types, and a second derivative is that
-    of a pass that keeps everything. Compiled code runs directly: the compiler itself computes again what is cheap.
+    The second run stops before the last operation that keeps anything, so a convolution at the end is not done twice.
+    Dropout draws the same numbers, autocast chooses the same types, and second derivatives are those of a pass that
+    keeps everything. Without gradients, and in compiled code, whose compiler does the same, ``function`` runs directly.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
@@ -40,7 +40,7 @@ def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class Checkpointing:
-    """Keeps everything. Subclasses trade time for memory; values and gradients are the same."""
+    """Keeps everything. Subclasses trade time for memory, with the same values and gradients."""
 
     part: Part = staticmethod(directly)
     """Runs a part."""
@@ -51,21 +51,21 @@ class Checkpointing:
 
 
 class WholeBlocks(Checkpointing):
-    """Keeps each block's input and runs all of it again (Chen et al. 2016): the least memory, a third more time."""
+    """Keeps each block's input and runs the block again (Chen et al. 2016): the least memory, a third more time."""
 
-    part = staticmethod(again)
+    part = staticmethod(recomputed)
 
     def run(self, block, *inputs):
-        return again(block, *inputs)
+        return recomputed(block, *inputs)
 
 
 class CheapOperations(Checkpointing):
-    """Keeps what convolutions and products give, and computes normalisation, SiLU, dropout and resampling again.
+    """Keeps the results of convolutions and products, and computes normalisation, SiLU, dropout and resampling again.
 
-    Of a residual block that is two maps instead of five or more, and no convolution or product is done twice.
+    A residual block keeps two maps instead of five or more, and no convolution or product is done twice.
     """
 
-    part = staticmethod(again)
+    part = staticmethod(recomputed)
 
     def run(self, block, *inputs):
         return block(*inputs, part=self.part)

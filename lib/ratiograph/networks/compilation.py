@@ -1,8 +1,8 @@
-"""torch.compile, block by block: a network's residual blocks become kernels, the path between them stays Python.
+"""torch.compile, block by block: a network's residual blocks are compiled, the path between them stays Python.
 
 Nearly all of a U-Net's time is spent in its blocks, dozens of a few kinds: compiling each alone takes a fraction of
-what the whole network takes, and an encoding can still be left at any block. Names in a ``state_dict()`` do not change;
-copies of a network, such as an average of its weights, run uncompiled.
+the time that the whole network takes, and an encoder can still stop at any block. Names in a ``state_dict()`` do not
+change; copies of a network, such as an average of its weights, run uncompiled.
 
 It is meant for GPUs. On a CPU 94 % of a float32 pass of DDPM++ for CIFAR-10 (55.7M weights, batch 2) are convolutions
 and products, which compiled code calls as eager code does, after copies to channels-last: forward and backward run at
@@ -19,24 +19,24 @@ from torch import nn
 __all__ = ["compile_blocks"]
 
 DIFFUSERS = ("BasicTransformerBlock", "ResnetBlock2D")
-"""Class names of the blocks of diffusers' networks; ours say ``compiles = True``."""
+"""Class names of the blocks of diffusers' networks; ours have the attribute ``compiles = True``."""
 
 VARIANTS = 32
 """Graphs that one block may have: with and without gradients, in training or not, by type, by batch size."""
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Compiles each block of ``network`` where it is; that happens when the block first runs.
+    """Compiles each block of ``network`` in place; torch does so when the block first runs.
 
-    A block that torch cannot compile as one graph is an error when it runs, not a slower block. A second batch size
-    makes the graph one for all batch sizes. Dropout draws other numbers than uncompiled, of the same distribution.
+    A block that torch cannot compile as one graph raises an error when it runs. At a second batch size the graph
+    becomes one for all batch sizes. Dropout draws other numbers than in eager code, of the same distribution.
 
     Args:
-        network: any network that holds blocks: modules whose class says ``compiles = True``, or diffusers' own.
+        network: holds blocks: modules whose class has ``compiles = True``, or diffusers' own.
         backend: torch's name of the compiler.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: ``network`` holds no blocks.
     """
     blocks = [module for module in network.modules() if _is_block(module)]
     if not blocks:
@@ -50,9 +50,9 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
 
 
 def _limits(blocks: int) -> dict[str, object]:
-    """What lets each of so many blocks have its variants: a cache of its own, where torch knows them."""
+    """Arguments of torch.compile that let each of ``blocks`` have its variants; older torch is set up globally."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        # A call looks through this block's few variants and not through all blocks'.
+        # Each block has a cache of its own: a call searches its few variants and not those of all blocks.
         return {"recompile_limit": VARIANTS, "isolate_recompiles": True}
     from torch._dynamo import config as settings  # the compiler takes seconds to import
 

@@ -1,14 +1,13 @@
 """What the student's samples are conditioned on: p(c).
 
-Notation: c is a ``Condition`` of B samples. Training draws one for every batch of z; previews and evaluations ask for
-the same ones again and again; a sample with an index of its own has a condition of its own.
+Notation: c is a ``Condition`` of B samples. Training draws one for every batch of z; previews show the same ones every
+time; in an evaluation the condition of a sample depends on its index alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from torch import Tensor
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
-
-if TYPE_CHECKING:
-    from ratiograph.networks.students import OneStep
-    from ratiograph.networks.text_encoders import CaptionEncoder
+from ratiograph.networks.students import OneStep
+from ratiograph.networks.text_encoders import CaptionEncoder
 
 __all__ = ["BatchConditions", "Conditions", "UniformLabels"]
 
@@ -28,20 +25,20 @@ class Conditions:
     """Base class."""
 
     needs_data = False
-    """Whether ``draw`` wants a batch of real samples."""
+    """Whether ``draw`` needs a batch of real samples."""
 
     def check(self, student: OneStep) -> None:
-        """Raises a ValueError where these are not the conditions that ``student`` needs."""
+        """Raises a ValueError if ``student`` cannot be sampled under these conditions."""
 
     def draw(self, batch: Batch | None, samples: int, student: OneStep, generator: torch.Generator) -> Condition:
         """Conditions of ``samples`` samples to train on; ``batch`` holds the step's real samples, if there are any."""
         raise NotImplementedError
 
     def remember(self, batches: Iterator[Batch] | None) -> None:
-        """Called once before step 1: takes what ``preview`` will need from the data."""
+        """Called once before step 1: keeps the conditions of the data that ``preview`` will need."""
 
     def preview(self, samples: int, student: OneStep, generator: torch.Generator) -> Condition:
-        """Conditions of ``samples`` samples to show or to judge."""
+        """Conditions of ``samples`` samples to show or to judge, the same at every call for a generator of one seed."""
         raise NotImplementedError
 
     def sampled(self, draws: SampleDraws, student: OneStep) -> Condition:
@@ -49,7 +46,7 @@ class Conditions:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is remembered, for a checkpoint."""
+        """What ``remember`` kept, for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -76,7 +73,21 @@ class UniformLabels(Conditions):
         return Condition(draws.integers(classes)) if classes else Condition()
 
 
-class FixedLabels(Conditions):
+class _Cycle(Conditions):
+    """Base class: sample k has the condition k mod n of n given ones."""
+
+    def preview(self, samples, student, generator):
+        return self._take(range(samples), generator.device)
+
+    def sampled(self, draws, student):
+        return self._take(draws.indices, draws.device)
+
+    def _take(self, indices: Sequence[int], device: torch.device) -> Condition:
+        """The conditions of the samples ``indices``."""
+        raise NotImplementedError
+
+
+class FixedLabels(_Cycle):
     """Classes in turn: sample k has the label labels[k mod n]. To sample a finished student, not to train one.
 
     Args:
@@ -94,18 +105,12 @@ class FixedLabels(Conditions):
             known = f"classes 0 to {classes - 1}" if classes else "no classes"
             raise ValueError(f"class {unknown[0]} was asked for, but the student's network has {known}")
 
-    def preview(self, samples, student, generator):
-        return self._in_turn(range(samples), generator.device)
-
-    def sampled(self, draws, student):
-        return self._in_turn(draws.indices, draws.device)
-
-    def _in_turn(self, indices: Sequence[int], device: torch.device) -> Condition:
+    def _take(self, indices, device):
         return Condition(torch.tensor([self.labels[k % len(self.labels)] for k in indices], device=device))
 
 
-class Prompts(Conditions):
-    """Captions in turn: sample k is told caption k mod n. To sample a finished student, not to train one.
+class Prompts(_Cycle):
+    """Captions in turn: sample k has the caption k mod n. To sample a finished student, not to train one.
 
     Args:
         captions: the n captions, at least one.
@@ -120,22 +125,16 @@ class Prompts(Conditions):
         if not student.captioned:
             raise ValueError("captions were given, but the student's network is not told captions")
 
-    def preview(self, samples, student, generator):
-        return self._in_turn(range(samples), generator.device)
-
-    def sampled(self, draws, student):
-        return self._in_turn(draws.indices, draws.device)
-
-    def _in_turn(self, indices: Sequence[int], device: torch.device) -> Condition:
+    def _take(self, indices, device):
         captions = [self.captions[k % len(self.captions)] for k in indices]
         return replace(self.encoder.encode(captions), caption=pack(captions)).to(device)
 
 
-class BatchConditions(Conditions):
+class BatchConditions(_Cycle):
     """The conditions of the step's own real batch, such as captions: the student's sample k goes with real sample k.
 
-    All updates of a step see the same conditions with fresh noise. Previews and evaluations take the first conditions
-    of the data in turn, over and over, and a checkpoint holds them, so that a resumed run shows the same ones.
+    All updates of a step see the same conditions with fresh noise. Previews and evaluations cycle through the first
+    conditions of the data; a checkpoint holds them, so that a resumed run shows the same ones.
 
     Args:
         kept: number of conditions kept for previews, at least 1; a batch gives no more than it has.
@@ -159,19 +158,13 @@ class BatchConditions(Conditions):
         assert batches is not None, "the task needs data"
         self.remembered = next(batches).condition.map(lambda part: part[: self.kept].clone())
 
-    def preview(self, samples, student, generator):
-        return self._remembered(range(samples), generator.device)
-
-    def sampled(self, draws, student):
-        return self._remembered(draws.indices, draws.device)
-
-    def _remembered(self, indices: Sequence[int], device: torch.device) -> Condition:
+    def _take(self, indices, device):
         parts = self.remembered.parts()
         if not parts:
             raise ValueError("BatchConditions has no conditions to show: call Distillation.fit with the data first")
         kept = min(len(part) for part in parts.values())
-        places = torch.tensor([index % kept for index in indices])
-        return self.remembered.map(lambda part: part[places.to(part.device)]).to(device)
+        rows = torch.tensor([index % kept for index in indices])
+        return self.remembered.map(lambda part: part[rows.to(part.device)]).to(device)
 
     def state_dict(self):
         return self.remembered.parts()

@@ -1,8 +1,8 @@
-"""Denoisers: mu(x_t) = E[x0 | x_t], the one interface of teacher, student score and student.
+"""EDM's denoiser mu(x_t) = E[x0 | x_t], for teacher, student score and student; freezing, placing and precision.
 
 Notation: s = sigma / alpha and y = x_t / alpha, the variance-exploding view of a noisy sample. The score is
 (alpha mu - x_t) / sigma^2. A denoiser first encodes (features by resolution, coarsest last), then decodes, so that
-features and the denoised sample come from one pass and whoever needs only features stops at the encoder.
+features and the denoised sample come from one pass, and where only features are needed the decoder does not run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["EDM"]
 
 SOURCE = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/ (edm-cifar10-32x32-cond-vp.pkl and others, 0.2 to 1.2 GB)"
 DESCRIBED = ("sigma_data", "resolution", "image_channels", "classes", "augment_labels")
-"""Arguments of a denoiser and its network in which the weights' own description must agree."""
+"""Arguments of a denoiser and its network that must equal those written in the header of the weights' file."""
 
 
 class EDM(Denoiser):
@@ -55,7 +55,7 @@ class EDM(Denoiser):
 
     @classmethod
     def locate(cls, *, weights: str | None) -> None:
-        """Raises a FileNotFoundError, which says how to get them, if there are no ``weights``; reads nothing."""
+        """Raises a FileNotFoundError that says where to get ``weights`` if there are none; reads nothing."""
         if weights is not None and not shipped(weights).is_file() and not Path(weights).expanduser().exists():
             raise Missing(
                 weights,
@@ -76,11 +76,11 @@ class EDM(Denoiser):
         path = locate_weights(self.weights, type(self).__name__)
         described = read_header(path).get("denoiser")
         if described is not None:
-            self._check_made_for(path, json.loads(described))
+            self._check_description(path, json.loads(described))
         load_weights(path, self)
 
-    def _check_made_for(self, path: Path, described: Mapping) -> None:
-        """ValueError unless the file's own description is of this denoiser and network; widths show in the tensors."""
+    def _check_description(self, path: Path, described: Mapping) -> None:
+        """ValueError unless the file describes this denoiser and network; widths are checked by the tensors' shapes."""
         wrong = []
         for kind, module in (("denoiser", self), ("network", self.network)):
             ours = type(module).__name__
@@ -106,28 +106,29 @@ class EDM(Denoiser):
         """Channels of each feature map, finest first."""
         return self.network.feature_channels
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled)
-
     def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
         y, s = noisy.rescaled()
         norm = (s.square() + self.sigma_data**2).sqrt()
         c_skip, c_out = self.sigma_data**2 / norm.square(), s * self.sigma_data / norm
-        with self._autocast(y.device):
+        with autocast(y.device, self.autocast_dtype):
             encoding = self.network.encode(y / expand(norm, y), s.log() / 4, condition)
         return replace(encoding, restore=lambda out: expand(c_skip, y) * y + expand(c_out, y) * out.to(y.dtype))
 
     def decode(self, encoding: Encoding) -> Tensor:
-        with self._autocast(encoding.features[0].device):
+        with autocast(encoding.features[0].device, self.autocast_dtype):
             out = self.network.decode(encoding)
         return encoding.restore(out)
 
 
-def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Freezes a network for good, holding its convolutions' and linear layers' weights in the type they compute in.
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """The context of a network's pass on ``device`` under autocast in ``dtype``; None is float32."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
-    These are the numbers that autocast would make of them anew at every pass; norms and embeddings stay float32.
+
+def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Freezes a network for good and casts the weights of its convolutions and linear layers to ``dtype``.
+
+    Autocast would cast them so at every pass; norms and embeddings stay float32.
 
     Args:
         module: the network.
@@ -140,10 +141,10 @@ def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def place(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Moves a network to ``device`` and sets the autocast type of all in it.
+    """Moves a network to ``device`` and sets the autocast type of every network inside it.
 
-    Images are stored channels-last on GPUs, whose convolutions want it so; on a CPU it makes no difference to speed,
-    and the weights stay the pages of the file they came from.
+    On a GPU the weights become channels-last, which its convolutions are fastest with; on a CPU that makes no
+    difference to speed, and the weights stay the memory-mapped pages of their file.
     """
     module.to(device)
     if device.type == "cuda":

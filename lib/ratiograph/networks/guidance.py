@@ -1,7 +1,7 @@
 """Wrappers of a denoiser, usually of the teacher: classifier-free guidance and clipping. Each is a denoiser itself.
 
-Notation: mu(x_t, c) is the held denoiser's estimate under the condition c, mu(x_t) the one without: what the network
-is told then, its class or caption gone, is an `Unconditional`.
+Notation: mu(x_t, c) is the wrapped denoiser's estimate under the condition c, mu(x_t) the one without a class or
+caption; an `Unconditional` gives the condition of the latter.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ __all__ = ["Clipped", "EmptyPrompt", "Guided", "NoCaption", "NoLabel", "Uncondit
 
 
 class Unconditional(nn.Module):
-    """Base class: the condition c without what guidance guides towards."""
+    """Base class: the condition c without its class or caption."""
 
     def load(self) -> None:
-        """Reads what it needs from files. Never called in a dry run."""
+        """Reads files, if it needs any. Never called in a dry run."""
 
     def forward(self, condition: Condition) -> Condition:
         """The unconditional counterpart of ``condition``, with as many samples.
 
         Raises:
-            ValueError: there is nothing to guide towards.
+            ValueError: ``condition`` has no class or caption to guide towards.
         """
         raise NotImplementedError
 
 
 class NoLabel(Unconditional):
-    """The label -1, which networks trained with ``label_dropout`` and ``GaussianMixture`` know as "no class"."""
+    """The label -1, "no class" to networks trained with ``label_dropout`` and to ``GaussianMixture``."""
 
     def forward(self, condition):
         if condition.labels is None:
@@ -79,7 +79,7 @@ class EmptyPrompt(_NoText):
 
     @staticmethod
     def locate(*, file: str) -> None:
-        """Raises a FileNotFoundError, which says how to make it, if there is no such file."""
+        """Raises a FileNotFoundError that says how to make the file if there is none."""
         if not Path(file).expanduser().is_file():
             raise Missing(
                 file,
@@ -91,7 +91,8 @@ class EmptyPrompt(_NoText):
         """As ``Unconditional.load``.
 
         Raises:
-            FileNotFoundError, ValueError: there is no such file, or it does not hold the states.
+            FileNotFoundError: there is no such file.
+            ValueError: it does not hold the states.
         """
         self.locate(file=self.file)
         try:
@@ -103,9 +104,10 @@ class EmptyPrompt(_NoText):
         self.text, self.pooled = tensors["text"].float(), tensors.get("pooled")
 
     def forward(self, condition):
-        return replace(condition, **{name: self._like(name, part) for name, part in self.parts(condition).items()})
+        return replace(condition, **{name: self._empty(name, part) for name, part in self.parts(condition).items()})
 
-    def _like(self, name: str, part: Tensor) -> Tensor:
+    def _empty(self, name: str, part: Tensor) -> Tensor:
+        """The empty prompt's states ``name``, once for each sample of ``part`` [B, ...]."""
         empty = getattr(self, name)
         if empty is None or empty.shape != part.shape[1:]:
             found = "nothing" if empty is None else list(empty.shape)
@@ -114,7 +116,7 @@ class EmptyPrompt(_NoText):
 
 
 class _Wrapper(Denoiser):
-    """Holds a denoiser and hands on what it does not change."""
+    """Base class: has the weights, shape and features of the denoiser it wraps."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()
@@ -136,7 +138,7 @@ class _Wrapper(Denoiser):
 
 @dataclass(frozen=True)
 class _GuidedEncoding(Encoding):
-    """The ``conditional`` half's own encoding, and what the other half will be encoded from if it is decoded."""
+    """The ``conditional`` half's encoding, and the inputs of the unconditional half, which runs in ``decode``."""
 
     conditional: Encoding | None = None
     noisy: Noisy | None = None
@@ -152,14 +154,14 @@ class Guided(_Wrapper):
 
     Scores combine alike, s_guided = s(x_t) + s (s(x_t, c) - s(x_t)), the score of p_t(x_t) p_t(c | x_t)^s up to a
     constant; for s other than 0 and 1 these are not the noisy marginals of one distribution of x0, hence
-    ``can_sample`` is False. The features are those of the conditional half. Guidance doubles the price of a pass:
-    ``denoise`` takes both halves as one batch of 2B samples, ``encode`` runs the conditional half alone, for whoever
-    needs only features, and ``decode`` the other.
+    ``can_sample`` is False. The features are those of the conditional half. Guidance doubles the cost of a pass:
+    ``denoise`` runs both halves as one batch of 2B samples; ``encode`` runs the conditional half alone, which is enough
+    for features, and ``decode`` the unconditional one.
 
     Args:
         denoiser: a conditional denoiser that was trained without its condition too.
         guidance_scale: s; 1 is no guidance, 0 ignores the condition.
-        unconditional: how the denoiser is told no condition; by the label -1 by default.
+        unconditional: gives the condition of mu(x_t); the label -1 by default.
     """
 
     def __init__(self, *, denoiser: Denoiser, guidance_scale: float, unconditional: Unconditional | None = None):
@@ -200,7 +202,7 @@ class Clipped(_Wrapper):
     Wrap it round ``Guided``: clipping before guidance would not bound the result.
 
     Args:
-        denoiser: the denoiser held.
+        denoiser: the denoiser whose estimates are clipped.
         limit: bound of |mu|, > 0; 1 for images in [-1, 1].
     """
 
@@ -212,11 +214,11 @@ class Clipped(_Wrapper):
 
     @property
     def can_sample(self) -> bool:
-        """Whether the held denoiser can: clipping changes estimates, not the distribution they are of."""
+        """Whether the wrapped denoiser can: clipping changes estimates, not the distribution they are of."""
         return self.denoiser.can_sample
 
     def sample(self, samples: int, generator: torch.Generator, condition: Condition | None = None) -> Tensor:
-        """The held denoiser's exact samples [samples, ...], where it has them."""
+        """The wrapped denoiser's exact samples [samples, ...], where it has them."""
         return self.denoiser.sample(samples, generator, condition)
 
     def encode(self, noisy: Noisy, condition: Condition) -> Encoding:

@@ -1,7 +1,7 @@
 """Low-rank adapters: students and student scores that learn a small change of frozen weights (Hu et al. 2022).
 
 Notation: a layer with the frozen weight W computes (W + (alpha / rank) B A) x, with A [rank, in] random and B zero at
-first, so that the network begins as its *base*, the network without its adapters. peft is imported when one is built.
+first, so that the network begins as its *base*, the network without adapters. peft is imported when a `LoRA` is built.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ratiograph.core.types import Condition, Encoding
-from ratiograph.networks.architectures.stable_diffusion_unets import TextUNet, draw_weights
+from ratiograph.networks.architectures.text_unet import TextUNet, draw_weights
 from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
 from ratiograph.networks.weights.frozen import save_only
 from ratiograph.networks.weights.pipeline_files import fit, missing_package
@@ -29,10 +28,10 @@ SCALES = ("downsamplers.0.conv", "upsamplers.0.conv")
 
 
 class LoRA(nn.Module):
-    """A U-Net with adapters on some of its layers; only they learn, and only they are saved and averaged.
+    """A U-Net with adapters on some of its layers; only the adapters are trained, saved and averaged.
 
-    Nodes whose bases have the same weights hold them once (`share_bases`), copies share them too. At rank 64 on all
-    default targets the adapters of SD 1.5 are 8 % of its weights, which is what gradients, Adam and the average cost.
+    Nodes whose bases have the same weights share one copy of them (`share_bases`), and so do copies of a node. At rank
+    64 on all default targets the adapters of SD 1.5, their gradients, Adam's state and average take 8 % of its size.
 
     Args:
         network: ``SD15UNet``, ``SDXLUNet`` or ``UNetFromFolder``, the base.
@@ -68,11 +67,7 @@ class LoRA(nn.Module):
         self.network = network
         save_only(self, ADAPTER)
 
-    @property
-    def unet(self) -> nn.Module:
-        """diffusers' module, adapters in place."""
-        return self.network.unet
-
+    unet = property(lambda self: self.network.unet, doc="diffusers' module with its adapters.")
     sized = property(lambda self: self.network.sized)
     classes = property(lambda self: self.network.classes)
     shape = property(lambda self: self.network.shape)
@@ -80,24 +75,21 @@ class LoRA(nn.Module):
     text_width = property(lambda self: self.network.text_width)
 
     def load(self, weights: str) -> None:
-        """Loads the base's weights; as the base's own ``load``."""
-        here = {name: owner._parameters[key] for name, owner, key in base_slots(self.unet)}
-        fit(type(self.network).__name__, here, self.network.read(weights), weights)
+        """Loads the base's weights, as the base's own ``load``."""
+        base = {name: owner._parameters[key] for name, owner, key in base_slots(self.unet)}
+        fit(type(self.network).__name__, base, self.network.read(weights), weights)
         self.network.filled = True
 
     def draw(self) -> None:
-        """Random weights of a base that has none yet; the adapters stay."""
+        """Draws random weights for a base that has none yet; the adapters stay."""
         if not self.network.filled:
             draw_weights(layer for path, layer in self.unet.named_modules() if ADAPTER not in f".{path}.")
             self.network.filled = True
 
-    @staticmethod
-    def find(weights: str) -> list[Path]:
-        """The files that ``load`` reads, as the base's own ``find``."""
-        return TextUNet.find(weights)
+    find = staticmethod(TextUNet.find)
 
     def drop_decoder(self) -> None:
-        """Leaves only what ``encode`` needs."""
+        """Removes what ``encode`` does not need."""
         self.network.drop_decoder()
 
     def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> Encoding:
@@ -108,7 +100,7 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
-        """The base's tensors with the adapters added in, float32, by diffusers' names."""
+        """The base's tensors with the adapters added, float32, by diffusers' names."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         tensors = {name: owner._parameters[key].detach().float() for name, owner, key in base_slots(self.unet)}
@@ -118,7 +110,7 @@ class LoRA(nn.Module):
         return tensors
 
     def __deepcopy__(self, memo: dict) -> LoRA:
-        """A copy with adapters of its own on the same base."""
+        """A copy with adapters of its own and the same base."""
         memo |= {id(owner._parameters[key]): owner._parameters[key] for _, owner, key in base_slots(self.unet)}
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -126,7 +118,7 @@ class LoRA(nn.Module):
 
 
 def base_slots(unet: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name without adapters, module, its own name there) of every parameter of ``unet`` that is no adapter's."""
+    """(name in diffusers, module, name in that module) of every parameter of ``unet`` that is no adapter's."""
     for path, module in unet.named_modules():
         if ADAPTER not in f".{path}.":
             for key in module._parameters:
@@ -135,10 +127,10 @@ def base_slots(unet: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def share_bases(*nodes: nn.Module | None) -> None:
-    """Lets every frozen U-Net in ``nodes`` that is of the same weights and shape hold one copy of them.
+    """Lets frozen U-Nets in ``nodes`` with the same ``weights`` and architecture share one copy of the parameters.
 
     A frozen U-Net is a teacher's, or the base of a ``LoRA``. Call it before weights are loaded, once the teacher is
-    frozen; the parameters themselves become the same, so that moving or casting one moves or casts all.
+    frozen; the parameters become the same objects, so that moving or casting one moves or casts all.
     """
     first: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
     denoisers = [m for node in nodes if node is not None for m in node.modules() if isinstance(m, StableDiffusion)]
@@ -147,7 +139,7 @@ def share_bases(*nodes: nn.Module | None) -> None:
         frozen = not any(owner._parameters[key].requires_grad for _, owner, key in slots)
         if denoiser.weights is None or not frozen:
             continue
-        made = (denoiser.weights, json.dumps(dict(denoiser.network.unet.config), default=str, sort_keys=True))
-        shared = first.setdefault(made, {name: owner._parameters[key] for name, owner, key in slots})
+        kind = (denoiser.weights, json.dumps(dict(denoiser.network.unet.config), default=str, sort_keys=True))
+        shared = first.setdefault(kind, {name: owner._parameters[key] for name, owner, key in slots})
         for name, owner, key in slots:
             owner._parameters[key] = shared[name]

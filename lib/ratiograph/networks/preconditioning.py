@@ -1,4 +1,4 @@
-"""Denoisers preconditioned as the score networks before EDM were: VP and VE (Karras et al. 2022, Table 1).
+"""Denoisers with the preconditioning of VP and VE, the score networks before EDM (Karras et al. 2022, Table 1).
 
 Notation: s = sigma / alpha and y = x_t / alpha, the variance-exploding view of a noisy sample, in which
 mu = c_skip y + c_out F(c_in y, c_noise) with four functions of s. EDM's own choice is `denoisers.EDM`.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.noising import VariancePreserving
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
-from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.denoisers import EDM, autocast
 
 __all__ = ["VEPreconditioned", "VPPreconditioned"]
 
@@ -29,9 +29,9 @@ class Scalings(NamedTuple):
 
 
 class Preconditioned(EDM):
-    """Base class: mu = c_skip y + c_out F(c_in y, c_noise), with the scalings of a subclass.
+    """Base class: mu = c_skip y + c_out F(c_in y, c_noise), whose scalings a subclass gives.
 
-    ``sigma_data`` is used by EDM's training weight only. Arguments as in `denoisers.EDM`.
+    Arguments as in `denoisers.EDM`; here ``sigma_data`` is used by EDM's training weight alone.
     """
 
     def scalings(self, s: Tensor) -> Scalings:
@@ -41,7 +41,7 @@ class Preconditioned(EDM):
     def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
         y, s = noisy.rescaled()
         c = self.scalings(s)
-        with self._autocast(y.device):
+        with autocast(y.device, self.autocast_dtype):
             encoding = self.network.encode(expand(c.into, y) * y, c.noise, condition)
         return replace(encoding, restore=lambda out: expand(c.skip, y) * y + expand(c.out, y) * out.to(y.dtype))
 

@@ -16,6 +16,7 @@ from ratiograph.core.contracts import Denoiser, Evaluation, RatioEstimator
 from ratiograph.core.types import Noisy, expand
 from ratiograph.networks.architectures.blocks import NoiseEmbedding, group_norm, zero_
 from ratiograph.networks.compilation import compile_blocks
+from ratiograph.networks.denoisers import autocast
 from ratiograph.networks.weights.weight_files import load_part, load_weights, locate_weights
 
 __all__ = [
@@ -31,7 +32,7 @@ class PretrainedRatio(RatioEstimator):
 
     Args:
         weights: safetensors file of a trained estimator to start from, such as the ``ratio.safetensors`` of an earlier
-            run; None starts knowing nothing, l = 0.
+            run; None starts at l = 0.
     """
 
     def __init__(self, *, weights: str | None = None):
@@ -60,24 +61,24 @@ class _Head(nn.Module):
         return self.out(h.mean((2, 3))).squeeze(1)
 
 
-def _check_maps(maps: Sequence[int], network: Denoiser | None, asked_by: str, node: str) -> tuple[int, ...]:
-    """Channels of the feature maps ``maps`` of ``network``.
+def _map_channels(maps: Sequence[int], network: Denoiser | None, estimator: RatioEstimator, node: str) -> list[int]:
+    """Channels of the feature maps ``maps`` of ``network``, which is the graph's ``node``.
 
     Raises:
-        ValueError: there is no such network, or no such map.
+        ValueError: the graph has no such node, or the node no such map.
     """
+    name = type(estimator).__name__
     channels = getattr(network, "feature_channels", None)
     if channels is None:
         raise ValueError(
-            f"{asked_by} needs a {node} with feature maps: bind Distillation.{node} to a network, or use "
+            f"{name} needs a {node} with feature maps: bind Distillation.{node} to a network, or use "
             "EncoderRatio, which has an encoder of its own"
         )
     if max(maps) >= len(channels) or min(maps) < -len(channels):
         raise ValueError(
-            f"{asked_by}.feature_maps={tuple(maps)}: the {node} has {len(channels)} feature maps, "
-            f"0 to {len(channels) - 1}"
+            f"{name}.feature_maps={tuple(maps)}: the {node} has {len(channels)} feature maps, 0 to {len(channels) - 1}"
         )
-    return tuple(channels[k] for k in maps)
+    return [channels[k] for k in maps]
 
 
 class _HeadsRatio(PretrainedRatio):
@@ -91,14 +92,13 @@ class _HeadsRatio(PretrainedRatio):
         self.noise_embedding = NoiseEmbedding(width)
         self.heads = nn.ModuleList()
 
-    def _add_heads(self, channels: Sequence[int]) -> None:
+    def _add_heads(self, network: Denoiser | None, node: str) -> None:
+        channels = _map_channels(self.feature_maps, network, self, node)
         self.heads.extend(_Head(c, self.width, self.width) for c in channels)
 
     def _logit(self, features: Sequence[Tensor], noisy: Noisy) -> Tensor:
         relative_sigma = noisy.sigma / noisy.alpha
-        enabled = self.autocast_dtype is not None
-        device = relative_sigma.device.type
-        with torch.autocast(device, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+        with autocast(relative_sigma.device, self.autocast_dtype):
             embedding = F.silu(self.noise_embedding(relative_sigma.log() / 4))
             logits = [head(features[k], embedding) for head, k in zip(self.heads, self.feature_maps, strict=True)]
         return torch.stack([logit.to(relative_sigma.dtype) for logit in logits]).sum(0)
@@ -119,7 +119,7 @@ class TeacherFeatureRatio(_HeadsRatio):
         super().__init__(feature_maps, width, weights)
 
     def connect(self, teacher, student_score):
-        self._add_heads(_check_maps(self.feature_maps, teacher, "TeacherFeatureRatio", "teacher"))
+        self._add_heads(teacher, "teacher")
 
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         return self._logit(evaluation.teacher_encoding.features, evaluation.noisy)
@@ -140,16 +140,16 @@ class StudentScoreHeadRatio(_HeadsRatio):
         super().__init__(feature_maps, width, weights)
 
     def connect(self, teacher, student_score):
-        self._add_heads(_check_maps(self.feature_maps, student_score, "StudentScoreHeadRatio", "student_score"))
+        self._add_heads(student_score, "student_score")
 
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         return self._logit(evaluation.student_score_encoding.features, evaluation.noisy)
 
 
 class StudentScoreMeanRatio(RatioEstimator):
-    """The mean of the student score's bottleneck features as the logit: no weights at all of its own.
+    """The mean of the student score's bottleneck features as the logit, without weights of its own.
 
-    SiDA (Zhou et al. 2024), and Di-Bregman on CIFAR-10. l does not start at 0, as the encoder is a denoiser's.
+    From SiDA (Zhou et al. 2024); Di-Bregman uses it on CIFAR-10. l does not start at 0.
 
     Args:
         feature_map: which feature map to average; the bottleneck by default.
@@ -162,7 +162,7 @@ class StudentScoreMeanRatio(RatioEstimator):
         self.feature_map = feature_map
 
     def connect(self, teacher, student_score):
-        _check_maps((self.feature_map,), student_score, "StudentScoreMeanRatio", "student_score")
+        _map_channels((self.feature_map,), student_score, self, "student_score")
 
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         features = evaluation.student_score_encoding.features[self.feature_map]
@@ -170,7 +170,7 @@ class StudentScoreMeanRatio(RatioEstimator):
 
 
 class EncoderRatio(PretrainedRatio):
-    """A network of its own: the time-conditioned encoder half, its last features averaged, one linear logit ([S] §4).
+    """A network of its own: a time-conditioned encoder, the mean of its last features, and one linear layer.
 
     Args:
         network: ``UNet`` or ``MLP``; its decoder is dropped.
@@ -207,8 +207,8 @@ class EncoderRatio(PretrainedRatio):
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         y, s = evaluation.noisy.rescaled()
         c_in = (s.square() + self.sigma_data**2).rsqrt()
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(y.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
+        with autocast(y.device, self.autocast_dtype):
             encoding = self.network.encode(expand(c_in, y) * y, s.log() / 4, evaluation.condition)
-            pooled = F.silu(encoding.features[-1]).flatten(2).mean(2) if y.ndim > 2 else F.silu(encoding.features[-1])
+            last = F.silu(encoding.features[-1])
+            pooled = last.flatten(2).mean(2) if y.ndim > 2 else last
         return self.out(pooled.to(self.out.weight.dtype)).squeeze(1)

@@ -1,9 +1,9 @@
 """Many-step samplers of a teacher.
 
 Notation: sigma_0 > ... > sigma_{n-1} > sigma_n = 0 are noise levels at alpha = 1, x the running sample [B, ...], and
-dx/dsigma = (x - mu(x; sigma)) / sigma the probability-flow ODE. A denoiser of any noising process is asked in this
+dx/dsigma = (x - mu(x; sigma)) / sigma the probability-flow ODE. A denoiser of any noising process is evaluated in this
 variance-exploding view, at x / alpha and sigma / alpha, so one sampler serves them all; ``DDIMSampler`` alone visits
-the steps of a discrete process, where a network that was trained at whole steps is at its best.
+the steps of a discrete process, where a network that was trained at whole steps is most accurate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Slope = Callable[[Tensor, float], Tensor]
 
 
 class Draws(Protocol):
-    """Where a sampler's own noise comes from: `sampling.SampleDraws` or `sampling.GeneratorDraws`."""
+    """Source of a sampler's own noise: `core.draws.SampleDraws` or `core.draws.GeneratorDraws`."""
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers [B, *shape]."""
@@ -54,7 +54,7 @@ class ManyStepSampler:
         Args:
             denoiser: the teacher.
             noise: z ~ N(0, I), where the path starts.
-            condition: what the teacher is told about the B samples.
+            condition: of the B samples.
             draws: further noise of a stochastic sampler, each sample's own; torch's default generator if None.
         """
         raise NotImplementedError
@@ -129,7 +129,7 @@ class HeunSampler(KarrasSampler):
         """The sampler that costs exactly ``evaluations`` (odd) passes of the denoiser."""
         if evaluations % 2 == 0:
             raise ValueError(
-                f"Heun's method takes an odd number of evaluations, not {evaluations}: try {evaluations + 1}"
+                f"Heun's method needs an odd number of evaluations, not {evaluations}: try {evaluations + 1}"
             )
         return cls(steps=(evaluations + 1) // 2)
 
@@ -144,7 +144,7 @@ class HeunSampler(KarrasSampler):
 
 
 class StochasticHeunSampler(HeunSampler):
-    """Heun's steps, each after a little fresh noise (Karras et al. 2022, Algorithm 2).
+    """Heun's steps, with fresh noise added before each (Karras et al. 2022, Algorithm 2).
 
     Where s_min <= sigma_i <= s_max, x is first noised to sigma_i (1 + gamma), gamma = min(s_churn / n, sqrt(2) - 1),
     with noise of standard deviation s_noise. The defaults are EDM's for its ImageNet-64 network, at 256 steps; for the
@@ -203,12 +203,7 @@ class DDIMSampler(ManyStepSampler):
     """
 
     def __init__(
-        self,
-        *,
-        steps: int = 50,
-        process: ScaledLinearDDPM | None = None,
-        offset: int = 1,
-        clean_end: bool = False,
+        self, *, steps: int = 50, process: ScaledLinearDDPM | None = None, offset: int = 1, clean_end: bool = False
     ):
         self.process = ScaledLinearDDPM() if process is None else process
         self.steps, self.offset, self.clean_end = steps, offset, clean_end
@@ -227,22 +222,21 @@ class DDIMSampler(ManyStepSampler):
         return len(self.process.alpha_table)
 
     def timesteps(self) -> list[int]:
-        """The steps of the process at which the denoiser is asked, noisiest first."""
+        """The steps of the process at which the denoiser runs, noisiest first."""
         stride = self.total // self.steps
         return [k * stride + self.offset for k in reversed(range(self.steps))]
 
     def levels(self) -> list[tuple[float, float]]:
-        """(alpha, sigma) at each of ``timesteps``, and where the path ends."""
-        tables = self.process.alpha_table.tolist(), self.process.sigma_table.tolist()
-        visited = [(tables[0][t], tables[1][t]) for t in [*self.timesteps(), 0]]
-        return [*visited[:-1], (1.0, 0.0)] if self.clean_end else visited
+        """(alpha, sigma) at each of ``timesteps``, and at the end of the path."""
+        alphas, sigmas = self.process.alpha_table.tolist(), self.process.sigma_table.tolist()
+        levels = [(alphas[t], sigmas[t]) for t in [*self.timesteps(), 0]]
+        return [*levels[:-1], (1.0, 0.0)] if self.clean_end else levels
 
     @torch.no_grad()
     def sample(self, denoiser, noise, condition, draws=None):
         x = noise
-        for t, ((alpha, sigma), (next_alpha, next_sigma)) in zip(
-            self.timesteps(), pairwise(self.levels()), strict=True
-        ):
+        for t, (level, (next_alpha, next_sigma)) in zip(self.timesteps(), pairwise(self.levels()), strict=True):
+            alpha, sigma = level
             noisy = Noisy(x, *(x.new_full((x.shape[0],), value) for value in (t, alpha, sigma)))
             denoised = denoiser.denoise(noisy, condition)
             x = next_alpha * denoised + next_sigma * (x - alpha * denoised) / sigma
@@ -252,7 +246,7 @@ class DDIMSampler(ManyStepSampler):
 class TrailingDDIMSampler(DDIMSampler):
     """DDIM on steps counted from the last one, round(T - k T / n) - 1 for k = 0, ..., n - 1 (Lin et al. 2023).
 
-    It starts at pure noise and is the better choice for few steps; one step is the denoiser at the last step.
+    It starts at the process's last step and is the better choice for few steps.
 
     Args:
         steps: n, evaluations of the denoiser, 1 to T.

@@ -15,10 +15,10 @@ __all__ = ["OneStep", "OneStepDDPM"]
 
 
 class OneStep(nn.Module):
-    """G(z) = mu(sigma_init z; sigma_init): a denoiser asked once, at its own input noise level.
+    """G(z) = mu(sigma_init z; sigma_init): one pass of a denoiser at the noise level of its input.
 
     Args:
-        denoiser: the network; starting from the teacher's weights, G's samples begin as its blurry guesses.
+        denoiser: the network; with the teacher's weights, the first samples are the teacher's blurry estimates.
         sigma_init: noise level of the input: 2.5 in SiD and score-free training, 80 in f-distill on EDM.
     """
 
@@ -30,13 +30,13 @@ class OneStep(nn.Module):
 
     @property
     def captioned(self) -> bool:
-        """Whether the network is told captions."""
+        """Whether the network is conditioned on captions."""
         return getattr(getattr(self.denoiser, "network", None), "text_width", None) is not None
 
     def noise(self, samples: int, generator: torch.Generator) -> Tensor:
         """z [samples, ...] ~ N(0, I) on the generator's device."""
-        kind = next(self.parameters()).dtype
-        return normal((samples, *self.denoiser.shape), generator, torch.promote_types(kind, torch.float32))
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        return normal((samples, *self.denoiser.shape), generator, dtype)
 
     def noise_of(self, draws: SampleDraws) -> Tensor:
         """z [n, ...] ~ N(0, I) float32, each sample's own."""
@@ -45,9 +45,7 @@ class OneStep(nn.Module):
     def condition(self, samples: int, generator: torch.Generator) -> Condition:
         """Conditions to sample under: uniform labels for a conditional network."""
         classes = self.denoiser.network.classes
-        if not classes:
-            return Condition()
-        return Condition(integers(0, classes, samples, generator))
+        return Condition(integers(0, classes, samples, generator)) if classes else Condition()
 
     def forward(self, z: Tensor, condition: Condition) -> Tensor:
         """x0 [B, ...] of noise ``z`` [B, ...]."""
@@ -56,9 +54,9 @@ class OneStep(nn.Module):
 
 
 class OneStepDDPM(OneStep):
-    """G(z) = mu(x_T = z) at step T of a discrete process: z stands for x_T itself, as DMD2 starts Stable Diffusion.
+    """G(z) = mu(x_T = z) at step T of a discrete process: z is x_T itself, as in DMD2's students of Stable Diffusion.
 
-    ``OneStep`` at the same noise level would put sigma_T z there, which at T = 399 is visibly less.
+    ``OneStep`` at the same noise level would take x_T = sigma_T z, which at T = 399 is visibly less noise.
 
     Args:
         denoiser: the network.

@@ -1,8 +1,8 @@
-"""Captions to the states that Stable Diffusion's networks are conditioned on.
+"""Text encoders: captions to the states that Stable Diffusion's networks are conditioned on.
 
 Notation: a caption is a string; ``text`` [B, L, E] the states of its L = 77 tokens, ``pooled`` [B, P] SDXL's summary of
 it, ``sizes`` [B, 6] SDXL's original size, crop corner and target size, (height, width) in pixels each. Longer captions
-are cut at 77 tokens, as everywhere. transformers is imported by ``load``.
+are cut at 77 tokens. transformers is imported by ``load``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CaptionEncoder(nn.Module):
     """
 
     parts: tuple[tuple[str, str, str], ...] = ()
-    """transformers' class, the encoder's folder and its tokenizer's, for each encoder."""
+    """For each encoder: transformers' class, the encoder's folder and its tokenizer's folder."""
 
     def __init__(self, *, weights: str):
         super().__init__()
@@ -50,17 +50,17 @@ class CaptionEncoder(nn.Module):
             raise missing_package("transformers", type(self).__name__) from error
         tokenizers, encoders = [], []
         for model, encoder, tokenizer in self.parts:
-            words = self._folder(self.weights, tokenizer, weights=False)
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(words, local_files_only=True))
+            folder = self._folder(self.weights, tokenizer, weights=False)
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True))
             encoders.append(_read(getattr(transformers, model), self._folder(self.weights, encoder, weights=True)))
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
 
     @classmethod
     def locate(cls, *, weights: str = "") -> None:
-        """Looks for the folders that ``load`` will read, without reading them; those of the hub are fetched.
+        """Checks that the folders that ``load`` reads are there; those of the hub are downloaded.
 
         Raises:
-            FileNotFoundError, ValueError: one is not there; says how to get it.
+            FileNotFoundError, ValueError: one is missing; says how to get it.
         """
         for _, encoder, tokenizer in cls.parts:
             cls._folder(weights, tokenizer, weights=False)
@@ -68,18 +68,18 @@ class CaptionEncoder(nn.Module):
 
     @classmethod
     def _folder(cls, source: str, part: str, weights: bool) -> Path:
-        asked_by = f"{cls.__name__}.weights"
-        folder = folder_of(source, part, asked_by, weights=weights)
+        argument = f"{cls.__name__}.weights"
+        folder = folder_of(source, part, argument, weights=weights)
         if folder.name != part or (weights and not weights_of(folder)):
             raise Missing(
                 source,
-                f"no {part} at {asked_by}={source!r}: give the whole pipeline in diffusers' format, fetched with "
+                f"no {part} at {argument}={source!r}: give the whole pipeline in diffusers' format, fetched with "
                 f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`",
             )
         return folder
 
     def encode(self, captions: Sequence[str]) -> Condition:
-        """What the network is told of ``captions``, on the encoders' device.
+        """The condition [B] of ``captions``, on the encoders' device.
 
         Raises:
             ValueError: called before ``load``.
@@ -106,7 +106,7 @@ class CaptionEncoder(nn.Module):
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' own bars and tables: what is wrong is said in one error."""
+    """Silences transformers' progress bars and reports: our own error says what is wrong."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -121,7 +121,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _read(model: type, folder: Path) -> nn.Module:
-    """The transformers ``model`` in ``folder``, every weight of it, in float32.
+    """The transformers ``model`` in ``folder``, frozen, in float32.
 
     Raises:
         ValueError: a weight is missing or of another shape, or a file is torn.
@@ -167,7 +167,7 @@ class SD15CaptionEncoder(CaptionEncoder):
 
 
 class SDXLCaptionEncoder(CaptionEncoder):
-    """Both encoders' last states but one side by side, ``text`` [B, 77, 2048], the second's ``pooled`` [B, 1280].
+    """The last but one states of both encoders, joined: ``text`` [B, 77, 2048], and the second's ``pooled`` [B, 1280].
 
     Args:
         weights: a pipeline's folder in diffusers' format, with ``text_encoder``, ``tokenizer``, ``text_encoder_2`` and
@@ -186,7 +186,9 @@ class SDXLCaptionEncoder(CaptionEncoder):
     def __init__(self, *, weights: str, sizes: Sequence[int] = (1024, 1024, 0, 0, 1024, 1024)):
         super().__init__(weights=weights)
         if len(sizes) != 6:
-            raise ValueError(f"SDXLCaptionEncoder.sizes={tuple(sizes)}: original size, crop corner, target size")
+            raise ValueError(
+                f"SDXLCaptionEncoder.sizes={tuple(sizes)} must be six numbers: original size, crop corner, target size"
+            )
         self.sizes = tuple(sizes)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""A text encoder without weights, for small worlds: every word has one fixed random vector.
+"""A text encoder without weights, for small experiments: every word has one fixed random vector.
 
 Notation: a caption's words w_1, w_2, ... are its lower-case parts between white space; ``text`` [B, L, E] holds the
-vectors e(w_k), rows after the last word are 0, and so is all of the empty prompt: `NoCaption` is its counterpart.
+vectors e(w_k). Rows after the last word are 0, and so is all of an empty caption: guidance takes `NoCaption`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
 from ratiograph.core.types import Batch, Condition
@@ -35,7 +34,7 @@ class WordEncoder(CaptionEncoder):
 
     Args:
         width: E.
-        length: L; words after it are cut, as tokens are elsewhere.
+        length: L; words after the first L are cut.
 
     Raises:
         ValueError: ``width`` or ``length`` is less than 1.
@@ -48,25 +47,25 @@ class WordEncoder(CaptionEncoder):
         self.width, self.length = width, length
 
     def load(self) -> None:
-        """There is nothing to read."""
+        """Does nothing: there are no files."""
 
     def encode(self, captions: Sequence[str]) -> Condition:
         """As `CaptionEncoder.encode`, on the CPU."""
         text = np.zeros((len(captions), self.length, self.width), np.float32)
         for row, caption in zip(text, captions, strict=True):
-            for place, word in zip(row, caption.lower().split(), strict=False):
-                place[:] = _vector(word, self.width)
+            for state, word in zip(row, caption.lower().split(), strict=False):
+                state[:] = _vector(word, self.width)
         return Condition(text=torch.from_numpy(text))
 
 
 class EncodedStream:
-    """The batches of a stream of captions, with what a text encoder makes of them.
+    """The batches of a stream of captions, with the captions' encodings.
 
-    For encoders that cost little; tools/cache_latents.py writes the states of costly ones into shards.
+    For cheap encoders; tools/cache_latents.py writes the states of others into shards.
 
     Args:
         stream: its batches' conditions hold ``caption``.
-        encoder: of captions.
+        encoder: encodes the captions.
     """
 
     def __init__(self, *, stream: DataStream, encoder: CaptionEncoder):
@@ -74,20 +73,19 @@ class EncodedStream:
 
     @property
     def urls(self) -> str:
-        """The held stream's shards, for whoever counts samples."""
+        """The shards of ``stream``, by which samples are counted."""
         return self.stream.urls
 
     def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """As the held stream's, whose errors it raises; each ``condition`` has the encoder's parts too."""
+        """As ``stream.batches``, with the same errors; each ``condition`` has the encoder's parts too."""
         self.encoder.load()
         batches = self.stream.batches(batch_size, seed, start, rank, ranks)
         return (Batch(batch.images, self._encoded(batch.condition)) for batch in batches)
 
     def _encoded(self, condition: Condition) -> Condition:
         if condition.caption is None:
-            raise ValueError("EncodedStream.stream gives no captions: hold a CaptionedStream")
-        told: dict[str, Tensor] = self.encoder.encode(unpack(condition.caption)).parts()
-        return replace(condition, **told)
+            raise ValueError("EncodedStream.stream has no captions: give it a CaptionedStream")
+        return replace(condition, **self.encoder.encode(unpack(condition.caption)).parts())
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""

@@ -1,4 +1,4 @@
-"""A canvas of hand-written SVG: cards, symbols and arrows in one palette, and text that stays inside its box."""
+"""A canvas that writes SVG: cards, symbols and arrows in one palette, and text that stays inside its box."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SANS = "Inter,'Segoe UI','Helvetica Neue',Arial,'DejaVu Sans',sans-serif"
 
 
 def width_of(text: str, size: float, bold: bool = False) -> float:
-    """An upper estimate of a text's width in pixels, so that nothing runs out of its box."""
+    """An upper estimate of the width of ``text`` in pixels at the font size ``size``."""
     plain = re.sub(r"[_^]\{([^}]*)\}", r"\1", text)
     narrow = sum(c in "iljtfrI.,:;'|()[]{}! ·" for c in plain)
     wide = sum(c in "mwMWQO@—∇Σ%‖" for c in plain)
@@ -73,11 +73,11 @@ class Canvas:
         )
         self.text(x, y + 4, text, size, color=color, anchor="middle")
 
-    def box(self, x: float, y: float, w: float, h: float, kind: str = "", dashed: bool = False) -> None:
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
+    def box(self, x: float, y: float, w: float, h: float, kind: str = "") -> None:
+        """A rounded box in the colours of ``kind``."""
         self.boxes.append(
             f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="9" fill="{FILL[kind]}" '
-            f'stroke="{BORDER[kind]}" stroke-width="1.5"{dash}/>'
+            f'stroke="{BORDER[kind]}" stroke-width="1.5"/>'
         )
 
     def card(self, x: float, y: float, w: float, role: str, title: str, notes: Sequence[str], kind: str = "") -> float:
@@ -91,7 +91,7 @@ class Canvas:
         return height
 
     def variable(self, x: float, y: float, text: str) -> None:
-        """A value that flows: a circle around its symbol."""
+        """A variable: a circle around its symbol."""
         self.boxes.append(f'<circle cx="{x:g}" cy="{y:g}" r="21" fill="{PAPER}" stroke="{INK}" stroke-width="1.5"/>')
         self.text(x, y + 5, text, 15, anchor="middle", weight=500)
 
@@ -113,6 +113,7 @@ class Canvas:
         self.path(f"M{x1:g} {y1:g} C{leave:g} {y1:g} {arrive:g} {y2:g} {x2:g} {y2:g}", color)
 
     def svg(self, width: float, height: float, title: str) -> str:
+        """The whole picture, lines below boxes."""
         heads = "".join(
             f'<marker id="head-{c[1:]}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" '
             f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0.8 L10 5 L0 9.2 z" fill="{c}"/></marker>'
@@ -129,4 +130,5 @@ class Canvas:
 
 
 def card_height(notes: Sequence[str]) -> float:
+    """Height in pixels of a card with ``notes``."""
     return 52 + 16 * len(notes)

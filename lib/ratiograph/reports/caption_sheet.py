@@ -1,6 +1,6 @@
-"""A picture of samples with their captions: each cell has one image a row, one under another, and what they were told.
+"""A picture of samples with their captions: each cell has its images one under another, and their caption below.
 
-Notation: N cells of R images [H, W, C], the r-th of every cell by the same maker (such as the teacher, the student).
+Notation: N cells of R images [H, W, C]; the r-th image of every cell is of the same sampler (teacher, student, ...).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["caption_sheet", "wrapped"]
 SIDE, WIDTH = 112, 1600  # pixels: an image's longer side at least, the sheet's width about
 GAP, MARGIN = 2, 10
 TEXT, LINES = 13, 3  # height of letters, lines of a caption
-LONGEST = 400  # characters of a caption that are looked at
+LONGEST = 400  # characters of a caption that are read
 
 
 def wrapped(caption: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:

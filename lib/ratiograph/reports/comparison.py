@@ -1,8 +1,8 @@
-"""Several runs in one page: results, what differs in their configurations, samples, curves, and whether ratios hold.
+"""Several runs in one page: results, differing parameters, samples, curves, and whether their ratios can be trusted.
 
 Notation: a run's *label* is the shortest end of its folder's path that no other run has. Its *own* rows of
 evaluation.json are the highlighted ones, or the last; every other row is a *reference* where all runs that have it
-agree. Like the page of one run it needs no other file; runs may lack any file but must each be the folder of a run.
+agree. Like the page of one run it needs no other file; each folder must be a run's, and may lack any single file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 from ratiograph.config.differences import ABSENT, differences, full_bindings
 from ratiograph.core.files import write_atomically
-from ratiograph.reports.curves import curves_section, quality_section
-from ratiograph.reports.overlay import colour_class
-from ratiograph.reports.page import breakable, captioned, page, picture, scrolled, section
+from ratiograph.reports.charts import colour_class
+from ratiograph.reports.curves import curves_section
+from ratiograph.reports.page import breakable, page, picture, section, table, table_row
 from ratiograph.reports.published import Measured, published_table
+from ratiograph.reports.quality import quality_section
+from ratiograph.reports.ratio_checks import NOT_MEASURED, checks, outcomes, verdict
 from ratiograph.reports.results import results_table
-from ratiograph.reports.run_files import RunFiles, check_run, finite, grids, read_run
-from ratiograph.reports.trust import checks, outcomes, verdict
+from ratiograph.reports.run_files import RESUME, RunFiles, check_run, fields_of, finite, grids, read_run
 from ratiograph.training.logs import significant
 
 __all__ = ["labels_of", "merged_evaluation", "write_comparison"]
@@ -46,22 +47,21 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: a folder is given twice or is no run's, a run's evaluation.json or diagnostics.json is not of the
-            form that ``report`` documents, or the page cannot be written.
+            form that `reports.run_report` documents, or the page cannot be written.
     """
     for workdir in workdirs:
         check_run(workdir)
     runs = dict(zip(labels_of(workdirs), map(read_run, workdirs), strict=True))
     for run in runs.values():
         _check_evaluation(run)
-    differing, unlike = _configurations(runs)
+    records = {label: run.records for label, run in runs.items()}
+    described = {key: about for run in runs.values() for key, about in (run.evaluation.get("metrics") or {}).items()}
+    configurations, unlike = _configurations(runs)
     sections = [
-        _overview(runs),
-        *(_results(runs, unlike), differing, _samples(runs), quality_section(_labelled(runs), _labels(runs))),
-        *(_verdicts(runs), curves_section(_labelled(runs)), _notes(runs)),
+        *(_overview(runs), _results(runs, unlike), configurations, _samples(runs)),
+        *(quality_section(records, described), _verdicts(runs), curves_section(records), _notes(runs)),
     ]
-    title = f"{len(runs)} runs compared"
-    html = page(title, "ratiograph runs", "", sections)
-    write_atomically(Path(out), html.encode())
+    write_atomically(Path(out), page(f"{len(runs)} runs compared", "ratiograph runs", "", sections).encode())
     return Path(out)
 
 
@@ -83,15 +83,6 @@ def labels_of(workdirs: Sequence[Path]) -> list[str]:
     return labels
 
 
-def _labelled(runs: Runs) -> dict[str, list[dict[str, Any]]]:
-    return {label: run.records for label, run in runs.items()}
-
-
-def _labels(runs: Runs) -> dict[str, Any]:
-    """What the runs' evaluations say of each metric."""
-    return {key: about for run in runs.values() for key, about in (run.evaluation.get("metrics") or {}).items()}
-
-
 def _key(index: int, label: str) -> str:
     """A run's name with its colour."""
     return f'<span class="named"><span class="key {colour_class(index)}"></span><span>{breakable(label)}</span></span>'
@@ -103,16 +94,8 @@ def _key(index: int, label: str) -> str:
 def _overview(runs: Runs) -> str:
     """One line a run: how far it is, its pace and its memory."""
     heads = ("steps", "training images", "training time", "seconds a step", "images a second", "peak memory", "waiting")
-    rows = "".join(
-        f'<tr><th scope="row">{_key(index, label)}</th>' + "".join(f"<td>{cell}</td>" for cell in _pace(run)) + "</tr>"
-        for index, (label, run) in enumerate(runs.items())
-    )
-    columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    caption = "Length, speed and memory of the runs"
-    table = (
-        f'<table class="numbers">{captioned(caption, seen=False)}<thead><tr><th scope="col">run</th>'
-        f"{columns}</tr></thead><tbody>{rows}</tbody></table>"
-    )
+    rows = [table_row(_key(index, label), _pace(run)) for index, (label, run) in enumerate(runs.items())]
+    lengths = table("Length, speed and memory of the runs", ["run", *heads], rows, seen=False)
     states = "".join(
         f"<p><b>{breakable(label)}</b>: {escape(text)}</p>" for label, run in runs.items() if (text := run.state())
     )
@@ -120,7 +103,7 @@ def _overview(runs: Runs) -> str:
         "Seconds a step and images a second are medians over the logged lines, memory is the most of the main process, "
         "waiting the mean share of time that a step waited for data. Speeds compare between runs of one machine only."
     )
-    return section("Runs", scrolled(table, caption) + f'<div class="states">{states}</div>', hint)
+    return section("Runs", f'{lengths}<div class="states">{states}</div>', hint)
 
 
 def _pace(run: RunFiles) -> list[str]:
@@ -151,7 +134,7 @@ def _results(runs: Runs, unlike: Sequence[str]) -> str:
     if len(unmeasured) == len(runs):
         return section("Results", '<p class="lead">None of the runs has been evaluated.</p>')
     main, rest = merged_evaluation({label: run.evaluation for label, run in runs.items()})
-    table, sentence = results_table(main, caption="The runs' students, the best of them bold, and what they share")
+    results, hint = results_table(main, caption="The runs' students, the best of them bold, and what they share")
     more, _ = results_table(rest, caption="Further rows of the runs' evaluations")
     published = published_table([Measured(label, run.bindings or {}, run.evaluation) for label, run in runs.items()])
     if unlike:
@@ -161,29 +144,22 @@ def _results(runs: Runs, unlike: Sequence[str]) -> str:
         )
     folded = f"<details><summary>Further rows: students before training, other weights</summary>{more}</details>"
     counts = {row.get("samples") for row in main["rows"] if row.get("compared")}
-    hint = sentence
     if len(counts) > 1:
         hint = (
             "The runs were measured on different numbers of samples. Distances fall and recall rises with them, so no "
             "best is marked among numbers of different ones."
         )
-    return section("Results", missing + table + (folded if more else "") + published, escape(hint))
+    return section("Results", missing + results + (folded if more else "") + published, escape(hint))
 
 
 def _check_evaluation(run: RunFiles) -> None:
-    """Tells an evaluation.json that the page could not show, before others are mixed with it."""
-    try:
-        main, rest = merged_evaluation({"": run.evaluation})
-        for part in (main, rest):
+    """Raises an error for an evaluation.json that the page cannot show, before it is merged with others."""
+    with fields_of(run.workdir / "evaluation.json", "Evaluate that run again"):
+        for part in merged_evaluation({"": run.evaluation}):
             results_table(part)
         published_table([Measured("", run.bindings or {}, run.evaluation)])
         for row in run.evaluation.get("rows") or []:
             str(row["name"])
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"{run.workdir / 'evaluation.json'} lacks or misuses a field ({type(error).__name__}: {error}). Evaluate "
-            "that run again, or remove the file"
-        ) from error
 
 
 def merged_evaluation(runs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -262,24 +238,15 @@ def _configurations(runs: Runs) -> tuple[str, list[str]]:
     if not found:
         return section(title, f'{body}<p class="lead">The configurations mean the same.</p>'), []
     places = {label: index for index, label in enumerate(runs)}
-    head = "".join(f'<th scope="col">{_key(places[label], label)}</th>' for label in known)
-    rows = "".join(
-        f'<tr><th scope="row"><code>{breakable(one.name)}</code></th>'
-        + "".join(f"<td>{_value(value)}</td>" for value in one.values)
-        + "</tr>"
-        for one in found
-    )
+    heads = ["parameter", *(_key(places[label], label) for label in known)]
+    rows = [table_row(f"<code>{breakable(one.name)}</code>", [*map(_value, one.values)]) for one in found]
     caption = f"{len(found)} parameter{'s' if len(found) > 1 else ''} that differ{'' if len(found) > 1 else 's'}"
-    table = (
-        f'<table class="words">{captioned(caption)}<thead><tr><th scope="col">parameter</th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table>"
-    )
-    table = scrolled(table, caption)
+    differing = table(caption, heads, rows, kind="words")
     if len(found) > FOLDED:
-        table = f"<details><summary>{caption}</summary>{table}</details>"
+        differing = f"<details><summary>{caption}</summary>{differing}</details>"
     of_evaluators = re.compile(r"Experiment\.evaluator|.*Evaluator\.\w+")
     unlike = [one.name for one in found if of_evaluators.fullmatch(one.name) and ABSENT not in one.values]
-    return section(title, body + table, hint), unlike
+    return section(title, body + differing, hint), unlike
 
 
 def _value(text: str) -> str:
@@ -326,39 +293,29 @@ def _verdicts(runs: Runs) -> str:
     rows, names = [], []
     for index, (label, run) in enumerate(runs.items()):
         tables = run.diagnostics.get("ratio") or {}
-        try:
+        with fields_of(run.workdir / "diagnostics.json", RESUME):
             found = checks(run.records, tables)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{run.workdir / 'diagnostics.json'} lacks or misuses a field ({type(error).__name__}: {error}). "
-                "Resume the run, which writes it again, or remove the file"
-            ) from error
-        names = names or [check.name for check in found]
-        key = f'<tr><th scope="row">{_key(index, label)}</th>'
-        if all(check.found == "not measured" for check in found):
-            rows.append(
-                f'{key}<td class="open" colspan="{len(found) + 1}">no ratio that learns, or not measured</td></tr>'
-            )
+        names = [check.name for check in found]
+        key, measured = _key(index, label), [check.found != NOT_MEASURED for check in found]
+        if not any(measured):
+            words = "no ratio that learns, or not measured"
+            rows.append(f'<tr><th scope="row">{key}</th><td class="open" colspan="{len(found) + 1}">{words}</td></tr>')
             continue
         steps = max(run.step, run.diagnostics.get("step", 0))
-        words, (kind, line) = outcomes(steps), verdict(found, steps)
-        cells = "".join(
-            f'<td><span class="{words[check.holds][0]} mark">{words[check.holds][1]}</span> {escape(check.found)}</td>'
-            if check.found != "not measured"
-            else f"<td>{check.found}</td>"
-            for check in found
-        )
-        rows.append(f'{key}<td><span class="{kind} mark">{escape(line.partition(":")[0])}</span></td>{cells}</tr>')
+        kind, line = verdict(found, steps)
+        marks = [_mark(*outcomes(steps)[c.holds]) if known else "" for c, known in zip(found, measured, strict=True)]
+        cells = [f"{mark} {escape(check.found)}".strip() for mark, check in zip(marks, found, strict=True)]
+        rows.append(table_row(key, [_mark(kind, line.partition(":")[0]), *cells]))
     if not any("mark" in row for row in rows):
         return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("verdict", *names))
-    caption = "Verdicts on the runs' ratios"
-    table = (
-        f'<table class="words">{captioned(caption, seen=False)}<thead><tr><th scope="col">run</th>{head}'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
+    heads = ["run", "verdict", *map(escape, names)]
+    verdicts = table("Verdicts on the runs' ratios", heads, rows, kind="words", seen=False)
     hint = "Each run's own report has the rules, the charts by noise level and how to read them."
-    return section("Can the ratios be trusted?", scrolled(table, caption), hint)
+    return section("Can the ratios be trusted?", verdicts, hint)
+
+
+def _mark(kind: str, word: str) -> str:
+    return f'<span class="{kind} mark">{escape(word)}</span>'
 
 
 def _notes(runs: Runs) -> str:
@@ -371,6 +328,6 @@ def _notes(runs: Runs) -> str:
     for note, labels in notes.items():
         whose = "" if len(labels) == len(runs) else f"<b>{escape(', '.join(labels))}</b>: "
         parts.append(f"<p>{whose}{escape(note)}</p>")
-    torn = [(label, note) for label, run in runs.items() for note in run.notes]
-    parts += [f'<p class="gaps"><b>{escape(label)}</b>: {escape(note)}</p>' for label, note in torn]
+    for label, run in runs.items():
+        parts += [f'<p class="gaps"><b>{escape(label)}</b>: {escape(note)}</p>' for note in run.notes]
     return section("Notes", "".join(parts)) if parts else ""

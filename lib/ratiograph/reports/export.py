@@ -1,8 +1,9 @@
-"""A finished student as files for others: of Stable Diffusion a pipeline's folder or a LoRA, which diffusers loads; of
-anything else a plain folder of weights, configuration and model card, which tools/sample.py samples.
+"""Exports the student of a finished run: for Stable Diffusion a pipeline or a LoRA that diffusers loads, for any other
+network a folder of weights, configuration and model card that tools/sample.py samples.
 
-Notation: T is the step that the student is asked at; G(z) = mu(x_T = z). The exported scheduler is DDIM on the
-process that ends at T, whose one step from T is x0 = mu exactly, in the arithmetic of `teachers.stable_diffusion`: in
+Notation: T is the timestep at which the student is evaluated; G(z) = mu(x_T = z). The exported scheduler is DDIM on the
+process that ends at T, whose one step from T is x0 = mu exactly, in the arithmetic of
+`networks.teachers.stable_diffusion`: in
 float32 on a CPU the pipeline's latents are the student's to the bit. Nothing but safetensors, JSON and text is written.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def scheduler_config(student: OneStepDDPM) -> dict[str, Any]:
 
 
 def finished(workdir: Path, bindings: Sequence[str] = ()) -> tuple[object, OneStep]:
-    """(experiment, student) of the finished run in ``workdir``, all of it still without memory.
+    """(experiment, student) of the finished run in ``workdir``, both on the meta device.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no finished run of a one-step student.
@@ -70,7 +72,7 @@ def is_pipeline(student: OneStep) -> bool:
 
 
 def load_student(workdir: Path, bindings: Sequence[str] = ()) -> tuple[object, OneStepDDPM]:
-    """(experiment, averaged student) of the finished run in ``workdir``; the rest of the graph stays without memory.
+    """(experiment, averaged student) of the finished run in ``workdir``; the rest stays on the meta device.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no finished run of a text-to-image student.
@@ -115,7 +117,7 @@ def export_pipeline(
     """
     experiment, student = load_student(Path(workdir), bindings)
     source = _pipeline(student.denoiser.weights if teacher is None else teacher)
-    with _made_whole(out) as made:
+    with _whole_folder(out) as made:
         index = json.loads((source / "model_index.json").read_text())
         for part, kind in index.items():
             if isinstance(kind, list) and part not in ("unet", "scheduler"):
@@ -149,7 +151,7 @@ def export_lora(workdir: Path, out: Path, *, bindings: Sequence[str] = ()) -> Pa
     network = student.denoiser.network
     if not isinstance(network, LoRA):
         raise ValueError(f"{workdir} trained whole networks, not a LoRA: export the pipeline, without --lora")
-    with _made_whole(out) as made:
+    with _whole_folder(out) as made:
         (StableDiffusionXLPipeline if network.sized else StableDiffusionPipeline).save_lora_weights(
             made,
             unet_lora_layers=get_peft_model_state_dict(network.unet),
@@ -163,7 +165,8 @@ def export_lora(workdir: Path, out: Path, *, bindings: Sequence[str] = ()) -> Pa
 def export_plain(workdir: Path, out: Path, *, bindings: Sequence[str] = ()) -> Path:
     """Writes a student that is not Stable Diffusion's as a folder that ``tools/sample.py`` samples as it does the run.
 
-    The weights, the configuration, a model card, and what the run's previews were told, where that came from its data.
+    The folder holds the weights, the configuration, a model card, and the conditions of the run's previews where they
+    came from its data.
 
     Args:
         workdir: of a finished run.
@@ -179,47 +182,51 @@ def export_plain(workdir: Path, out: Path, *, bindings: Sequence[str] = ()) -> P
     workdir = Path(workdir)
     experiment, student = finished(workdir, bindings)
     student_files.load_student(student, workdir / WEIGHTS)
-    told = student_files.remembered(experiment.task.conditions, workdir).state_dict()
-    with _made_whole(out) as made:
+    conditions = student_files.load_conditions(experiment.task.conditions, workdir).state_dict()
+    with _whole_folder(out) as made:
         for name in (WEIGHTS, "config.gin"):
             shutil.copyfile(workdir / name, made / name)
-        if told:
-            write_atomically(made / CONDITIONS, safetensors.torch.save({k: v.contiguous() for k, v in told.items()}))
+        if conditions:
+            tensors = {name: tensor.contiguous() for name, tensor in conditions.items()}
+            write_atomically(made / CONDITIONS, safetensors.torch.save(tensors))
         source = getattr(student.denoiser, "weights", None)
         usage = model_card.USE_PLAIN + (model_card.USE_PROMPTS if student.captioned else "")
-        card = model_card.PLAIN_CARD.format(
+        parameters = sum(parameter.numel() for parameter in student.parameters())
+        model_card.write_card(
+            *(made, workdir, experiment),
+            library="ratiograph",
+            tags="one-step, distillation",
             name=Path(out).name,
             teacher="" if source is None else f" of `{source}`",
+            licence="One network evaluation a sample.",
+            language="",
             usage=usage.format(out=Path(out).name),
-            parameters=sum(parameter.numel() for parameter in student.parameters()),
-            numbers=model_card.numbers(workdir),
-            tree=model_card.tree(experiment),
+            remark=f"`student.safetensors` holds the {parameters:,} averaged parameters.",
         )
-        (made / "README.md").write_text(card)
     return Path(out)
 
 
-class _made_whole:
-    """A folder that appears under its name when it is complete, and not at all after an error."""
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to ``out`` when the block ends, and deleted after an error.
 
-    def __init__(self, out: Path):
-        self.out = Path(out)
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} exists already: give another OUT, or delete it")
-
-    def __enter__(self) -> Path:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
-        return self.aside
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            return
-        self.aside.chmod(0o755)
-        if self.out.is_dir():
-            self.out.rmdir()
-        self.aside.rename(self.out)
+    Raises:
+        ValueError: ``out`` exists and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already: give another OUT, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    aside.chmod(0o755)
+    if out.is_dir():
+        out.rmdir()
+    aside.rename(out)
 
 
 def _pipeline(source: str | None) -> Path:
@@ -262,12 +269,17 @@ def _write_rest(made: Path, workdir: Path, experiment: object, student: OneStepD
     DDIMScheduler(**scheduler_config(student)).save_pretrained(made / "scheduler")
     shutil.copyfile(Path(workdir) / "config.gin", made / "config.gin")
     teacher = student.denoiser.weights or "the teacher"
-    card = model_card.CARD.format(
+    model_card.write_card(
+        *(made, Path(workdir), experiment),
+        library="diffusers",
+        tags="text-to-image, one-step, distillation",
         name=Path(out).name,
-        teacher=teacher,
+        teacher=f" of `{teacher}`",
+        licence="The licence of those weights applies.",
+        language="python",
         usage=usage.format(out=Path(out).name, teacher=teacher),
-        timestep=student.timestep,
-        numbers=model_card.numbers(Path(workdir)),
-        tree=model_card.tree(experiment),
+        remark=(
+            f"One network evaluation at step {student.timestep}; guidance is part of the student, so `guidance_scale` "
+            "stays 1."
+        ),
     )
-    (made / "README.md").write_text(card)

@@ -1,4 +1,4 @@
-"""Pictures of a graph in hand-written SVG: one training step of a distillation, or any component tree.
+"""Pictures of a component graph in SVG: one training step of a distillation, or any component tree.
 
 Colours mean the same in every picture: blue learns from the field, teal is the student score, amber the ratio
 estimator, grey is frozen or has no weights, and red is the field on its way back to the student. Solid lines carry
@@ -38,10 +38,15 @@ def settings(node: Node, only: frozenset[str] | None = None) -> list[str]:
     return [f"{k} {v}".replace(" -", " −") for k, v in node.shown().items() if only is None or k in only]
 
 
-def chosen(node: Node) -> str:
-    """'SBA(lam −0.5)': a part of a term with what was chosen in it."""
-    inner = settings(node, node.chosen)
+def summary(node: Node, only: frozenset[str] | None = None) -> str:
+    """'LogNormalSigma(mean −1.2, std 1.2)': a component with its `settings`."""
+    inner = settings(node, only)
     return f"{node.cls}({', '.join(inner)})" if inner else node.cls
+
+
+def chosen(node: Node) -> str:
+    """'SBA(lam −0.5)': a component with the settings that differ from their default."""
+    return summary(node, node.chosen)
 
 
 def inside(node: Node, width: float) -> str:
@@ -56,15 +61,9 @@ def inside(node: Node, width: float) -> str:
     return next((s for s in spellings if width_of(s, 11) <= width), fit(spellings[-1], 11, width))
 
 
-def compose(node: Node) -> str:
+def compose(nodes: Sequence[Node]) -> str:
     """'EDM ∘ UNet'."""
-    return " ∘ ".join(n.cls for n in node.chain())
-
-
-def summary(node: Node) -> str:
-    """'LogNormalSigma(mean −1.2, std 1.2)'."""
-    inner = settings(node)
-    return f"{node.cls}({', '.join(inner)})" if inner else node.cls
+    return " ∘ ".join(node.cls for node in nodes)
 
 
 def wrap(items: Sequence[str], width: float, lines: int = 3) -> list[str]:
@@ -89,14 +88,14 @@ def draw_step(root: Node, task: Node, title: str) -> str:
     c = Canvas()
     networks = {name: task.child(name) for name in ("teacher", "ratio", "student_score") if task.child(name)}
     terms = task.child("objective").group("terms")
-    asked = {name for term in terms.values() for name in term.requires}
-    asked |= {name for network in asked & networks.keys() for name in networks[network].requires}
-    heights = {name: card_height(_network_notes(name, node, asked)) for name, node in networks.items()}
+    used = {name for term in terms.values() for name in term.requires}
+    used |= {name for network in used & networks.keys() for name in networks[network].requires}
+    heights = {name: card_height(_network_notes(name, node, used)) for name, node in networks.items()}
     row = max(sum(heights.values()) + 26 * (len(heights) - 1), _stack_height(terms), 190)
     middle = TOP + row / 2
     _heading(c, root, task, title)
     _generator(c, task, middle)
-    rows = _networks(c, networks, asked, heights, middle)
+    rows = _networks(c, networks, used, heights, middle)
     _terms(c, terms, rows, middle)
     _way_back(c, middle)
     bottom = TOP + row + 34
@@ -106,12 +105,9 @@ def draw_step(root: Node, task: Node, title: str) -> str:
 
 def _heading(c: Canvas, root: Node, task: Node, title: str) -> None:
     c.text(30, 42, f"{title}: one training step" if title else "One training step", 21, weight=700)
-    run = [
-        f"{root.params[k]} {word}"
-        for k, word in (("steps", "steps"), ("batch_size", "samples a step"))
-        if k in root.params
-    ]
-    c.text(30, 64, " · ".join(run), 12.5, color=MUTED)
+    words = {"steps": "steps", "batch_size": "samples a step"}
+    run = " · ".join(f"{root.params[key]} {word}" for key, word in words.items() if key in root.params)
+    c.text(30, 64, run, 12.5, color=MUTED)
     legend = {"student": "moved by the field", "student_score": "student score, online"}
     legend |= {"ratio": "ratio estimator, online", "teacher": "frozen"}
     x = WIDTH - 30
@@ -131,8 +127,7 @@ def _heading(c: Canvas, root: Node, task: Node, title: str) -> None:
 def _generator(c: Canvas, task: Node, middle: float) -> None:
     """z, the student, x0, the noising process, x_t, from left to right."""
     student, noising, times = task.child("student"), task.child("noising"), task.child("times")
-    inside = " ∘ ".join(n.cls for n in student.chain()[1:])
-    notes = [*([inside] if inside else []), *notes_of(student, STUDENT_W)]
+    notes = [*filter(None, [compose(student.chain()[1:])]), *notes_of(student, STUDENT_W)]
     c.variable(52, middle, "z")
     c.text(52, middle + 40, "N(0, I)", 11.5, color=MUTED, anchor="middle")
     c.line((73, middle), (STUDENT_X - 2, middle), color=INK)
@@ -149,23 +144,22 @@ def _generator(c: Canvas, task: Node, middle: float) -> None:
     c.variable(XT, middle, "x_{t}")
 
 
-def _network_notes(name: str, node: Node, asked: set[str]) -> list[str]:
-    last = [part for part in (node.size, "frozen" if name == "teacher" else "") if part]
-    unasked = [] if name in asked else ["no term asks it"]
-    return [*wrap(settings(node), NETWORK_W - 26), *([" · ".join(last)] if last else []), *unasked]
+def _network_notes(name: str, node: Node, used: set[str]) -> list[str]:
+    last = " · ".join(filter(None, [node.size, "frozen" if name == "teacher" else ""]))
+    return [*wrap(settings(node), NETWORK_W - 26), *filter(None, [last, "" if name in used else "no term uses it"])]
 
 
 def _networks(
-    c: Canvas, networks: dict[str, Node], asked: set[str], heights: dict[str, float], middle: float
+    c: Canvas, networks: dict[str, Node], used: set[str], heights: dict[str, float], middle: float
 ) -> dict[str, float]:
-    """The networks that look at x_t, one below the other; returns the height of each one's centre."""
+    """The networks that are evaluated at x_t, one below the other; returns the y of each one's centre."""
     y = middle - (sum(heights.values()) + 26 * (len(heights) - 1)) / 2
     rows = {}
     for name, node in networks.items():
-        c.card(NETWORK_X, y, NETWORK_W, ROLES[name], compose(node), _network_notes(name, node, asked), name)
+        c.card(NETWORK_X, y, NETWORK_W, ROLES[name], compose(node.chain()), _network_notes(name, node, used), name)
         c.text(NETWORK_X + NETWORK_W - 12, y + 20, OUTPUTS[name], 12.5, color=BORDER[name], anchor="end", weight=600)
         rows[name] = y + heights[name] / 2
-        if name in asked:
+        if name in used:
             c.curve(XT + 21, middle, NETWORK_X - 2, rows[name], INK)
         y += heights[name] + 26
     if "ratio" in networks:
@@ -176,18 +170,15 @@ def _networks(
 def _features(c: Canvas, sources: tuple[str, ...], rows: dict[str, float], heights: dict[str, float]) -> None:
     """An arrow to the ratio from the network above or below it whose encoder it reads."""
     x = NETWORK_X + 40
-    if "teacher" in sources and "teacher" in rows:
-        below = rows["teacher"] + heights["teacher"] / 2
-        c.line((x, below), (x, below + 24), color=BORDER["teacher"])
-        c.text(x + 9, below + 17, "features, the same pass", 11, color=MUTED)
-    if "student_score" in sources and "student_score" in rows:
-        above = rows["student_score"] - heights["student_score"] / 2
-        c.line((x, above), (x, above - 24), color=BORDER["student_score"])
-        c.text(x + 9, above - 9, "features, the same pass", 11, color=MUTED)
+    for name, down, baseline in (("teacher", 1, 17), ("student_score", -1, -9)):
+        if name in sources and name in rows:
+            edge = rows[name] + down * heights[name] / 2
+            c.line((x, edge), (x, edge + 24 * down), color=BORDER[name])
+            c.text(x + 9, edge + baseline, "features, the same pass", 11, color=MUTED)
 
 
 def _rows_of(term: Node) -> dict[str, tuple[Node, float]]:
-    """The parts of a term, each with the height of its row: a wrapper says in a second line what it wraps."""
+    """The parts of a term, each with the height of its row: a second line names what a wrapper wraps."""
     parts = {part: term.child(part) for part in TERM_PARTS}
     return {part: (node, 39 if node.children else 24) for part, node in parts.items() if node}
 
@@ -211,7 +202,7 @@ def _terms(c: Canvas, terms: dict[str, Node], rows: dict[str, float], middle: fl
 
 
 def _term(c: Canvas, name: str, term: Node, y: float, rows: dict[str, float]) -> None:
-    """A term's card; a line from each network to the part that asks for it."""
+    """A term's card; a line from each network to the part that needs it."""
     c.box(TERM_X, y, TERM_W, _term_height(term))
     coefficient = f"× {term.params.get('coefficient', 1.0):g}"
     room = TERM_W - 64 - width_of(coefficient, 12.5)
@@ -274,11 +265,9 @@ def _loss_notes(task: Node, name: str) -> list[str]:
         "ratio": "E_{real} softplus(−ℓ) + E_{student} softplus(ℓ)",
     }
     updates = task.params.get(f"{name}_updates", 1)
-    optimizer = task.child(f"{name}_optimizer")
-    times = task.child(f"{name}_times")
-    drawn = [losses[name], f"t{'′' if name == 'student_score' else '″'} ~ {summary(times)}"]
-    rate = f"{updates} update{'s' * (updates != 1)} a step · {summary(optimizer)}"
-    return [*drawn, rate]
+    times = f"t{'′' if name == 'student_score' else '″'} ~ {summary(task.child(f'{name}_times'))}"
+    rate = f"{updates} update{'s' * (updates != 1)} a step · {summary(task.child(f'{name}_optimizer'))}"
+    return [losses[name], times, rate]
 
 
 def _update(c: Canvas, name: str, right: float, card_y: float, row: float, height: float, *, direct: bool) -> None:
@@ -293,7 +282,7 @@ def _update(c: Canvas, name: str, right: float, card_y: float, row: float, heigh
 
 
 def _real(c: Canvas, root: Node, logistic_x: float, y: float) -> None:
-    """Where the ratio's positives come from."""
+    """The source of the ratio's real samples."""
     data = root.child("data")
     title = data.cls if data else "teacher's samples"
     width = min(220, logistic_x - 62)

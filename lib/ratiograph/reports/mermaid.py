@@ -1,4 +1,4 @@
-"""The graph of a run in Mermaid, for a page that renders it."""
+"""The component graph of a run as Mermaid text, for pages that render Mermaid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["to_mermaid"]
 
 
 def to_mermaid(node: Node) -> str:
-    """The same graph as ``to_svg`` in Mermaid, for a page that renders it."""
+    """The graph that `graph_picture.to_svg` draws, as a Mermaid flowchart."""
     task = step_of(node)
     return "\n".join(["flowchart LR", *(_mermaid_step(node, task) if task else _mermaid_tree(node))]) + "\n"
 
@@ -24,7 +24,7 @@ def _mermaid_text(*lines: str) -> str:
 
 def _mermaid_card(role: str, node: Node) -> str:
     params = ", ".join(f"{k}={v}" for k, v in node.shown().items())
-    return _mermaid_text(role, " ∘ ".join(n.cls for n in node.chain()), params, node.size)
+    return _mermaid_text(role, graph_picture.compose(node.chain()), params, node.size)
 
 
 def _mermaid_tree(node: Node) -> Iterator[str]:

@@ -6,45 +6,23 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["CARD", "PLAIN_CARD", "USE_LORA", "USE_PIPELINE", "USE_PLAIN", "USE_PROMPTS", "numbers", "tree"]
+from ratiograph.config.tree import describe, render_tree
+
+__all__ = ["USE_LORA", "USE_PIPELINE", "USE_PLAIN", "USE_PROMPTS", "numbers", "write_card"]
 
 CARD = """---
-library_name: diffusers
-tags: [text-to-image, one-step, distillation]
+library_name: {library}
+tags: [{tags}]
 ---
 # {name}
 
-A one-step student of `{teacher}`, distilled by ratiograph. The licence of those weights applies.
+A one-step student{teacher}, distilled by ratiograph. {licence}
 
-```python
+```{language}
 {usage}
 ```
 
-One network evaluation at step {timestep}; guidance is part of the student, so `guidance_scale` stays 1.
-
-## Numbers
-{numbers}
-
-## Recipe
-`config.gin` beside this file repeats the run: `python launch/main.py --gin_file=config.gin`.
-
-```
-{tree}
-```
-"""
-PLAIN_CARD = """---
-library_name: ratiograph
-tags: [one-step, distillation]
----
-# {name}
-
-A one-step student{teacher}, distilled by ratiograph. One network evaluation a sample.
-
-```
-{usage}
-```
-
-`student.safetensors` holds the {parameters:,} averaged parameters.
+{remark}
 
 ## Numbers
 {numbers}
@@ -73,11 +51,18 @@ pipeline.load_lora_weights("{out}")
 image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
 
 
-def tree(experiment: object) -> str:
-    """The graph of a run, as the dry run prints it."""
-    from ratiograph.config import tree
+def write_card(folder: Path, workdir: Path, experiment: object, **words: str) -> None:
+    """Writes ``README.md`` into the ``folder`` of an export of the run in ``workdir``.
 
-    return tree.render_tree(tree.describe(experiment)).strip()
+    Args:
+        folder: of the export.
+        workdir: of the run, whose numbers the card shows.
+        experiment: of the run, whose graph the card shows.
+        words: the other fields of ``CARD``.
+    """
+    graph = render_tree(describe(experiment)).strip()
+    card = CARD.format(numbers=numbers(workdir), tree=graph, **words)
+    (folder / "README.md").write_text(card)
 
 
 def numbers(workdir: Path) -> str:

@@ -1,7 +1,7 @@
-"""What the pages of a report are put together from: the page, its sections, tables that scroll, and pictures in it.
+"""The parts of a page of a report: the page itself, its sections, tables and pictures.
 
-A page is one HTML file that needs no other: styles, script and pictures are in it. The functions return HTML; texts
-that come from a run's files are escaped by whoever puts them in, and ``body`` and ``caption`` are HTML already.
+A page is one HTML file that needs no other: styles, script and pictures are in it. Every function returns HTML.
+Arguments that are HTML say so: their caller escapes the texts of a run's files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ratiograph
 
-__all__ = ["PICTURES", "breakable", "captioned", "facts_list", "page", "picture", "scrolled", "section"]
+__all__ = ["PICTURES", "breakable", "chart_section", "facts_list", "page", "picture", "section", "table", "table_row"]
 
 PICTURES = {
     ".png": "image/png",
@@ -58,7 +58,7 @@ def facts_list(facts: dict[str, str]) -> str:
 
 
 def section(title: str, body: str, hint: str = "") -> str:
-    """A heading, a line of help, and the body."""
+    """A heading, a line of help (HTML), and the body (HTML)."""
     hint = f'<p class="hint">{hint}</p>' if hint else ""
     return f"<section><h2>{escape(title)}</h2>{hint}{body}</section>"
 
@@ -68,15 +68,48 @@ def breakable(text: str) -> str:
     return escape(text).replace("/", "/<wbr>").replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
-def captioned(text: str, *, seen: bool = True) -> str:
-    """The caption of a table; one that is not ``seen`` is only read out."""
-    kind = "" if seen else ' class="unseen"'
-    return f"<caption{kind}><span>{escape(text)}</span></caption>"
+def chart_section(title: str, charts: str, hint: str) -> str:
+    """A section of ``charts`` (HTML) side by side; "" without any."""
+    return section(title, f'<div class="charts">{charts}</div>', hint) if charts else ""
 
 
-def scrolled(table: str, label: str) -> str:
-    """A table that scrolls in itself where it is too wide, by keys too; ``label`` is what is read out for it."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+def table(
+    caption: str,
+    heads: Sequence[str],
+    rows: Sequence[str],
+    *,
+    kind: str = "numbers",
+    head_kinds: Sequence[str] | None = None,
+    seen: bool = True,
+) -> str:
+    """A table that scrolls in itself where it is too wide, by keys too.
+
+    Args:
+        caption: text of its caption, which is also read out for the region that scrolls.
+        heads: HTML of the head of each column.
+        rows: HTML, as of `table_row`.
+        kind: classes of report.css for the table.
+        head_kinds: the same for each head.
+        seen: whether the caption is shown, or only read out.
+    """
+    unseen = "" if seen else ' class="unseen"'
+    head = _cells("th", heads, head_kinds, ' scope="col"')
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="{kind}">'
+        f"<caption{unseen}><span>{escape(caption)}</span></caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def table_row(head: str, cells: Sequence[str], *, kind: str = "", cell_kinds: Sequence[str] | None = None) -> str:
+    """One line of a `table`: its head and its cells in HTML, with classes of report.css for the line and the cells."""
+    mark = f' class="{kind}"' if kind else ""
+    return f'<tr{mark}><th scope="row">{head}</th>{_cells("td", cells, cell_kinds)}</tr>'
+
+
+def _cells(tag: str, cells: Sequence[str], kinds: Sequence[str] | None, attributes: str = "") -> str:
+    marks = [f' class="{kind}"' if kind else "" for kind in kinds or [""] * len(cells)]
+    return "".join(f"<{tag}{attributes}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
 
 
 def picture(path: Path, caption: str, alternative: str) -> str:

@@ -19,7 +19,7 @@ from importlib import resources
 from typing import Any
 
 from ratiograph.config.values import Reference, literal
-from ratiograph.reports.page import breakable, captioned, scrolled
+from ratiograph.reports.page import breakable, table, table_row
 from ratiograph.reports.results import spread
 from ratiograph.reports.run_files import finite
 
@@ -36,7 +36,7 @@ LOWER = ("frechet",)
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gives to the comparison: a name, bindings (``config_difference.read_bindings``), its evaluation."""
+    """What a run gives to the comparison: a name, bindings (`config.differences.read_bindings`), its evaluation."""
 
     name: str
     bindings: Mapping[str, object]
@@ -171,20 +171,16 @@ def _table(dataset: str, about: Mapping[str, Any], found: Sequence[tuple[Measure
     measured = _named(found) if named else [line for _, lines in found for line in lines]
     keys = [key for key in METRICS if any(key in line.numbers for line in measured)]
     published = sorted((row for row in published if any(key in row for key in keys)), key=lambda row: row["frechet"])
-    head = "".join(
-        f'<th scope="col">{METRICS[key][1]} <span class="better">{"lower" if key in LOWER else "higher"} is better'
-        "</span></th>"
+    heads = [
+        f'{METRICS[key][1]} <span class="better">{"lower" if key in LOWER else "higher"} is better</span>'
         for key in keys
-    )
-    body = "".join(_measured_row(line, keys) for line in measured)
-    body += "".join(_published_row(row, keys, own=row in own) for row in published)
+    ]
+    rows = [_measured_row(line, keys) for line in measured]
+    rows += [_published_row(row, keys, own=row in own) for row in published]
     caption = f"{about['name']}: measured here, and published ({about['protocol']})"
-    table = (
-        f'<table class="numbers published">{captioned(caption)}<thead><tr><th scope="col">sampler</th>{head}'
-        f'<th scope="col">network evaluations</th></tr></thead><tbody>{body}</tbody></table>'
-    )
+    heads = ["sampler", *heads, "network evaluations"]
     notes = "".join(f"<p>{escape(note)}</p>" for note in _differences(about, measured, published))
-    return f'{scrolled(table, caption)}<div class="differences">{notes}</div>'
+    return f'{table(caption, heads, rows, kind="numbers published")}<div class="differences">{notes}</div>'
 
 
 def _named(found: Sequence[tuple[Measured, list[_Line]]]) -> list[_Line]:
@@ -203,23 +199,23 @@ def _measured_row(line: _Line, keys: Iterable[str]) -> str:
     for key in keys:
         value, error = line.numbers.get(key, (None, None))
         text = "–" if value is None else f"{value:.{METRICS[key][2]}f}"
-        cells.append(f"<td>{text}{'' if error is None else f' ± {spread(error)}'}</td>")
-    kind = ' class="highlight"' if line.own else ""
+        cells.append(text if error is None else f"{text} ± {spread(error)}")
     mark = f'<span class="setting"><span class="badge here">measured here</span> {line.samples:,} samples</span>'
-    head = f'<th scope="row">{breakable(line.name)} {mark}</th>'
-    return f"<tr{kind}>{head}{''.join(cells)}<td>{line.evaluations:,}</td></tr>"
+    kind = "highlight" if line.own else ""
+    return table_row(f"{breakable(line.name)} {mark}", [*cells, f"{line.evaluations:,}"], kind=kind)
 
 
 def _published_row(row: Mapping[str, Any], keys: Iterable[str], *, own: bool) -> str:
     paper = read_published()["papers"][row["paper"]]
-    cells = "".join(f"<td>{f'{row[key]:.{METRICS[key][2]}f}' if key in row else '–'}</td>" for key in keys)
+    cells = [f"{row[key]:.{METRICS[key][2]}f}" if key in row else "–" for key in keys]
     setting = f", {escape(row['setting'])}" if row.get("setting") else ""
     mark = ' <b class="own">this recipe</b>' if own else ""
     source = f"{paper['name']} ({paper['source']}), {row['place']}"
-    return (
-        f'<tr class="theirs"><th scope="row">{escape(row["name"])}{setting}{mark} <span class="setting">'
-        f'<span class="badge">published</span> {escape(source)}</span></th>{cells}<td>{row["evaluations"]:,}</td></tr>'
+    head = (
+        f'{escape(row["name"])}{setting}{mark} <span class="setting">'
+        f'<span class="badge">published</span> {escape(source)}</span>'
     )
+    return table_row(head, [*cells, f"{row['evaluations']:,}"], kind="theirs")
 
 
 def _differences(about: Mapping[str, Any], measured: Sequence[_Line], published: Sequence[Mapping]) -> list[str]:

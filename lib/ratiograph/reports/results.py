@@ -1,7 +1,7 @@
 """The results of a report: evaluation rows as a table, class shares as bars.
 
 A *row* is one sampler's measurements, a *metric* one measurement of every row; both come from evaluation.json, in the
-form that ``report`` documents. Colours are the classes ``c0`` to ``c5`` of report.css.
+form that `reports.run_report` documents. Colours are the classes ``c0`` to ``c5`` of report.css.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ratiograph.reports.charts import nice_ticks, tick_label
-from ratiograph.reports.page import breakable, captioned, scrolled
+from ratiograph.reports.axes import nice_ticks, tick_label
+from ratiograph.reports.charts import colour_class
+from ratiograph.reports.page import breakable, table, table_row
 from ratiograph.training.logs import significant
 
-__all__ = ["bar_chart", "class_charts", "mini_bars", "results_table", "spread"]
+__all__ = ["bar_chart", "better_words", "class_charts", "mini_bars", "results_table", "spread"]
 
-_COLOURS = 6
 _ACROSS = 7  # metrics that stand side by side; more stand below one another
 _BELOW = 9  # rows beyond which they stand below one another after all
 _COUNTS = {"evaluations": "network evaluations", "samples": "samples"}
@@ -30,9 +30,8 @@ def results_table(
     """Rows below one another or, where there are many metrics, side by side.
 
     Args:
-        evaluation: what evaluation.json holds. Rows may also say whether they are ``compared``: among those that are,
-            the best number of a metric that has a better end is bold, unless they are of different numbers of samples
-            or all alike.
+        evaluation: what evaluation.json holds. A row may also have ``compared``: among the compared rows the best
+            number of a metric with a better end is bold, unless numbers of samples differ or all are alike.
         caption: of the table.
 
     Returns:
@@ -53,8 +52,9 @@ def results_table(
         sentence = f"{rows[0]['samples']:,} samples in every row."
         keys.remove("samples")
     cells = {key: _column([row.get(key) for row in rows]) for key in keys}
-    best = {key: _best(rows, key, cells[key], (described.get(key) or {}).get("better")) for key in keys}
-    for error, key in [(key, (described.get(key) or {}).get("of")) for key in keys]:
+    about = {key: described.get(key) or {} for key in keys}
+    best = {key: _best(rows, key, cells[key], about[key].get("better")) for key in keys}
+    for error, key in [(key, about[key].get("of")) for key in keys]:
         if key in cells:  # a standard error stands beside its number
             del cells[error]
             cells[key] = [
@@ -62,12 +62,18 @@ def results_table(
                 for cell, row in zip(cells[key], rows, strict=True)
             ]
     if "evaluations" in cells:  # real samples took none
-        cells["evaluations"] = [cell if cell != "0" else "–" for cell in cells["evaluations"]]
-    for key in cells:
-        cells[key] = [f"<b>{cell}</b>" if index in best[key] else cell for index, cell in enumerate(cells[key])]
-    heads = {key: _head(key, described.get(key) or {}) for key in cells}
-    table = (_across if len(cells) <= _ACROSS or len(rows) > _BELOW else _below)(rows, heads, cells, caption)
-    return scrolled(table, caption), sentence
+        cells["evaluations"] = ["–" if cell == "0" else cell for cell in cells["evaluations"]]
+    for key, column in cells.items():
+        cells[key] = [f"<b>{cell}</b>" if index in best[key] else cell for index, cell in enumerate(column)]
+    heads = {key: _head(key, about[key]) for key in cells}
+    names, kinds = [breakable(str(row["name"])) for row in rows], [_mark(row) for row in rows]
+    if len(cells) > _ACROSS and len(rows) <= _BELOW:  # a line a metric, a column a row
+        columns = ['<span class="unseen">metric</span>', *names]
+        lines = [table_row(heads[key], cells[key], cell_kinds=kinds) for key in cells]
+        return table(caption, columns, lines, kind="numbers tall", head_kinds=["", *kinds]), sentence
+    by_row = [[column[index] for column in cells.values()] for index in range(len(rows))]
+    lines = [table_row(*line, kind=kind) for *line, kind in zip(names, by_row, kinds, strict=True)]
+    return table(caption, ['<span class="unseen">sampler</span>', *heads.values()], lines), sentence
 
 
 def _best(rows: Sequence[Mapping[str, Any]], key: str, cells: Sequence[str], better: str | None) -> set[int]:
@@ -84,45 +90,23 @@ def _best(rows: Sequence[Mapping[str, Any]], key: str, cells: Sequence[str], bet
     return best if len(best) < len(values) else set()
 
 
+def better_words(about: Mapping[str, Any]) -> str:
+    """'lower is better', of what evaluation.json says ``about`` a metric; "" where it has no better end."""
+    better = about.get("better")
+    return f"{better} is better" if better in ("lower", "higher") else ""
+
+
 def _head(key: str, about: Mapping[str, Any]) -> str:
-    arrow = {"lower": "lower is better", "higher": "higher is better"}.get(about.get("better") or "", "")
     label = breakable(str(about.get("label") or _COUNTS.get(key) or key.replace("_", " ")))
-    return f'{label} <span class="better">{arrow}</span>' if arrow else label
-
-
-def _across(rows: Sequence[Mapping], heads: Mapping[str, str], cells: Mapping[str, Sequence[str]], caption: str) -> str:
-    """One line a row, one column a metric."""
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads.values())
-    body = "".join(
-        f'<tr{_mark(row)}><th scope="row">{breakable(str(row["name"]))}</th>'
-        + "".join(f"<td>{cells[key][index]}</td>" for key in heads)
-        + "</tr>"
-        for index, row in enumerate(rows)
-    )
-    head = f'<thead><tr><th scope="col"><span class="unseen">sampler</span></th>{head}</tr></thead>'
-    return f'<table class="numbers">{captioned(caption)}{head}<tbody>{body}</tbody></table>'
-
-
-def _below(rows: Sequence[Mapping], heads: Mapping[str, str], cells: Mapping[str, Sequence[str]], caption: str) -> str:
-    """One line a metric, one column a row."""
-    marks = [_mark(row) for row in rows]
-    columns = zip(marks, rows, strict=True)
-    head = "".join(f'<th scope="col"{mark}>{breakable(str(row["name"]))}</th>' for mark, row in columns)
-    body = "".join(
-        f'<tr><th scope="row">{text}</th>'
-        + "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, cells[key], strict=True))
-        + "</tr>"
-        for key, text in heads.items()
-    )
-    head = f'<thead><tr><th scope="col"><span class="unseen">metric</span></th>{head}</tr></thead>'
-    return f'<table class="numbers tall">{captioned(caption)}{head}<tbody>{body}</tbody></table>'
+    words = better_words(about)
+    return f'{label} <span class="better">{words}</span>' if words else label
 
 
 def _mark(row: Mapping[str, Any]) -> str:
-    """Its class: the row that a run is about, or one that compared rows are read against."""
+    """The class of the row that a run is about, or of one that compared rows are read against."""
     if "compared" in row:
-        return "" if row["compared"] else ' class="reference"'
-    return ' class="highlight"' if row.get("highlight") else ""
+        return "" if row["compared"] else "reference"
+    return "highlight" if row.get("highlight") else ""
 
 
 def _column(values: Sequence[Any]) -> list[str]:
@@ -200,25 +184,18 @@ def bar_chart(labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> s
     groups = []
     for position, label in enumerate(labels):
         bars = "".join(
-            f'<i class="c{index % _COLOURS}" style="height:{100 * max(values[position], 0) / limit:.2f}%" '
+            f'<i class="{colour_class(index)}" style="height:{100 * max(values[position], 0) / limit:.2f}%" '
             f'title="{escape(name)}, {escape(label)}: {significant(values[position], 3)}"></i>'
             for index, (name, values) in enumerate(series.items())
         )
         groups.append(f'<div class="group"><div class="bars">{bars}</div><span>{escape(label)}</span></div>')
-    legend = "".join(f'<li class="c{index % _COLOURS}">{escape(name)}</li>' for index, name in enumerate(series))
-    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{value:.3f}</td>" for value in values) + "</tr>"
-        for name, values in series.items()
-    )
-    table = (
-        f'<table class="numbers small">{captioned("The values of the bars", seen=False)}<thead><tr>'
-        f'<th scope="col"><span class="unseen">series</span></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    )
+    legend = "".join(f'<li class="{colour_class(index)}">{escape(name)}</li>' for index, name in enumerate(series))
+    rows = [table_row(escape(name), [f"{value:.3f}" for value in values]) for name, values in series.items()]
+    heads = ['<span class="unseen">series</span>', *map(escape, labels)]
     return (
         f'<figure class="histogram"><ul class="legend">{legend}</ul>'
         f'<div class="plot" aria-hidden="true"><div class="rules">{grid}</div>{"".join(groups)}</div></figure>'
-        f"{scrolled(table, 'Values of the bars')}"
+        f"{table('Values of the bars', heads, rows, kind='numbers small', seen=False)}"
     )
 
 

@@ -1,7 +1,7 @@
-"""What a run left in its folder, read for a page that must come out whatever is missing or torn.
+"""The files that a run left in its folder, read for a page; any of them may be missing or incomplete.
 
 Notation: *records* are the objects of metrics.jsonl, ascending in their steps. A *note* is a sentence for the page on
-something in the folder that could not be read as meant.
+a file that could not be read as a whole.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ratiograph.config.differences import read_bindings
 from ratiograph.config.values import ConfigError
 from ratiograph.training.logs import duration, read_metrics, significant
 
-__all__ = ["TEACHER", "RunFiles", "check_run", "finite", "grids", "read_run"]
+__all__ = ["RESUME", "TEACHER", "RunFiles", "check_run", "fields_of", "finite", "grids", "read_run"]
 
-MADE = ("config.gin", "metrics.jsonl", "evaluation.json")
-"""Of these a folder has at least one if it is a run's."""
+FILES = ("config.gin", "metrics.jsonl", "evaluation.json")
+"""The folder of a run has at least one of these."""
+RESUME = "Resume the run, which writes it again"
+"""What to do about a wrong diagnostics.json."""
 TEACHER = Path("samples") / "teacher.png"
 """The teacher's samples at the noise of the student's grids, in a run's folder."""
 
@@ -36,7 +41,7 @@ class RunFiles:
         records: of metrics.jsonl.
         evaluation: of evaluation.json, {} without it.
         diagnostics: of diagnostics.json, {} without it.
-        bindings: of config.gin (``config_difference.read_bindings``), None without a readable one.
+        bindings: of config.gin (`config.differences.read_bindings`), None without a readable one.
         notes: on what could not be read.
     """
 
@@ -49,30 +54,28 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """Name of the folder."""
         return self.workdir.resolve().name
 
     @property
     def step(self) -> int:
-        """Of the last record, 0 without any."""
+        """The last step that was logged, 0 without any."""
         return self.records[-1]["step"] if self.records else 0
 
     @property
     def steps(self) -> int | None:
-        """At which the run ends, where its configuration says so."""
+        """The step at which the run ends, where its configuration says so."""
         steps = (self.bindings or {}).get("Experiment.steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def teacher_grid(self) -> Path | None:
-        """The teacher's samples at the noise of the student's grids, if they were made."""
+        """Path of the teacher's samples at the noise of the student's grids, if there are any."""
         path = self.workdir / TEACHER
         return path if path.is_file() else None
 
     def teacher_name(self) -> str:
         """'teacher, 35 evaluations': what the teacher's grid shows."""
-        from PIL import Image
-
         with Image.open(self.workdir / TEACHER) as grid:
             evaluations = str(grid.info.get("evaluations") or "many")
         return f"teacher, {evaluations} evaluation{'' if evaluations == '1' else 's'}"
@@ -106,7 +109,7 @@ class RunFiles:
 
 
 def check_run(workdir: Path) -> None:
-    """Tells a folder that no run has made.
+    """Raises an error if ``workdir`` is not the folder of a run.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -114,8 +117,8 @@ def check_run(workdir: Path) -> None:
     """
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
-    if not any((workdir / name).exists() for name in MADE):
-        raise ValueError(f"{workdir} is not the folder of a run: it has no {', '.join(MADE[:-1])} or {MADE[-1]}")
+    if not any((workdir / name).exists() for name in FILES):
+        raise ValueError(f"{workdir} is not the folder of a run: it has no {', '.join(FILES[:-1])} or {FILES[-1]}")
 
 
 def read_run(workdir: Path) -> RunFiles:
@@ -140,13 +143,23 @@ def read_run(workdir: Path) -> RunFiles:
         except ConfigError as error:
             notes.append(f"config.gin is not a configuration that can be read: {error}")
     evaluation, diagnostics = (_object(workdir / name) for name in ("evaluation.json", "diagnostics.json"))
-    return RunFiles(workdir, _ascending(records), evaluation, diagnostics, bindings, tuple(notes))
+    by_step = {record["step"]: record for record in records}  # of a step the last one that was written
+    return RunFiles(workdir, [by_step[k] for k in sorted(by_step)], evaluation, diagnostics, bindings, tuple(notes))
 
 
-def _ascending(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record a step, the last that was written, by step."""
-    by_step = {record["step"]: record for record in records}
-    return [by_step[step] for step in sorted(by_step)]
+@contextmanager
+def fields_of(path: Path, remedy: str) -> Iterator[None]:
+    """Turns the errors of a block that reads the fields of a JSON file into one that names the file and the remedy.
+
+    Raises:
+        ValueError: the block raised an error that a missing or wrong field causes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{path} lacks or misuses a field ({type(error).__name__}: {error}). {remedy}, or remove the file"
+        ) from error
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The files that generated samples are left in: a grid, a sheet with captions, an array, a folder of images or shards.
+"""The files of generated samples: a grid, a sheet with captions, an array, a folder of images or of shards.
 
-Notation: sample i has the index i, whatever batch or rank made it. x0 [n, ...] are samples, images of them [n, C, H, W]
-in [-1, 1], C = 1 or 3; pixels are uint8 rint((x0 + 1) 127.5).
+Notation: sample i has the index i, whichever batch or rank generates it. x0 [n, ...] are samples; images are x0
+[n, C, H, W] in [-1, 1], C = 1 or 3, and pixels are uint8 rint((x0 + 1) 127.5).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ratiograph.core import distributed
 from ratiograph.core.files import clear_storage_errors, write_atomically
+from ratiograph.data.images import encode_png
 from ratiograph.data.latents import picture
-from ratiograph.data.shards import encode_png, write_shards
+from ratiograph.data.shards import write_shards
 from ratiograph.reports.caption_sheet import caption_sheet
 from ratiograph.training.logs import make_grid
 
@@ -64,16 +65,16 @@ def _png(image: np.ndarray) -> bytes:
 
 
 class SampleFiles:
-    """Base class: is given every batch once, in the order of their indices."""
+    """Base class of the kinds of files; receives every batch once, in the order of the indices."""
 
     shared = False
-    """Whether every rank writes its own batches; else the first rank is given all of them."""
+    """Whether every rank writes its own batches; otherwise the first rank writes all of them."""
 
     def begin(self) -> None:
         """Called once, on the first rank, before any batch."""
 
     def lacks(self, indices: range) -> bool:
-        """Whether any of these samples is still to be made."""
+        """Whether any of these samples is not in the file yet."""
         return True
 
     def add(self, indices: range, x0: Tensor, labels: Tensor | None) -> None:
@@ -98,7 +99,7 @@ class GridFile(SampleFiles):
 
     def add(self, indices, x0, labels):
         shown = picture(x0)
-        pixels(shown[:0])  # refuses what is no image before any more of it is made
+        pixels(shown[:0])  # an error at the first batch where samples are no images
         self.parts.append(shown)
 
     def finish(self):
@@ -107,13 +108,13 @@ class GridFile(SampleFiles):
 
 
 class CaptionSheet(SampleFiles):
-    """One picture of all samples with their captions under them, those of several makers one under another.
+    """One picture of all samples with their captions, the images of several samplers one under another.
 
     Takes x0 [n, R, ...], R images of each sample.
 
     Args:
         path: a ``.png``.
-        rows: names of the R makers, such as teacher and student.
+        rows: names of the R samplers, such as teacher and student.
         captions: of the samples, in turn by their indices; without any, a sample's class or its index is written.
     """
 
@@ -166,11 +167,11 @@ class ArrayFile(SampleFiles):
 
 
 class ImageFolder(SampleFiles):
-    """``000000.png``, ... in a folder, which an interrupted call leaves as they are and the next one goes on from.
+    """``000000.png``, ... in a folder; after an interruption the next call generates only the images that are missing.
 
     Args:
         path: the folder.
-        settings: all that the images depend on, as JSON values; noted in ``samples.json``.
+        settings: all that the images depend on, as JSON values; written to ``samples.json``.
     """
 
     shared = True
@@ -189,9 +190,9 @@ class ImageFolder(SampleFiles):
             found = json.loads(note.read_text())
             differing = [key for key in found | self.settings if found.get(key) != self.settings.get(key)]
             if differing:
-                told = ", ".join(f"{key}={found.get(key)} (now {self.settings.get(key)})" for key in differing)
+                changes = ", ".join(f"{key}={found.get(key)} (now {self.settings.get(key)})" for key in differing)
                 raise ValueError(
-                    f"{self.path} holds samples of other settings: {told}. Give another --out, or delete it"
+                    f"{self.path} holds samples of other settings: {changes}. Give another --out, or delete it"
                 )
         elif next(self.path.glob("*.png"), None) is not None:
             raise ValueError(f"{self.path} holds images of unknown settings (no {SETTINGS}): give another --out")
@@ -230,14 +231,11 @@ class ShardFolder(SampleFiles):
     def add(self, indices, x0, labels):
         classes = [None] * len(indices) if labels is None else labels.tolist()
         for index, image, label in zip(indices, pixels(x0), classes, strict=True):
-            told = {} if label is None else {"cls": str(label).encode()}
-            self.samples.append({"__key__": f"{index:09d}", "png": _png(image), **told})
+            parts = {} if label is None else {"cls": str(label).encode()}
+            self.samples.append({"__key__": f"{index:09d}", "png": _png(image), **parts})
 
     def finish(self):
         write_shards(self.path, self.path.name, self.samples, min(self.shards, len(self.samples)))
-
-
-# --------------------------------------------------------------------------------------------------- filling
 
 
 def fill(
@@ -247,17 +245,17 @@ def fill(
     labels_of: Callable[[range], Tensor | None],
     advance: Callable[[int], None] = lambda samples: None,
 ) -> None:
-    """Makes the batches of indices ``parts``, each on the next rank in turn, and hands them to ``files``.
+    """Generates the batches of indices ``parts``, on the ranks in turn, and writes them to ``files``.
 
-    What a batch holds does not depend on the number of ranks, so neither does a bit of what is written. Ranks exchange
-    tensors on the CPU: their group is gloo's.
+    The content of a batch does not depend on the number of ranks, so the files are equal to the bit for any number.
+    Ranks exchange tensors on the CPU, in a group of the gloo backend.
 
     Args:
-        files: not begun; finished afterwards.
+        files: where to write; begun and finished here.
         parts: as of ``batches``.
-        make: x0 [n, ...] float32 on the CPU, of some indices.
-        labels_of: their labels [n] on the CPU, or None.
-        advance: told how many samples more are there, on every rank.
+        make: indices -> x0 [n, ...] float32 on the CPU.
+        labels_of: indices -> labels [n] on the CPU, or None.
+        advance: called on every rank with the number of samples that were added.
     """
     rank, ranks = distributed.rank(), distributed.ranks()
     if rank == 0:
@@ -281,7 +279,7 @@ def fill(
 
 
 def _others(x0: Tensor, together: Sequence[range]) -> list[Tensor]:
-    """What the other ranks made meanwhile, received by the first; ``x0`` is its own."""
+    """The batches of the other ranks, received by the first; ``x0`` is its own."""
     received = [torch.empty((len(indices), *x0.shape[1:])) for indices in together[1:]]
     for rank, part in enumerate(received, 1):
         dist.recv(part, rank)

@@ -1,7 +1,7 @@
-"""The teacher's samples at the noise of a run's own sample grids, to stand above them in a report.
+"""A grid of the teacher's samples from the noise of the student's grids, for the report.
 
-Grids of a run are made from one fixed noise z, and so is this: the same z under the same conditions, through the
-teacher by Heun's sampler in many evaluations in place of the student in one. Place k of the two grids is one z.
+All grids of a run start from one fixed noise z. This one starts from the same z under the same conditions and shows the
+teacher's samples, by Heun's sampler in many evaluations. Place k of both grids has the same z.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ratiograph.core.files import write_atomically
 from ratiograph.data.latents import picture
 from ratiograph.reports.run_files import TEACHER, check_run
 from ratiograph.tasks.distillation import Distillation
-from ratiograph.tasks.student_files import remembered
+from ratiograph.tasks.student_files import load_conditions
 from ratiograph.training import trainer
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.logs import make_grid
 
 __all__ = ["draw_once", "draw_teacher", "save_teacher"]
 
-PREVIEW = 2  # the position of a run's seed that its grids are drawn at, as in the trainer
+PREVIEW = 2  # stream of the run's seed for the noise of its grids, as in the trainer
 
 
 def draw_teacher(workdir: Path, evaluations: int, device: str = "auto", *, bindings: Sequence[str] = ()) -> Path:
-    """Writes ``samples/teacher.png`` into a run's folder, with the number of evaluations as a text in the file.
+    """Writes ``samples/teacher.png`` into a run's folder; the file holds the number of evaluations as text.
 
     Args:
-        workdir: of a run with a teacher; its config.gin says what the graph is. The run may still be training.
+        workdir: of a run with a teacher and a config.gin. The run may still be training.
         evaluations: passes of the teacher a sample.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         bindings: lines of gin on top of config.gin.
@@ -56,7 +56,7 @@ def draw_teacher(workdir: Path, evaluations: int, device: str = "auto", *, bindi
     if experiment.precision == "fp64":
         task.double()
     task.prepare(place, trainer.autocast_dtype(experiment.precision, place))
-    remembered(task.conditions, workdir)
+    load_conditions(task.conditions, workdir)
     generator = torch.Generator(place).manual_seed(trainer.step_seed(experiment.seed, PREVIEW))
     path = save_teacher(task.eval(), workdir, experiment.preview_samples, generator, evaluations)
     if path is None:
@@ -65,10 +65,10 @@ def draw_teacher(workdir: Path, evaluations: int, device: str = "auto", *, bindi
 
 
 def draw_once(experiment: Experiment, workdir: Path, device: torch.device) -> None:
-    """The grid of a run that this process has just trained, unless it is there; all ranks must call.
+    """Writes the grid of a run that this process has just trained, unless there is one; all ranks must call.
 
     Args:
-        experiment: with its task prepared. Nothing is drawn where it has no teacher or asks for none.
+        experiment: with its task prepared. Without a teacher or ``teacher_evaluations`` nothing is written.
         workdir: of the run.
         device: of the task.
     """
@@ -84,17 +84,17 @@ def draw_once(experiment: Experiment, workdir: Path, device: torch.device) -> No
 def save_teacher(
     task: Distillation, workdir: Path, samples: int, generator: torch.Generator, evaluations: int
 ) -> Path | None:
-    """Writes the grid of a task that is prepared.
+    """Writes the grid of a prepared task.
 
     Args:
         task: with a teacher.
         workdir: of its run.
-        samples: of a grid of the run's.
-        generator: as seeded for each of those grids.
+        samples: number of samples of a grid of the run.
+        generator: seeded as for each of those grids.
         evaluations: passes of the teacher a sample.
 
     Returns:
-        Path of the grid, None where samples are no images.
+        Path of the grid, None if the samples are no images.
     """
     with torch.no_grad():
         made = picture(task.teacher_sampler(evaluations)(samples, generator))

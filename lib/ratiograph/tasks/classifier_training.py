@@ -1,4 +1,4 @@
-"""Training of the digit classifier that the evaluation's features come from.
+"""Training of the digit classifier whose features the evaluation of digits uses.
 
 Loss: cross-entropy of the class label given an image moved by a small random rotation, scaling and shift.
 """
@@ -43,7 +43,7 @@ class RandomAffine:
         self.rotation, self.scaling, self.shift = rotation, scaling, shift
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Images [B, C, H, W] -> the same shape; what comes in from outside is black (-1)."""
+        """Images [B, C, H, W] -> moved images of the same shape; the background is black (-1)."""
         u = torch.stack([uniform((len(images),), generator) for _ in range(4)]) * 2 - 1
         angle = u[0] * math.radians(self.rotation)
         zoom = 1 / (1 + u[1] * self.scaling)  # the grid says where each output pixel is read
@@ -61,7 +61,7 @@ class ClassifierTraining(Task):
         classifier: the network to train.
         augmentation: applied to every training image.
         optimizer: recipe of the optimiser.
-        ema: recipe of the average that is the classifier in the end.
+        ema: recipe of the average, which is the resulting classifier.
     """
 
     def __init__(self, *, classifier: DigitClassifier, augmentation: RandomAffine, optimizer: Adam, ema: EMA):
@@ -99,7 +99,7 @@ class ClassifierTraining(Task):
 
 
 class ClassifierEvaluator:
-    """Judges a ``ClassifierTraining`` on digits that it was not trained on.
+    """Evaluates a ``ClassifierTraining`` on digits that it was not trained on.
 
     Args:
         held_out: shards or embedded data set of the held-out digits; must not overlap with the training data.
@@ -130,7 +130,7 @@ class ClassifierEvaluator:
     def after(
         self, task: ClassifierTraining, device: torch.device, seed: int, before: list[dict], workdir: str
     ) -> dict:
-        """The document of ``evaluation.json``; leaves the accuracy in WORKDIR/mnist_classifier.json too."""
+        """The document of ``evaluation.json``; also writes the accuracy into WORKDIR/mnist_classifier.json."""
         row = self.measure("trained", task.average)
         record = {
             "held_out": self.held_out,

@@ -1,8 +1,8 @@
-"""What a distillation's critics learn: the student score to denoise the student's samples, the ratio to tell them.
+"""How a distillation's critics learn: the student score denoises the student's samples, the ratio tells them from p's.
 
-Notation: x0 [B, ...] the student's samples, detached; *positives* clean samples of p; everything noised at each
-critic's own times. Noise, times and positives are drawn for the whole batch, then cut into micro-batches of equal
-length: the losses of the pieces have the whole batch's mean, so their gradients add up to its gradient.
+Notation: x0 [B, ...] the student's samples, detached; *positives* clean samples of p; each critic noises at times of
+its own. Noise, times and positives are drawn for the whole batch, then cut into micro-batches of equal length: each
+piece's loss is its part of the whole batch's mean, so the pieces' gradients add up to the whole batch's gradient.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ratiograph.algebra.denoising_weights import DenoisingWeight, EDMWeight, weighted_denoising_loss
-from ratiograph.algebra.diagnostics import RatioDiagnostics, bregman_divergence, ratio_metrics
-from ratiograph.algebra.noising import NoisingProcess
-from ratiograph.algebra.objective import Objective
+from ratiograph.algebra.denoising_weights import EDMWeight, weighted_denoising_loss
+from ratiograph.algebra.diagnostics import bregman_divergence, ratio_metrics
 from ratiograph.algebra.ratio_losses import RatioLoss
 from ratiograph.algebra.times import TimeSampler
-from ratiograph.core.contracts import Evaluation, Needs, Nodes
+from ratiograph.core.contracts import Evaluation, Needs
 from ratiograph.core.randomness import normal
 from ratiograph.core.types import Batch, Condition, NoisySamples
-from ratiograph.networks.augmentation import Augmentation
-from ratiograph.networks.students import OneStep
-from ratiograph.tasks.positives import Positives
+from ratiograph.training.experiment import Task
 
 __all__ = ["Critics"]
 
@@ -32,45 +28,29 @@ TRAINING = Needs(training=True)
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """The noisy samples of one update; None is what no critic that learns asks for."""
+class _Samples:
+    """The noisy samples of one update; None where no critic of the update needs them."""
 
     score: NoisySamples | None = None  # the student's, at the student score's times
     positives: Batch | None = None
     real: NoisySamples | None = None  # the positives, noised
-    student: NoisySamples | None = None  # the student's that the ratio tells from them, where it does not share a pass
+    student: NoisySamples | None = None  # the student's, for the ratio; ``score`` itself where they share a pass
 
-    def split(self, pieces: int) -> list[_Drawn]:
-        named = (self.score, self.positives, self.real, self.student)
-        cut = ([None] * pieces if each is None else each.split(pieces) for each in named)
-        return [_Drawn(*each) for each in zip(*cut, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Learnt:
-    """Detached results of one piece: losses [], already parts of the batch's; l [B] of both classes."""
-
-    score_loss: Tensor | None = None
-    ratio_loss: Tensor | None = None
-    real: Tensor | None = None
-    student: Tensor | None = None
+    def split(self, pieces: int) -> list[_Samples]:
+        parts = (self.score, self.positives, self.real, self.student)
+        cut = ([None] * pieces if part is None else part.split(pieces) for part in parts)
+        return [_Samples(*each) for each in zip(*cut, strict=True)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Critics:
-    """The losses of ``nodes.student_score`` and ``nodes.ratio``; arguments as of `Distillation`."""
+    """Trains the student score and the ratio of a distillation.
 
-    nodes: Nodes
-    student: OneStep
-    noising: NoisingProcess
-    augmentation: Augmentation
-    student_score_times: TimeSampler | None
-    student_score_weight: DenoisingWeight | None
-    ratio_times: TimeSampler | None
-    ratio_loss: RatioLoss
-    positives: Positives
-    objective: Objective
-    diagnostics: RatioDiagnostics | None
+    Args:
+        task: the `Distillation`, whose module imports this one.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
 
     def learn(
         self,
@@ -79,139 +59,138 @@ class Critics:
         condition: Condition,
         batch: Batch | None,
         generator: torch.Generator,
-        pieces: int = 1,
     ) -> dict[str, Tensor]:
-        """Adds to the weights' gradients what the critics ``names`` ("student_score", "ratio") learn from ``x0``.
+        """Adds the gradients of the losses of ``names`` to the weights.
 
-        What ``diagnostics`` take in of it is under way afterwards, until their ``finish``.
+        The task's ``diagnostics`` begin to gather the ratio's outputs over all ranks; call their ``finish`` afterwards.
 
         Args:
-            names: which critics learn.
+            names: the critics to train, of "student_score" and "ratio".
             x0: the student's samples [B, ...], detached.
-            condition: theirs.
+            condition: of these samples.
             batch: the step's real samples, if there are any.
             generator: draws noise, times and positives.
-            pieces: micro-batches; B is a multiple of it.
 
         Returns:
-            What to log, 0-d tensors by name.
+            Metrics to log, 0-d tensors by name.
         """
-        drawn = self._draw(names, x0, condition, batch, generator)
-        learnt = [self._learn_piece(names, piece, pieces) for piece in drawn.split(pieces)]
-        metrics = {}
-        if "student_score" in names:
-            metrics["loss/student_score"] = torch.stack([each.score_loss for each in learnt]).sum()
+        samples = self._draw(names, x0, condition, batch, generator)
+        results = [self._learn_piece(names, piece) for piece in samples.split(self.task.accumulation)]
+        losses = [name for name in ("student_score", "ratio") if name in names]
+        metrics = {f"loss/{name}": torch.stack([each[name] for each in results]).sum() for name in losses}
         if "ratio" in names:
-            metrics["loss/ratio"] = torch.stack([each.ratio_loss for each in learnt]).sum()
-            real, student = (torch.cat([getattr(each, name) for each in learnt]) for name in ("real", "student"))
-            self._diagnose(real, student, drawn)
+            real, student = (torch.cat([each[name] for each in results]) for name in ("l_real", "l_student"))
+            times = self.task.ratio_times or self.task.student_score_times
+            quantiles = (times.quantile(self.task.noising, each.noisy.t) for each in (samples.real, samples.student))
+            self.task.diagnostics.begin(real, student, *quantiles)
             metrics |= {**ratio_metrics(real, student), **self._divergences(real)}
         return metrics
 
-    def together(self, names: Sequence[str]) -> list[Sequence[str]]:
-        """``names`` in groups, each of one update: gradients of several need not exist at the same time."""
+    def updates_of(self, names: Sequence[str]) -> list[Sequence[str]]:
+        """``names`` in groups, one for each update: only critics that share an encoder are updated together."""
         return [names] if self._on_student_score else [[name] for name in names]
 
-    def learning(self, names: Collection[str]) -> set[str]:
-        """The networks that the losses of ``names`` train, and whose weights they ask for."""
+    def networks_of(self, names: Collection[str]) -> set[str]:
+        """The networks that the losses of ``names`` train."""
         return {*names, "student_score"} if "ratio" in names and self._on_student_score else set(names)
 
     @property
-    def _on_student_score(self) -> bool:
-        return self.nodes.ratio is not None and self.nodes.ratio.on_student_score
-
-    @property
-    def learn_from_ratio(self) -> list[nn.Parameter]:
+    def ratio_parameters(self) -> list[nn.Parameter]:
         """What the ratio's loss trains."""
-        ratio = self.nodes.ratio
-        nodes = (ratio, self.nodes.student_score) if ratio.on_student_score else (ratio,)
+        nodes = (self.task.ratio, self.task.student_score) if self._on_student_score else (self.task.ratio,)
         return [parameter for node in nodes for parameter in node.parameters() if parameter.requires_grad]
 
     @property
-    def shares_pass(self) -> bool:
-        """Whether the ratio reads the very pass in which the student score learns."""
-        return self._on_student_score and self.ratio_times is None
+    def _on_student_score(self) -> bool:
+        return self.task.ratio is not None and self.task.ratio.on_student_score
 
-    def _draw(self, names, x0, condition, batch, generator) -> _Drawn:
+    @property
+    def _share_pass(self) -> bool:
+        """Whether the ratio reads the same pass of the student score that the student score learns from."""
+        return self._on_student_score and self.task.ratio_times is None
+
+    def _draw(
+        self,
+        names: Collection[str],
+        x0: Tensor,
+        condition: Condition,
+        batch: Batch | None,
+        generator: torch.Generator,
+    ) -> _Samples:
         score = positives = real = student = None
-        if "student_score" in names or ("ratio" in names and self.shares_pass):
-            score = self._noised(x0, condition, self.student_score_times, generator)
+        if "student_score" in names or ("ratio" in names and self._share_pass):
+            (score,) = self._noised([(x0, condition)], self.task.student_score_times, generator)
         if "ratio" in names:
-            positives = self.positives.draw(batch, len(x0), self.nodes.teacher, self.student, generator)
-            pair = (positives.images.to(x0.dtype), positives.condition), (x0, condition)
-            if self.shares_pass:
-                real = self._noised(*pair[0], self.student_score_times, generator)
+            positives = self.task.positives.draw(batch, len(x0), self.task.teacher, self.task.student, generator)
+            clean = positives.images.to(x0.dtype), positives.condition
+            if self._share_pass:
+                (real,), student = self._noised([clean], self.task.student_score_times, generator), score
             else:
-                real, student = self._pair(*pair, generator)
-        return _Drawn(score, positives, real, student)
+                real, student = self._noised([clean, (x0, condition)], self.task.ratio_times, generator)
+        return _Samples(score, positives, real, student)
 
-    def _noised(self, x0: Tensor, condition: Condition, times: TimeSampler, generator) -> NoisySamples:
-        """``x0`` augmented and noised at ``times``."""
-        x0, condition = self.augmentation.apply(x0, condition, generator)
-        t = times(self.noising, x0.shape[0], generator)
-        return NoisySamples(self.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype)), x0, condition)
-
-    def _pair(self, real, student, generator) -> list[NoisySamples]:
-        """Real and student samples, noised at the same times: the classes are balanced at every noise level."""
-        pairs = [self.augmentation.apply(*pair, generator) for pair in (real, student)]
-        t = self.ratio_times(self.noising, len(pairs[0][0]), generator)
+    def _noised(
+        self, sets: Sequence[tuple[Tensor, Condition]], times: TimeSampler, generator: torch.Generator
+    ) -> list[NoisySamples]:
+        """Sets of samples, augmented and noised at the same times: several are balanced at every noise level."""
+        augmented = [self.task.augmentation.apply(*each, generator) for each in sets]
+        t = times(self.task.noising, len(augmented[0][0]), generator)
         return [
-            NoisySamples(self.noising.add_noise(x, t, normal(x.shape, generator, x.dtype)), x, told)
-            for x, told in pairs
+            NoisySamples(self.task.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype)), x0, condition)
+            for x0, condition in augmented
         ]
 
-    def _learn_piece(self, names: Collection[str], drawn: _Drawn, pieces: int) -> _Learnt:
-        """Both losses of one micro-batch, backward; no activations are left."""
-        shared = None if drawn.score is None else self._evaluation(drawn.score, TRAINING)
-        score_loss = None
-        if "student_score" in names:
-            # A ratio that shares this pass goes back through its encoder once more.
-            score_loss = self._learn_student_score(shared, pieces, keep="ratio" in names and self.shares_pass)
-        if "ratio" not in names:
-            return _Learnt(score_loss)
-        weight = self.objective.positive_weights(drawn.positives)
-        real, student, x_t = self._logits(drawn, shared)
-        loss = self.ratio_loss(real, student, x_t, weight) / pieces
-        # Not to x_t as well, by which R1 differentiates: the second derivative there would be work for nothing.
-        loss.backward(inputs=self.learn_from_ratio if self.ratio_loss.needs_gradient else None)
-        return _Learnt(score_loss, loss.detach(), real.detach(), student.detach())
+    def _learn_piece(self, names: Collection[str], samples: _Samples) -> dict[str, Tensor]:
+        """The backward passes of one micro-batch.
 
-    def _learn_student_score(self, student: Evaluation, pieces: int, keep: bool) -> Tensor:
+        Returns:
+            Detached: the losses "student_score" and "ratio" [], divided by the number of micro-batches; the ratio's
+            outputs "l_real" and "l_student" [B].
+        """
+        score = None if samples.score is None else self._evaluation(samples.score, TRAINING)
+        results = {}
+        if "student_score" in names:
+            # The ratio's loss goes back through the same encoder once more where they share the pass.
+            keep = "ratio" in names and self._share_pass
+            results["student_score"] = self._learn_student_score(score, keep)
+        if "ratio" in names:
+            weight = self.task.objective.positive_weights(samples.positives)
+            ratio_loss = self._ratio_loss()
+            real, student, x_t = self._log_ratios(samples, score, ratio_loss.needs_gradient)
+            loss = ratio_loss(real, student, x_t, weight) / self.task.accumulation
+            # Not to x_t as well, by which R1 differentiates: its second derivative there would be wasted work.
+            loss.backward(inputs=self.ratio_parameters if ratio_loss.needs_gradient else None)
+            results |= {"ratio": loss.detach(), "l_real": real.detach(), "l_student": student.detach()}
+        return results
+
+    def _learn_student_score(self, student: Evaluation, keep: bool) -> Tensor:
         denoised = student.student_score_output
-        weight = self.student_score_weight or EDMWeight(sigma_data=self.nodes.student_score.sigma_data)
-        loss = weighted_denoising_loss(denoised, student.x0, student.noisy, weight) / pieces
+        weight = self.task.student_score_weight or EDMWeight(sigma_data=self.task.student_score.sigma_data)
+        loss = weighted_denoising_loss(denoised, student.x0, student.noisy, weight) / self.task.accumulation
         loss.backward(retain_graph=keep)
         return loss.detach()
 
-    def _logits(self, drawn: _Drawn, shared: Evaluation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _ratio_loss(self) -> RatioLoss:
+        """The loss of the ratio's next update."""
+        updater = self.task.optimizers.get("ratio", self.task.optimizers.get("student_score"))
+        return self.task.ratio_loss.at(0 if updater is None else updater.updates)
+
+    def _log_ratios(
+        self, samples: _Samples, score: Evaluation | None, penalized: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(l of real samples, l of the student's, the noisy real samples)."""
-        if self.shares_pass:  # the student samples' features are those of the student score's own update
-            real = self._evaluation(drawn.real, self._ratio_needs)
-            return real.log_ratio_output, shared.log_ratio_output, real.noisy.x_t
-        if self.ratio_loss.needs_gradient:  # by real samples alone, so that those of the student need no such graph
-            real, student = (
-                self._evaluation(drawn.real, self._ratio_needs),
-                self._evaluation(drawn.student, TRAINING),
-            )
+        if self._share_pass or penalized:  # two passes: only that of the real samples needs the penalty's graph
+            real = self._evaluation(samples.real, TRAINING | Needs(ratio_gradient=penalized, curvature=penalized))
+            student = score if self._share_pass else self._evaluation(samples.student, TRAINING)
             return real.log_ratio_output, student.log_ratio_output, real.noisy.x_t
-        both = self._evaluation(drawn.real.join(drawn.student), TRAINING)
-        return *both.log_ratio_output.tensor_split([len(drawn.positives)]), drawn.real.noisy.x_t
+        both = self._evaluation(samples.real.join(samples.student), TRAINING)
+        return *both.log_ratio_output.tensor_split([len(samples.positives)]), samples.real.noisy.x_t
 
     def _evaluation(self, samples: NoisySamples, needs: Needs) -> Evaluation:
-        return Evaluation(*samples, self.nodes, needs)
-
-    @property
-    def _ratio_needs(self) -> Needs:
-        again = self.ratio_loss.needs_gradient
-        return TRAINING | Needs(ratio_gradient=again, curvature=again)
-
-    def _diagnose(self, real: Tensor, student: Tensor, drawn: _Drawn) -> None:
-        times = self.ratio_times or self.student_score_times
-        told = drawn.score if self.shares_pass else drawn.student
-        self.diagnostics.begin(real, student, *(times.quantile(self.noising, of.noisy.t) for of in (drawn.real, told)))
+        return Evaluation(*samples, self.task.nodes, needs)
 
     def _divergences(self, real: Tensor) -> dict[str, Tensor]:
         """The estimate of each term's own D_h(q_t||p_t), where h has a closed form."""
-        terms = self.objective.terms.items()
+        terms = self.task.objective.terms.items()
         rows = {name: term.weighting.row for name, term in terms if term.weighting is not None}
         return {f"divergence/{name}": bregman_divergence(row, real) for name, row in rows.items() if row.has_h}

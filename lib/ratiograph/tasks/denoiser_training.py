@@ -29,9 +29,9 @@ class DenoiserTraining(Task):
     Args:
         denoiser: the network to train.
         noising: forward process.
-        times: p(t) of the loss; EDM's log-normal by default recipes.
+        times: p(t) of the loss.
         optimizer: recipe of the optimiser.
-        ema: recipe of the average that is the teacher in the end.
+        ema: recipe of the average, which is the resulting teacher.
         sampler: many-step sampler of the previews.
         augmentation: of the images; none by default.
     """
@@ -81,7 +81,7 @@ class DenoiserTraining(Task):
         return {"loss/denoising": loss, "gradient/denoiser": norm}
 
     def _learn(self, samples: NoisySamples) -> Tensor:
-        """One micro-batch's part of the loss [], detached, after its backward."""
+        """Backward of one micro-batch; returns its part of the loss [], detached."""
         denoised = self.denoiser.denoise(samples.noisy, samples.condition)
         loss = weighted_denoising_loss(denoised, samples.x0, samples.noisy, self.weight) / self.accumulation
         loss.backward()

@@ -8,14 +8,13 @@ One step, for z ~ N(0, I):
     x0.backward(field / batch size)                    exact gradient of the objective, no pseudo-loss
     student score: denoising loss on x0 at its own times;  ratio: loss of real against x0 at its own times
 
-By the line of the backward no graph but the student's exists, so the peak memory is one network's activations. A step
-may also be taken micro-batch by micro-batch (``Experiment.accumulation``): random numbers are drawn for all samples at
-once, weights are of all of them together, so it is the same step.
+When the backward runs, no graph but the student's exists, so the peak memory is one network's activations. A step may
+also be taken in micro-batches (``Experiment.accumulation``): random numbers and weights are still those of the whole
+batch, so it is the same step.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -42,7 +41,7 @@ from ratiograph.networks.students import OneStep
 from ratiograph.tasks.critics import Critics
 from ratiograph.tasks.distillation_check import check_nodes, check_parallel
 from ratiograph.tasks.positives import ExactSamples, Positives, RealSamples
-from ratiograph.tasks.student_passes import Kept, Replayed
+from ratiograph.tasks.student_passes import KeptPass, ReplayedPass
 from ratiograph.training.experiment import Sampler, Task
 from ratiograph.training.optim import EMA, Adam, named_averages
 from ratiograph.training.updates import Updates
@@ -61,33 +60,30 @@ class Distillation(Task):
         times: p(t) of the objective.
         student_optimizer: recipe of the student's optimiser.
         ema: recipe of the student's average, which is the result.
-        averages: recipes of further averages by name, such as 'short' and 'long': kept, judged and written beside it.
+        averages: recipes of further averages by name, such as 'short' and 'long', which are evaluated and saved too.
         teacher: denoiser of p, frozen; None for score-free objectives.
         student_score: denoiser of q, trained online; None for score-free objectives.
         student_score_times: p(t) of its denoising loss.
         student_score_optimizer: recipe of its optimiser.
-        student_score_updates: its updates a step; the first shares the step's samples.
+        student_score_updates: its updates a step; the first uses the samples that the student learned from.
         student_score_weight: lambda(s) of its loss; EDM's for its ``sigma_data`` by default.
         ratio: estimator of log p/q, trained online; None where every weighting is KL's and no direction needs it.
-        ratio_times: p(t) of its loss; None, for an estimator on the student score, shares that network's noisy samples,
-            so that one pass over them gives both losses.
+        ratio_times: p(t) of its loss; None, for an estimator on the student score, shares that network's noisy samples.
         ratio_optimizer: recipe of its optimiser.
         ratio_updates: its updates a step.
-        fresh_samples: whether each further update of a critic has new samples, at a forward pass of the student each;
-            otherwise all learn from the step's samples, at noise and times of their own.
+        fresh_samples: whether each further update of the critics has new samples of the student, or only new noise.
         ratio_loss: what trains it; the logistic loss by default.
         positives: its samples of p; by default exact ones if the teacher has them, and real ones otherwise.
-        warm_start: an earlier run whose networks to begin with.
-        critic_steps: first steps in which only the critics learn and the student stands still.
+        warm_start: an earlier run whose networks this one starts from.
+        critic_steps: first steps in which only the critics learn and the student does not change.
         conditions: what the student's samples are conditioned on; uniform labels by default.
-        augmentation: of the critics' images, the student's and the real ones alike; none by default. The terms ask
-            about samples as they are.
-        recompute: whether the student's samples are made without a graph first and once more for their gradient, so
-            that the activations of two networks never meet; accumulation over micro-batches does it anyway.
+        augmentation: of the critics' images, student's and real ones; none by default. Terms see samples without it.
+        recompute: whether the student's samples are first made without a graph and then again for their gradient, so
+            that two networks never hold activations at once; accumulation over micro-batches always does so.
         cuda_graphs: whether passes without gradients are recorded on a GPU and replayed, see `cuda_graphs`.
 
     Raises:
-        ValueError: if a term asks for a node the graph does not have, or a node lacks its times or optimiser.
+        ValueError: a term needs a node that the graph does not have, or a node lacks its times or optimiser.
     """
 
     accumulates = shardable = True
@@ -129,23 +125,20 @@ class Distillation(Task):
         self.student_optimizer, self.ema, self.averages = student_optimizer, ema, named_averages(averages)
         self.student_score_optimizer, self.ratio_optimizer = student_score_optimizer, ratio_optimizer
         self.student_score_updates, self.ratio_updates = student_score_updates, ratio_updates
-        self.fresh_samples = fresh_samples
-        self.ratio_loss = LogisticLoss() if ratio_loss is None else ratio_loss
-        exact = getattr(teacher, "can_sample", False)
-        self.positives = positives or (ExactSamples() if exact else RealSamples())
-        self.warm_start, self.critic_steps = warm_start, critic_steps
-        self.conditions = UniformLabels() if conditions is None else conditions
-        self.student_score_weight = student_score_weight
-        self.augmentation = NoAugmentation() if augmentation is None else augmentation
+        self.student_score_weight, self.ratio_loss = student_score_weight, ratio_loss or LogisticLoss()
+        self.positives = positives or (ExactSamples() if getattr(teacher, "can_sample", False) else RealSamples())
+        self.fresh_samples, self.warm_start, self.critic_steps = fresh_samples, warm_start, critic_steps
+        self.conditions, self.augmentation = conditions or UniformLabels(), augmentation or NoAugmentation()
         self.recompute, self.cuda_graphs = recompute, cuda_graphs
         check_nodes(self)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         share_bases(teacher, student, student_score)
         objective.connect(noising, times)
+        self.diagnostics = None if ratio is None else RatioDiagnostics()
         if ratio is not None:
             ratio.connect(teacher, student_score)
-            self.diagnostics = RatioDiagnostics()
+        self.critics = Critics(self)
 
     @property
     def needs_data(self) -> bool:
@@ -155,34 +148,6 @@ class Distillation(Task):
     @property
     def nodes(self) -> Nodes:
         return Nodes(self.teacher, self.student_score, self.ratio)
-
-    @property
-    def critics(self) -> Critics:
-        """What trains the student score and the ratio."""
-        return Critics(
-            nodes=self.nodes,
-            student=self.student,
-            noising=self.noising,
-            augmentation=self.augmentation,
-            student_score_times=self.student_score_times,
-            student_score_weight=self.student_score_weight,
-            ratio_times=self.ratio_times,
-            ratio_loss=self.ratio_loss.at(self._ratio_update),
-            positives=self.positives,
-            objective=self.objective,
-            diagnostics=self.diagnostics if self.ratio is not None else None,
-        )
-
-    @property
-    def _ratio_update(self) -> int:
-        """Number of the ratio's next update, 0 before the first."""
-        updater = self.optimizers.get("ratio", self.optimizers.get("student_score"))
-        return 0 if updater is None else updater.updates
-
-    @property
-    def learn_from_ratio(self) -> list[nn.Parameter]:
-        """What the ratio's loss trains."""
-        return self.critics.learn_from_ratio
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         for node in (self.student.denoiser, self.teacher, self.student_score, self.ratio):
@@ -194,7 +159,12 @@ class Distillation(Task):
             freeze(self.teacher, autocast_dtype)
         self.average = self.parallel.copy(self.student)
         self.averaged = nn.ModuleDict({name: self.parallel.copy(self.student) for name in self.averages})
-        self._place(device, autocast_dtype)
+        check_parallel(self)
+        averages = (average.denoiser for average in (self.average, *self.averaged.values()))
+        nodes = (self.student.denoiser, *averages, self.teacher, self.student_score, self.ratio)
+        self.parallel.place(self, [node for node in nodes if node is not None], device, autocast_dtype)
+        if self.cuda_graphs:
+            record_passes(self)
         self._start_warm()
         self.optimizers = {"student": self.student_optimizer.build(self.student.parameters())}
         if self.student_score is not None:
@@ -204,22 +174,13 @@ class Distillation(Task):
         self.updates, self.steps_done = Updates(self.optimizers), 0
 
     def _start_warm(self) -> None:
-        if self.warm_start is not None:
-            networks = self.trained()
-            taken = self.warm_start.load(
-                {name: networks[name] for name in networks if name not in ("objective", "diagnostics")}
-            )
-            for name, average in self.averaged.items():
-                if f"student_average_{name}" not in taken:
-                    average.load_state_dict(self.average.state_dict())
-
-    def _place(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
-        check_parallel(self)
-        averages = (average.denoiser for average in (self.average, *self.averaged.values()))
-        nodes = (self.student.denoiser, *averages, self.teacher, self.student_score, self.ratio)
-        self.parallel.place(self, [node for node in nodes if node is not None], device, autocast_dtype)
-        if self.cuda_graphs:
-            record_passes(self)
+        if self.warm_start is None:
+            return
+        own = {name: node for name, node in self.trained().items() if name not in ("objective", "diagnostics")}
+        loaded = self.warm_start.load(own)
+        for name, average in self.averaged.items():
+            if f"student_average_{name}" not in loaded:
+                average.load_state_dict(self.average.state_dict())
 
     def trained(self) -> dict[str, nn.Module]:
         networks = {
@@ -229,7 +190,7 @@ class Distillation(Task):
             "student_score": self.student_score,
             "ratio": self.ratio,
             "objective": self.objective,
-            "diagnostics": self.diagnostics if self.ratio is not None else None,
+            "diagnostics": self.diagnostics,
         }
         return {name: network for name, network in networks.items() if network is not None}
 
@@ -250,77 +211,71 @@ class Distillation(Task):
         return {} if self.ratio is None else {"ratio": self.diagnostics.summary()}
 
     def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
-        """Estimates log Z of each tilted target from real or teacher samples, and keeps conditions for previews.
+        """Estimates log Z of each tilted target from real or teacher samples, and stores conditions for previews.
 
         Raises:
-            ValueError: for a tilted target without real samples, if the teacher cannot be sampled either.
+            ValueError: a tilted target has neither real samples nor a teacher that can be sampled.
         """
         self.conditions.remember(batches)
         fitted = {}
         for name, term in self.objective.terms.items():
             if term.target.needs_samples:
-                term.target.fit(self._samples_of_p(batches, 500, generator))
+                term.target.fit(self._teacher_batches(generator) if batches is None else batches)
                 fitted[f"log Z of {name}"] = float(term.target.log_normalizer)
         return fitted
 
-    def _samples_of_p(self, batches: Iterator[Batch] | None, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        if batches is not None:
-            return batches
+    def _teacher_batches(self, generator: torch.Generator) -> Iterator[Batch]:
         if not getattr(self.teacher, "can_sample", False):
             raise ValueError("Z is estimated from real samples: bind Experiment.data = @ShardStream() (or give --data)")
-        return (Batch(self.teacher.sample(size, generator), Condition()) for _ in itertools.count())
+        while True:
+            yield Batch(self.teacher.sample(500, generator), Condition())
 
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        condition = self.conditions.draw(batch, batch_size, self.student, generator)
-        z = self.student.noise(batch_size, generator)
-        learns = self.steps_done >= self.critic_steps
-        x0, metrics = self._update_student(z, condition, generator) if learns else (self._samples(z, condition), {})
+        z, condition = self._inputs(batch, batch_size, generator)
+        student_learns = self.steps_done >= self.critic_steps
+        if student_learns:
+            x0, metrics = self._update_student(z, condition, generator)
+        else:
+            x0, metrics = self._samples(z, condition), {}
         for update in range(max(self.student_score_updates, self.ratio_updates)):
-            if update and self.fresh_samples:
-                self.updates.finish(["student"])
-                condition = self.conditions.draw(batch, batch_size, self.student, generator)
-                x0 = self._samples(self.student.noise(batch_size, generator), condition)
+            if update > 0 and self.fresh_samples:
+                self.updates.finish(["student"])  # the student of the new samples is the updated one
+                z, condition = self._inputs(batch, batch_size, generator)
+                x0 = self._samples(z, condition)
             metrics |= self._update_critics(update, x0, condition, batch, generator)
         self.updates.finish()
         if self.ratio is not None:
             self.diagnostics.finish()
+        if student_learns:
+            metrics["gradient/student"] = self.updates.norms["student"]
         self.steps_done += 1
-        return metrics | ({"gradient/student": self.updates.norms["student"]} if learns else {})
+        return metrics
+
+    def _inputs(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        condition = self.conditions.draw(batch, batch_size, self.student, generator)
+        return self.student.noise(batch_size, generator), condition
 
     @torch.no_grad()
     def _samples(self, z: Tensor, condition: Condition) -> Tensor:
         return self.student(z, condition)
 
-    def evaluate(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Evaluation:
-        """Noises ``x0`` [B, ...] at times of the objective, for its terms to look at."""
-        return Evaluation(*self._noised(x0, condition, generator), self.nodes, self.objective.needs)
-
-    def _noised(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> NoisySamples:
-        x0, t = x0.detach(), self.times(self.noising, x0.shape[0], generator)
-        noisy = self.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype))
-        return NoisySamples(noisy, x0, condition)
-
     def _update_student(
         self, z: Tensor, condition: Condition, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's samples x0 [B, ...] of ``z``, detached, and what to log of its update."""
-        again = self.recompute or self.accumulation > 1
-        passes = Replayed(self.student, z, condition, self.accumulation) if again else Kept(self.student, z, condition)
-        fields = self._fields(passes.x0, condition, generator)
-        passes.backward(torch.stack(list(fields.values())).sum(0) / len(z))
+        """Begins an update of the student; returns its samples x0 [B, ...], detached, and the metrics to log."""
+        if self.recompute or self.accumulation > 1:
+            student_pass = ReplayedPass(self.student, z, condition, self.accumulation)
+        else:
+            student_pass = KeptPass(self.student, z, condition)
+        fields = self._fields(student_pass.x0, condition, generator)
+        student_pass.backward(torch.stack(list(fields.values())).sum(0) / len(z))
         self.updates.begin("student", lambda: self._move_averages(len(z)))
-        return passes.x0, {**field_metrics(fields), **self.objective.metrics()}
-
-    def _move_averages(self, samples: int) -> None:
-        """After an update of the student from so many samples of this process."""
-        recipes, averages = (self.ema, *self.averages.values()), (self.average, *self.averaged.values())
-        for ema, average in zip(recipes, averages, strict=True):
-            ema.update(average, self.student, samples, self.optimizers["student"].updates * samples)
+        return student_pass.x0, {**field_metrics(fields), **self.objective.metrics()}
 
     def _fields(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> dict[str, Tensor]:
-        """Each term's field [B, ...] at ``x0``, the networks asked about one micro-batch after another."""
+        """Each term's field [B, ...] at ``x0``, from one micro-batch after another."""
         critics = [node for node in (self.student_score, self.ratio) if node is not None]
-        for node in critics:  # without their dropout where they are only asked
+        for node in critics:  # no dropout where they do not learn
             node.eval()
         pieces = self._noised(x0, condition, generator).split(self.accumulation)
         fields = self.objective.fields(Evaluation(*each, self.nodes, self.objective.needs) for each in pieces)
@@ -328,24 +283,38 @@ class Distillation(Task):
             node.train()
         return fields
 
+    def _noised(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> NoisySamples:
+        x0, t = x0.detach(), self.times(self.noising, x0.shape[0], generator)
+        noisy = self.noising.add_noise(x0, t, normal(x0.shape, generator, x0.dtype))
+        return NoisySamples(noisy, x0, condition)
+
+    def evaluate(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Evaluation:
+        """The networks' outputs that the objective's terms need, at ``x0`` [B, ...] noised at times of p(t)."""
+        return Evaluation(*self._noised(x0, condition, generator), self.nodes, self.objective.needs)
+
+    def _move_averages(self, samples: int) -> None:
+        """Called after an update of the student from ``samples`` samples of this process."""
+        recipes, averages = (self.ema, *self.averages.values()), (self.average, *self.averaged.values())
+        for ema, average in zip(recipes, averages, strict=True):
+            ema.update(average, self.student, samples, self.optimizers["student"].updates * samples)
+
     def _update_critics(
         self, update: int, x0: Tensor, condition: Condition, batch: Batch | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """One update of the critics that are due at this number of the step's updates."""
-        due = {
+        """Update number ``update`` of the step, of each critic that has so many updates a step."""
+        planned = {
             "student_score": self.student_score_updates * (self.student_score is not None),
             "ratio": self.ratio_updates * (self.ratio is not None and self.ratio.learns),
         }
         metrics = {}
-        for names in self.critics.together([name for name, updates in due.items() if update < updates]):
-            learning = [name for name in self.optimizers if name in self.critics.learning(names)]
-            self.updates.finish(learning)
-            metrics |= self.critics.learn(names, x0, condition, batch, generator, self.accumulation)
-            for name in learning:
+        for names in self.critics.updates_of([name for name, updates in planned.items() if update < updates]):
+            networks = [name for name in self.optimizers if name in self.critics.networks_of(names)]
+            self.updates.finish(networks)
+            metrics |= self.critics.learn(names, x0, condition, batch, generator)
+            for name in networks:
                 self.updates.begin(name)
         return metrics
 
-    @torch.no_grad()
     def preview(self, samples: int, generator: torch.Generator) -> Tensor:
         return picture(self.student_sampler(samples, generator))
 
@@ -371,7 +340,7 @@ class Distillation(Task):
         return sampler.sample(self.teacher, self.average.noise_of(draws), condition, draws)
 
     def teacher_sampler(self, evaluations: int) -> Sampler:
-        """Many-step samples of the teacher, at ``evaluations`` passes each."""
+        """Samples of the teacher by Heun's method, at ``evaluations`` evaluations each."""
         heun = HeunSampler.for_evaluations(evaluations)
 
         def sample(samples: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a distillation graph must have before it is built and before its networks are placed, one message a fault.
+"""Checks of a distillation graph, before it is built and before its networks are placed; one error message a fault.
 
-The task of these functions is a `Distillation`, whose module imports this one.
+The ``task`` of these functions is a `Distillation`, whose module imports this one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["check_nodes", "check_parallel"]
 
 
 def check_nodes(task: Task) -> None:
-    """Raises a ValueError if a term asks for a node that the graph lacks, or a node for what it is trained with."""
+    """Raises a ValueError if a node that a term needs is missing, or the times or optimiser of a trained node."""
     task.conditions.check(task.student)
     for node, terms in task.objective.requires.items():
         if getattr(task, node) is None:
@@ -41,7 +41,7 @@ def _check_ratio(task: Task) -> None:
 
 
 def check_parallel(task: Task) -> None:
-    """Raises a ValueError if the networks are to be sharded and the graph has what shards cannot do."""
+    """Raises a ValueError if the networks are to be sharded and the graph uses what sharded networks cannot do."""
     twice = task.objective.needs.curvature or (task.ratio is not None and task.ratio_loss.needs_gradient)
     if task.parallel.shards and twice:
         raise ValueError(

@@ -1,11 +1,9 @@
-"""Where the ratio estimator's positives come from: samples that stand for p.
+"""Sources of the ratio estimator's positives: samples of p.
 
 Notation: a *positive* is a clean sample x0 of class 1 with its condition; the student's samples are the negatives.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +11,7 @@ from ratiograph.core.contracts import Denoiser
 from ratiograph.core.draws import GeneratorDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.networks.samplers import ManyStepSampler
-
-if TYPE_CHECKING:
-    from ratiograph.networks.students import OneStep
+from ratiograph.networks.students import OneStep
 
 __all__ = ["ExactSamples", "Positives", "RealSamples", "TeacherSamples"]
 
@@ -63,13 +59,13 @@ class ExactSamples(Positives):
 
 
 class TeacherSamples(Positives):
-    """Many-step samples of the teacher: no images at all, at the sampler's price in teacher passes a step.
+    """Many-step samples of the teacher: needs no real images, but the sampler's teacher passes in every step.
 
-    A captioned student's positives have the captions of the step's batch, as the student's own samples do
-    (`conditions.BatchConditions`); those of any other have uniform labels, or none.
+    For a captioned student they have the captions of the step's batch, as the student's own samples do
+    (`BatchConditions`); otherwise they have uniform labels, or none.
 
     Args:
-        sampler: makes them.
+        sampler: of the teacher.
     """
 
     def __init__(self, *, sampler: ManyStepSampler):
@@ -81,14 +77,12 @@ class TeacherSamples(Positives):
 
     @torch.no_grad()
     def draw(self, batch, samples, teacher, student, generator):
-        condition = self._condition(batch, samples, student, generator)
+        if student.captioned:
+            assert batch is not None, "BatchConditions needs data"
+            assert len(batch) == samples, (len(batch), samples)
+            condition = batch.condition
+        else:
+            condition = student.condition(samples, generator)
         noise = student.noise(samples, generator)
         images = self.sampler.sample(teacher, noise, condition, GeneratorDraws(samples, generator))
         return Batch(images, condition)
-
-    def _condition(self, batch: Batch | None, samples: int, student: OneStep, generator: torch.Generator) -> Condition:
-        if not student.captioned:
-            return student.condition(samples, generator)
-        assert batch is not None, "BatchConditions asks for data"
-        assert len(batch) == samples, (len(batch), samples)
-        return batch.condition

@@ -1,7 +1,7 @@
 """Training a ratio estimator between two fixed distributions whose exact ratio is known.
 
-Notation: p and q are Gaussian mixtures, l = log p_t/q_t the exact ratio and l_hat the learned one, t the time with its
-quantile under p(t). What an estimator cannot learn here, where nothing moves, it will not learn against a student.
+Notation: p and q are Gaussian mixtures, l = log p_t/q_t their ratio, exact or learned, t the time with its quantile
+under p(t). An estimator that does not learn here, where p and q are fixed, will not learn against a student.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class RatioTraining(Task):
         return Evaluation(noisy, both, Condition(), Nodes(teacher=self.teacher, ratio=self.ratio), needs)
 
     def step(self, batch: None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        again = self.loss.needs_gradient
-        evaluation = self.evaluate(batch_size, generator, Needs(training=True, ratio_gradient=again, curvature=again))
+        penalized = self.loss.needs_gradient
+        needs = Needs(training=True, ratio_gradient=penalized, curvature=penalized)
+        evaluation = self.evaluate(batch_size, generator, needs)
         real, student = evaluation.log_ratio_output.tensor_split([batch_size])
         loss = self.loss(real, student, evaluation.noisy.x_t)
         loss.backward()
@@ -165,11 +166,9 @@ def _row(name: str, learned: Tensor, exact: Tensor, of_q: Tensor) -> dict:
 
 
 def _draw(path: Path, learned: Tensor, exact: Tensor) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     low, high = (float(f(torch.cat([learned, exact]))) for f in (torch.min, torch.max))
     axes.plot([low, high], [low, high], color="#94a3b8", linewidth=1)

@@ -1,6 +1,6 @@
-"""A finished student by itself: from the config.gin and the weights in its folder, nothing else of its graph loaded.
+"""Reads a finished student from config.gin and the weights in its folder; the rest of its graph is not loaded.
 
-The folder is a run's workdir, or what `export` made of one.
+The folder is a run's workdir, or one that `export` wrote.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Experiment
 
-__all__ = ["CONDITIONS", "WEIGHTS", "load_student", "load_students", "read_experiment", "remembered"]
+__all__ = ["CONDITIONS", "WEIGHTS", "load_conditions", "load_student", "load_students", "read_experiment"]
 
 WEIGHTS = "student.safetensors"
 CONDITIONS = "conditions.safetensors"
-"""What the run's previews were told, in an exported folder; a workdir's checkpoint holds the same."""
+"""The conditions of the run's previews, in an exported folder; in a workdir the checkpoint holds them."""
 
 
 def read_experiment(folder: Path, *, memory: bool, bindings: Sequence[str] = ()) -> Experiment:
-    """The run that ``folder`` is of.
+    """Builds the experiment of ``folder``/config.gin.
 
     Args:
         folder: holds config.gin.
-        memory: whether networks have any, random numbers by the run's seed; if not, all lies on the meta device.
-        bindings: lines of gin on top of config.gin; ``import my.module`` for components of one's own.
+        memory: whether networks have memory, initialised by the run's seed; if not, they are on the meta device.
+        bindings: further lines of gin, applied after config.gin; ``import my.module`` for your own components.
 
     Raises:
         FileNotFoundError: there is no config.gin.
-        ConfigError: it is not right.
+        ConfigError: config.gin or a binding is wrong.
     """
     if not (folder / "config.gin").is_file():
         raise FileNotFoundError(f"{folder} has no config.gin: give the folder of a run as --workdir")
@@ -50,18 +50,18 @@ def read_experiment(folder: Path, *, memory: bool, bindings: Sequence[str] = ())
 
 
 def _give_memory(module: nn.Module) -> None:
-    """Memory, as it lies, for what ``module`` has on the meta device; parameters stay the same objects for others."""
+    """Moves the meta tensors of ``module`` to uninitialised memory on the CPU."""
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, tensor in held.items():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     assert name not in part._non_persistent_buffers_set, name  # no file would fill it
                     empty = torch.empty_like(tensor, device="cpu")
-                    held[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                    tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 
 def load_student(student: OneStep, weights: Path) -> OneStep:
-    """``student`` with ``weights``, frozen and on the CPU; of a LoRA the base is read from where it came from.
+    """``student`` with ``weights``, frozen and on the CPU; the base of a LoRA is loaded from its own file.
 
     Raises:
         FileNotFoundError, ValueError: there are none, as in a run that has not finished, or they are another network's.
@@ -77,11 +77,11 @@ def load_student(student: OneStep, weights: Path) -> OneStep:
     return student.requires_grad_(False).eval()
 
 
-def remembered(conditions: Conditions, folder: Path) -> Conditions:
-    """``conditions`` with what they took from the run's data, where they do.
+def load_conditions(conditions: Conditions, folder: Path) -> Conditions:
+    """``conditions`` with the state that they took from the run's data, if they need any.
 
     Raises:
-        ValueError: the folder holds nothing of it.
+        ValueError: neither an exported file nor a checkpoint in ``folder`` holds that state.
     """
     if not conditions.needs_data:
         return conditions
@@ -90,18 +90,18 @@ def remembered(conditions: Conditions, folder: Path) -> Conditions:
         return conditions
     found = checkpoints.latest(folder / "checkpoints")
     if found is None:
-        raise ValueError(f"{folder}/checkpoints, which holds the conditions that the run shows, has no checkpoint")
+        raise ValueError(f"{folder}/checkpoints, which holds the conditions of the previews, has no checkpoint")
     conditions.load_state_dict(found[1]["task"]["conditions"])
     return conditions
 
 
 def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> None:
-    """Loads what a run left of its student: every average and, where they are judged, the weights of the last step.
+    """Loads a run's student into ``task``: every average and, if they are evaluated, the weights of the last step.
 
     Args:
         task: prepared.
         workdir: of the run.
-        raw: whether the weights of the last step are judged; they are where the run keeps several averages.
+        raw: whether the weights of the last step are evaluated; they always are where the run keeps several averages.
 
     Raises:
         FileNotFoundError, ValueError: a file of weights is missing or does not fit; there is no checkpoint.
@@ -113,6 +113,6 @@ def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> No
         return
     found = checkpoints.latest(workdir / "checkpoints")
     if not found:
-        raise ValueError(f"{workdir} has no checkpoint, which the student's weights of the last step lie in (raw)")
+        raise ValueError(f"{workdir} has no checkpoint, which holds the student's weights of the last step (raw)")
     last = {"student": found[1]["task"]["networks"]["student"]}
     checkpoints.load_strict({"student": task.student}, last, source=str(workdir / "checkpoints"))

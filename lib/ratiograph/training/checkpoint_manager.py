@@ -1,11 +1,11 @@
-"""Which checkpoints a run keeps, and writing them while it goes on.
+"""Writes a run's checkpoints while it trains, and decides which ones are kept.
 
-A checkpoint's state is {"step", "task": what the task needs to go on, "run": where the run stood}. ``run`` holds
+A checkpoint's state is {"step", "task": `Task.training_state`, "run": the state of the run itself}. ``run`` holds
 ``samples`` (read from the stream), ``config`` (digest of the configuration), ``graph`` (class and own weights of every
 node, by path) and ``best`` ([step, value] of the best evaluation so far, or None).
 
-Saving copies the state to the CPU, which is all that the run waits for; a thread writes the copy. The next save waits
-for it, and an error of the thread is raised in the run by the next `CheckpointManager.poll`.
+The run waits only until the state is copied to the CPU; a thread writes the copy. The next save waits for that thread,
+and the next `CheckpointManager.poll` raises its error in the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ __all__ = ["CheckpointManager", "check_graph", "config_digest", "graph_nodes"]
 
 
 def graph_nodes(node: Node, path: str = "") -> dict[str, str]:
-    """Class and own weights of ``node`` and of everything below it, by path, owners first.
+    """Class and number of own weights of ``node`` and all nodes below it, by path, parents first.
 
-    What a node's children hold is theirs, so that two graphs differ at the node that differs and not at its owners.
+    Weights of children are not counted, so that two graphs differ at the node that differs and not at its parents.
     """
     own = node.parameters - sum(child.parameters for child in node.children)
     nodes = {path: f"{node.cls} with {own} weights of its own" if own > 0 else node.cls} if path else {}
@@ -40,18 +41,14 @@ def graph_nodes(node: Node, path: str = "") -> dict[str, str]:
     return nodes
 
 
-def check_graph(here: Mapping[str, str], found: Mapping[str, str], source: Path | str) -> None:
-    """Compares two results of `graph_nodes`.
-
-    Raises:
-        ValueError: they differ; the first differing nodes are named.
-    """
-    paths = [path for path in {**here, **found} if here.get(path) != found.get(path)]
+def check_graph(here: Mapping[str, str], there: Mapping[str, str], source: Path | str) -> None:
+    """Raises a ValueError, which names the first differences, unless two results of `graph_nodes` are equal."""
+    paths = [path for path in {**here, **there} if here.get(path) != there.get(path)]
     if paths:
-        told = [f"{path} is {here.get(path, 'absent')} here and {found.get(path, 'absent')} there" for path in paths]
+        found = [f"{path} is {here.get(path, 'absent')} here and {there.get(path, 'absent')} there" for path in paths]
         raise ValueError(
-            f"{source} is a checkpoint of another graph: {listed(told)}. Run the config.gin that made it, or give this "
-            "run another --workdir"
+            f"{source} is a checkpoint of another graph: {listed(found)}. Run the config.gin that made it, or give "
+            "this run another --workdir"
         )
 
 
@@ -63,14 +60,14 @@ def config_digest(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-class CheckpointManager:
-    """The checkpoints of one run. A context manager: leaving it waits for the file in the making.
+class CheckpointManager(AbstractContextManager):
+    """The checkpoints of one run. A context manager: leaving it waits until the last one is written.
 
     Args:
-        folder: where they lie.
-        keep_last: how many of the last are kept, >= 1.
-        keep_every: those whose step is a multiple of this are kept for good; 0 for none.
-        best_metric: name of the evaluation by whose smallest value one is kept; None for none.
+        folder: folder of the checkpoints.
+        keep_last: how many of the last ones are kept, >= 1.
+        keep_every: checkpoints at multiples of this step are never removed; 0 for none.
+        best_metric: name of a metric; the checkpoint with its smallest value is never removed. None for none.
     """
 
     def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, best_metric: str | None = None):
@@ -81,28 +78,25 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def __enter__(self) -> CheckpointManager:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
-        # Who interrupts twice does not want to wait; what the thread leaves then is a temporary.
+        # A second Ctrl-C ends the run at once; the unfinished file is a temporary, which the next save removes.
         if self._thread is not None and not (kind and issubclass(kind, KeyboardInterrupt)):
             self._thread.join()
             if kind is None:
                 self.poll()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """`checkpoints.latest`, and the best evaluation up to there."""
+        """`checkpoints.latest`; also restores ``best`` from it."""
         found = checkpoints.latest(self.folder)
         best = found[1].get("run", {}).get("best") if found else None
         self.best = tuple(best) if best else None
         return found
 
     def improves(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether ``metrics`` hold the smallest value of ``best_metric`` so far, which is then remembered.
+        """Whether ``metrics`` (empty: no evaluation) hold the smallest ``best_metric`` so far, which ``best`` keeps.
 
         Raises:
-            ValueError: ``metrics`` are an evaluation without the metric.
+            ValueError: the evaluation lacks the metric.
         """
         if self.best_metric is None or not metrics:
             return False
@@ -118,7 +112,7 @@ class CheckpointManager:
         """Copies the state and starts to write it.
 
         Raises:
-            ValueError: the state holds something else than plain values; the checkpoint before could not be written.
+            ValueError: the state holds something else than plain values, or the previous checkpoint was not written.
         """
         self.wait()
         state = {"step": step, "task": task, "run": {**run, "best": list(self.best) if self.best else None}}
@@ -142,17 +136,17 @@ class CheckpointManager:
         return every or (best is not None and step == best[0])
 
     def poll(self) -> None:
-        """Costs nothing.
+        """Raises the error of the last write, if there was one; costs nothing.
 
         Raises:
-            ValueError: the last checkpoint could not be written (disk full, read-only); earlier ones are intact.
+            ValueError: the checkpoint could not be written (disk full, read-only); earlier ones are intact.
         """
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Until the checkpoint in the making is on the disk; raises as `poll`."""
+        """Waits until the last checkpoint is on the disk; raises as `poll`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -160,7 +154,7 @@ class CheckpointManager:
 
 
 def _on_cpu(value: Any, copied: dict[tuple, Tensor]) -> Any:
-    """A copy of a state with its tensors on the CPU; ``copied``: one that occurs several times stays one."""
+    """A copy of a state on the CPU. ``copied`` holds the tensors so far: one that occurs several times stays one."""
     if isinstance(value, Tensor):
         key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
         if key not in copied or not value.numel():
@@ -169,9 +163,5 @@ def _on_cpu(value: Any, copied: dict[tuple, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: _on_cpu(item, copied) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_items(value, copied))
+        return type(value)(_on_cpu(item, copied) for item in value)
     return value
-
-
-def _items(values: list | tuple, copied: dict[tuple, Tensor]) -> Iterator[Any]:
-    return (_on_cpu(item, copied) for item in values)

@@ -1,14 +1,15 @@
-"""Checkpoints: what a run needs to go on, saved so that an interruption at any moment loses nothing older.
+"""Checkpoint files. A crash or an interruption while one is written leaves the earlier ones intact.
 
 A *state* is a nested dict, list or tuple of tensors, numbers, strings and None:
 ``torch.load(weights_only=True)`` reads it back, nothing in it can run code. ``folder/step_00000400.pt`` holds
 the state after 400 steps, and beside it ``step_00000400.pt.sha256`` the digest of its bytes in the format of
-``sha256sum -c``. Weights that leave a run are `weight_files`.
+``sha256sum -c``. Final weights of a run are written by `weight_files` instead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,9 +30,9 @@ _SCALARS = (bool, int, float, str, bytes, type(None))
 
 
 class _HashingFile:
-    """Hashes the bytes that pass through to ``file``, so that a checkpoint is read zero times to be signed.
+    """Writes to ``file`` and hashes the bytes on their way, so that the digest needs no second reading.
 
-    torch reports a failed write as its own RuntimeError; ``error`` keeps the OSError that caused it.
+    torch reports a failed write as a RuntimeError; ``error`` keeps the OSError that caused it.
     """
 
     def __init__(self, file: BinaryIO):
@@ -74,33 +75,28 @@ def check_plain(value: Any, where: str) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _numbers(folder: Path, pattern: re.Pattern) -> list[int]:
-    folder = Path(folder)
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    """The steps in the names of ``folder`` that match ``pattern``, ascending; [] without a folder."""
+    names = os.listdir(folder) if Path(folder).is_dir() else ()
     return sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps that ``folder`` has a checkpoint of, ascending, damaged ones included; [] without a folder."""
+    """The steps of the checkpoints in ``folder``, ascending, damaged ones included; [] without a folder."""
     return _numbers(folder, _NAME)
 
 
 def save(
     folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, also: Callable[[int], bool] = lambda step: False
 ) -> Path:
-    """Writes the checkpoint of ``step`` whole or not at all, then removes those older than the ``keep`` last.
+    """Writes the checkpoint of ``step`` atomically, then removes all but the ``keep`` last.
 
     Args:
         folder: where checkpoints lie; made if missing.
         step: optimisation steps done, >= 0.
         state: nested containers of tensors (any device) and plain values.
         keep: checkpoints to keep, this one included, >= 1; with 2 a damaged one still has a predecessor.
-        also: whether the older checkpoint of a step is kept too.
+        also: says whether to keep the older checkpoint of a step too.
 
     Returns:
         The path written.
@@ -113,7 +109,9 @@ def save(
     assert step >= 0, step
     folder, path = Path(folder), _path(folder, step)
     check_plain(state, "state")
-    _remove_temporaries(folder)
+    with clear_storage_errors(folder):  # what an earlier process left when it was killed while saving
+        for temporary in folder.glob(".step_*.tmp"):
+            temporary.unlink(missing_ok=True)
 
     def write(file: BinaryIO) -> None:
         hashing = _HashingFile(file)
@@ -121,14 +119,14 @@ def save(
             torch.save(state, hashing)
         except RuntimeError as error:
             raise (hashing.error or error) from None
-        # The digest lands before the file it signs: a crash between the two leaves a digest without a file,
-        # which nobody reads, and never a file without a digest.
+        # The digest is written before the checkpoint: a crash between the two leaves a digest without a file, which
+        # `latest` warns about, and never a file without a digest.
         write_atomically(_sidecar(path), f"{hashing.sha256.hexdigest()}  {path.name}\n".encode())
 
     write_atomically(path, write)
     passed = [s for s in steps(folder) if s <= step]
     kept = {s for s in passed[:-keep] if also(s)}.union(passed[-keep:])
-    # Digests count too: one may have been left without its file.
+    # A digest may have been left without its checkpoint.
     for old in {*passed, *(s for s in _numbers(folder, _SIDECAR_NAME) if s <= step)} - kept:
         with clear_storage_errors(_path(folder, old)):
             _path(folder, old).unlink(missing_ok=True)
@@ -136,19 +134,13 @@ def save(
     return path
 
 
-def _remove_temporaries(folder: Path) -> None:
-    """Removes what a run killed while saving left. A folder belongs to one run, so nobody writes them now."""
-    with clear_storage_errors(folder):
-        for temporary in folder.glob(".step_*.tmp"):
-            temporary.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> dict[str, Any]:
-    """The state in ``path``; ValueError with the reason if its bytes are not the ones that were saved."""
+    """The state in ``path``; ValueError with the reason if the file is damaged."""
     sidecar = _sidecar(path)
     if sidecar.exists():
-        recorded = sidecar.read_text(errors="replace").split()[:1]
-        if recorded != [_digest(path)]:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sidecar.read_text(errors="replace").split()[:1] != [digest]:
             raise ValueError(f"its bytes do not have the digest in {sidecar.name}")
     else:
         warnings.warn(f"{path} has no {sidecar.name} beside it: read without verification", stacklevel=4)
@@ -165,8 +157,8 @@ def latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
         folder: where checkpoints lie; it need not exist.
 
     Returns:
-        ``(step, state)`` with every tensor on the CPU, or None if there are no checkpoints. A damaged or
-        missing checkpoint is named in a warning and the one before it is used.
+        ``(step, state)`` with every tensor on the CPU, or None if there are no checkpoints. For a damaged or missing
+        one there is a warning, and the one before it is used.
 
     Raises:
         ValueError: there are checkpoints and every one is damaged.
@@ -202,7 +194,7 @@ def load_strict(
     *,
     source: Path | str = "checkpoint",
 ) -> None:
-    """Loads the weights of several nodes, all of them or none.
+    """Loads the weights of several nodes: all of them, or none if one does not fit.
 
     Args:
         modules: the graph's nodes by name, e.g. ``{"student": ..., "ratio": ...}``.
@@ -210,8 +202,8 @@ def load_strict(
         source: file the state came from; named in the error.
 
     Raises:
-        ValueError: a node or tensor is missing, left over or of another shape: the checkpoint of another
-            graph. The first differences are named, and no module has been changed.
+        ValueError: a node or tensor is missing, left over or of another shape: the checkpoint is of another graph. The
+            message names the first differences; no module has been changed.
     """
     found = [f"node {name} is not in the file" for name in modules if name not in state]
     found += [f"node {name} is in the file and not here" for name in state if name not in modules]

@@ -1,6 +1,6 @@
-"""A run's display: live in a terminal, one line of plain text a logged step elsewhere.
+"""A run's display: live in a terminal; elsewhere one line of plain text for each logged step.
 
-Notation as in `logs`. Steps are counted from the run's first, seconds too; the *rate* is measured between logged steps.
+Metrics are as in `logs`. The *rate*, steps a second, is measured between logged steps.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from ratiograph.training.logs import duration, significant
 __all__ = ["Display", "Pace", "sparkline"]
 
 _BARS = "▁▂▃▄▅▆▇█"
-_GROUPS_FIRST = ("loss", "field", "ratio")  # the order people look in; other groups follow as they come
+_GROUPS_FIRST = ("loss", "field", "ratio")  # shown first, in this order; other groups follow in the order of arrival
 _UNITS = {"field": "rms at the image", "memory": "GB"}
-_TREND = 24  # logged values a trend line shows
+_TREND = 24  # number of logged values in a trend line
 
 
 class Pace:
-    """How fast a run goes.
+    """Measures how fast a run goes.
 
     Args:
-        total_steps: steps the run ends at.
-        step: that this process goes on from.
-        seconds: spent on the steps before.
+        total_steps: number of the run's last step.
+        step: step that this process starts after, 0 for a new run.
+        seconds: training time of the steps before that.
     """
 
     def __init__(self, total_steps: int, step: int, seconds: float):
         self.total_steps, self.rate = total_steps, None
         self._before, self._first = seconds, step
         self._start = time.monotonic()
-        self._mark = (step, self._start)  # where the rate is measured from: the last logged step
+        self._mark = (step, self._start)  # (step, time) of the last measurement
 
     @property
     def seconds(self) -> float:
-        """Training time since step 0, added up over resumes."""
+        """Training time since step 0, the sum over all processes that continued the run."""
         return self._before + time.monotonic() - self._start
 
     def measure(self, step: int) -> float | None:
-        """Steps a second since the last call, None where no time has passed; ``rate`` keeps the last one known."""
+        """Steps a second since the last call, None where no time has passed. ``rate`` keeps the last known value."""
         (before, then), now = self._mark, time.monotonic()
         self._mark = (step, now)
         if now <= then or step <= before:
@@ -59,7 +59,7 @@ class Pace:
 
     @property
     def time_left(self) -> float | None:
-        """Seconds to the last step, at the mean rate of this process: steadier than the latest rate."""
+        """Seconds to the last step at this process's mean rate, steadier than the latest one; None at first."""
         (step, then), now = self._mark, time.monotonic()
         if step <= self._first:
             return None
@@ -68,14 +68,14 @@ class Pace:
 
 
 class Display:
-    """Shows metrics as they come.
+    """Shows metrics while a run trains.
 
     Args:
         title: heading of the live display.
-        pace: of the run.
-        step: that the run goes on from.
-        live: whether to draw the live display; None asks the terminal.
-        console: where to show; a new console on standard output when None.
+        pace: the run's speed.
+        step: steps done.
+        live: whether to draw the live display; None: only in a terminal.
+        console: where to print; None: standard output.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class Display:
             self._console.print(Text(text))
 
     def close(self) -> None:
-        """Ends the live display; messages still show."""
+        """Ends the live display; later messages are printed as plain text."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def _print(self, text: str) -> None:
-        """Plain text to the console's file. A reader that left (``| head``) ends the output, not the run."""
+        """Prints plain text. Where nobody reads any more (``| head``), the output ends and the run goes on."""
         if self._mute:
             return
         file = self._console.file
@@ -125,13 +125,12 @@ class Display:
 
     def _line(self, values: Mapping[str, float]) -> str:
         total, rate = self.pace.total_steps, self.pace.rate
-        told = "" if rate is None else f"  {significant(rate, 3)} steps/s"
-        head = f"step {self.step:>{len(str(total))}}/{total}{told}  {duration(self.pace.time_left)} left"
-        names = (name for name in _ordered(values) if not name.startswith("rate/"))
-        return "  ".join([head, *(f"{name} {significant(values[name])}" for name in names)])
+        speed = "" if rate is None else f"  {significant(rate, 3)} steps/s"
+        head = f"step {self.step:>{len(str(total))}}/{total}{speed}  {duration(self.pace.time_left)} left"
+        return "  ".join([head, *(f"{name} {significant(values[name])}" for name in _ordered(values))])
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        """The live display; drawn again by rich's thread, so it only reads."""
+        """The live display. rich draws it from a thread of its own, so this must change nothing."""
         total, pace = self.pace.total_steps, self.pace
         share = self.step / total if total else 1.0
         rate = "measuring" if pace.rate is None else f"{significant(pace.rate, 3)} steps/s"
@@ -172,11 +171,10 @@ def _both_ends(left: Text, right: Text) -> Table:
 
 
 def _groups(metrics: Mapping[str, object]) -> dict[str, list[str]]:
-    """Metric names by group. The rate has its own place in the display."""
+    """Metric names by group."""
     groups: dict[str, list[str]] = {}
-    for name in _ordered(dict(metrics)):
-        if not name.startswith("rate/"):
-            groups.setdefault(name.partition("/")[0], []).append(name)
+    for name in _ordered(dict(metrics)):  # a copy: the run may add a metric while rich's thread draws
+        groups.setdefault(name.partition("/")[0], []).append(name)
     return groups
 
 
@@ -191,21 +189,21 @@ def _halves(groups: dict[str, list[str]], columns: int) -> list[dict[str, list[s
 
 
 def _ordered(names: Mapping[str, object]) -> list[str]:
-    """Metric names with the groups people look at first in front, otherwise as they came."""
+    """Metric names, those of ``_GROUPS_FIRST`` in front; without the rate, which is shown apart."""
     rank = {group: index for index, group in enumerate(_GROUPS_FIRST)}
-    return sorted(names, key=lambda name: rank.get(name.partition("/")[0], len(rank)))
+    shown = (name for name in names if not name.startswith("rate/"))
+    return sorted(shown, key=lambda name: rank.get(name.partition("/")[0], len(rank)))
 
 
 def sparkline(values: list[float]) -> str:
-    """Block characters from ▁, the lowest finite value, to █, the highest; a gap for what is not finite."""
+    """Block characters from ▁, the lowest finite value, to █, the highest; a space for a value that is not finite."""
     finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return " " * len(values)
-    low, spread = min(finite), max(finite) - min(finite)
+    low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
     levels = len(_BARS) - 1
-    return "".join(
-        (_BARS[round((value - low) / spread * levels)] if spread else _BARS[levels // 2])
-        if math.isfinite(value)
-        else " "
-        for value in values
-    )
+
+    def bar(value: float) -> str:
+        if not math.isfinite(value):
+            return " "
+        return _BARS[round((value - low) / spread * levels) if spread else levels // 2]
+
+    return "".join(map(bar, values))

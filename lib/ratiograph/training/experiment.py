@@ -1,6 +1,6 @@
-"""What a run is: a task, the data it reads, who judges it, and the run-level values.
+"""The root of a configuration: a task, its data, an evaluator, and the values of the run.
 
-A ``Task`` owns every node of the graph and knows how to take one optimisation step; the trainer owns the loop.
+A ``Task`` owns every node of the graph and takes one optimisation step; the `trainer` has the loop.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Sampler = Callable[[int, torch.Generator], Tensor]
 
 
 class Task(nn.Module):
-    """Base class of what a run trains. Submodules are the networks; ``trained`` names those that change."""
+    """Base class of what a run trains. Its submodules are the networks; ``trained`` returns those that change."""
 
     needs_data = True
     accumulation = 1
-    """Micro-batches of equal length that a step's samples are taken in, one after another."""
+    """Number of micro-batches of equal size that a step is split into."""
     accumulates = False
-    """Whether ``step`` does so; a task that does not has steps in one piece."""
+    """Whether ``step`` supports more than one micro-batch."""
     parallel: Parallel = Replicated()
     """How several processes hold the networks; set before ``prepare``."""
     shardable = False
-    """Whether ``prepare`` gives its networks to ``parallel``."""
+    """Whether ``prepare`` calls ``parallel.place``, so that weights can be sharded."""
     optimizers: dict[str, Updater]
     """Exists after ``prepare``."""
 
@@ -45,7 +45,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
-        """Loads or initialises weights, moves to ``device``, makes the optimisers. Never called in a dry run."""
+        """Loads or initialises weights, moves to ``device``, builds the optimisers. Never called in a dry run."""
         raise NotImplementedError
 
     def fit(self, batches: Iterator[Batch] | None, generator: torch.Generator) -> dict[str, float]:
@@ -53,14 +53,14 @@ class Task(nn.Module):
         return {}
 
     def check_samples(self, batch: Batch) -> None:
-        """Raises a ValueError unless the data's samples, if any, have the shape that the denoisers are for."""
+        """Raises a ValueError if the data's samples do not have the shape of the denoisers' samples."""
         found = tuple(batch.images.shape[1:])
-        denoisers = {name: module for name, module in self.named_modules() if isinstance(module, Denoiser)}
-        for name, module in denoisers.items() if batch.images.numel() else ():
-            made = tuple(getattr(module, "shape", found))
-            if made != found:
+        denoisers = [(name, module) for name, module in self.named_modules() if isinstance(module, Denoiser)]
+        for name, module in denoisers if batch.images.numel() else ():
+            expected = tuple(getattr(module, "shape", found))
+            if expected != found:
                 network = type(getattr(module, "network", module)).__name__
-                theirs, ours = ("x".join(map(str, shape)) for shape in (made, found))
+                theirs, ours = ("x".join(map(str, shape)) for shape in (expected, found))
                 raise ValueError(
                     f"the data's samples are {ours}, and {name} ({network}) is for {theirs}: configure the network for "
                     "them (resolution and channels), or give other --data"
@@ -83,7 +83,7 @@ class Task(nn.Module):
         return {}
 
     def training_state(self) -> dict:
-        """All that a resume needs, as plain containers of tensors; all processes must call, the main one has it."""
+        """The state that a resume needs, in plain containers, on the main process; all processes must call."""
         return {
             "networks": {name: full(module.state_dict()) for name, module in self.trained().items()},
             "optimizers": {name: full(updater.state_dict()) for name, updater in self.optimizers.items()},
@@ -93,7 +93,7 @@ class Task(nn.Module):
         """Inverse of ``training_state``.
 
         Raises:
-            ValueError: naming the first differing node, if the checkpoint is of another graph.
+            ValueError: the checkpoint is of another graph; names the first difference.
         """
         modules, saved = self.trained(), state["networks"]
         load_strict(modules, {n: spread_like(modules[n], held) if n in modules else held for n, held in saved.items()})
@@ -103,16 +103,16 @@ class Task(nn.Module):
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Judges a task's samples and writes ``evaluation.json`` into the workdir."""
+    """Evaluates a task's samples before, during and after training."""
 
     def before(self, task: Task, device: torch.device, seed: int) -> list[dict]:
-        """Rows about the task before its first step."""
+        """Rows of results from before the first step, which ``after`` gets back."""
 
     def during(self, task: Task, device: torch.device, seed: int) -> dict[str, float]:
-        """A few numbers cheap enough to take while training; the run's own random numbers are not touched."""
+        """A few cheap measurements during training. It must not change the run's random numbers."""
 
     def after(self, task: Task, device: torch.device, seed: int, before: list[dict], workdir: str) -> dict:
-        """The document of ``evaluation.json``, from the finished task and the rows of ``before``."""
+        """The content of ``evaluation.json``, from the trained task and the rows of ``before``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,28 +121,29 @@ class Experiment:
 
     Args:
         task: what is trained; owns the graph.
-        data: stream of real samples; needed if the task needs data.
-        evaluator: judges the result, or None for no evaluation.
-        loggers: where metrics and pictures go beside the run's folder; TensorBoard by default, [] for nowhere.
+        data: stream of real samples; required if the task needs data.
+        evaluator: evaluates the samples; None for no evaluation.
+        loggers: further loggers of metrics and pictures, beside the run's folder; TensorBoard by default, [] for none.
         steps: optimisation steps of the whole run.
-        batch_size: samples a step, of all processes together.
-        accumulation: micro-batches, one after another, that a process takes its samples of a step in: the same step in
-            less memory, for one more pass of the student.
-        seed: everything random in the run follows from it.
-        precision: "auto" takes bf16 autocast where the processor has it in hardware, fp32 elsewhere; "fp64" is for
-            comparing runs.
+        batch_size: samples of a step, of all processes together.
+        accumulation: number of micro-batches that each process splits a step into: the same step in less memory, for
+            one more pass of the student.
+        seed: seed of all random numbers of the run.
+        precision: "auto" is bf16 autocast where the hardware computes in it, else fp32; "fp64" is for comparing
+            runs.
         log_every: steps between logged lines.
         preview_every: steps between sample grids.
         checkpoint_every: steps between checkpoints.
         keep_last: how many of the last checkpoints are kept.
-        keep_every: checkpoints of these steps are kept for good, a multiple of ``checkpoint_every``; 0 for none.
-        best_metric: a quick measurement, 'evaluation/<name>', whose smallest value has its checkpoint kept.
+        keep_every: checkpoints at multiples of this step are never removed; 0 or a multiple of ``checkpoint_every``.
+        best_metric: a quick measurement, 'evaluation/<name>'; the checkpoint with its smallest value is never removed.
         evaluate_every: steps between the evaluator's quick measurements, 0 for none but the last.
-        preview_samples: samples of a grid.
-        teacher_evaluations: evaluations a sample of the teacher's grid, drawn once at the end from the same noise, to
-            stand above the student's in the report; 0 for none.
-        max_bad_steps: steps in a row without a finite gradient that end the run; fewer are left out and counted.
-        hang_minutes: time without a step after which the log says where the run hangs.
+        preview_samples: number of samples in a grid.
+        teacher_evaluations: network evaluations for each sample of the teacher's grid, which is drawn once at the end
+            from the same noise and shown above the student's in the report; 0 for none.
+        max_bad_steps: number of steps in a row without a finite gradient that ends the run; before that they are
+            skipped and counted.
+        hang_minutes: minutes without a step after which the stack of every thread is printed.
 
     Raises:
         ValueError: for a task without the data it needs, or values out of range.
@@ -179,10 +180,9 @@ class Experiment:
                 f"Experiment.accumulation={self.accumulation}: {type(self.task).__name__} takes a step in one piece; "
                 "leave it at 1"
             )
-        if self.teacher_evaluations < 0:
-            raise ValueError(f"Experiment.teacher_evaluations={self.teacher_evaluations} must be >= 0; 0 draws none")
-        if self.evaluate_every < 0:
-            raise ValueError(f"Experiment.evaluate_every={self.evaluate_every} must be at least 0, which is never")
+        for name in ("teacher_evaluations", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 0, which means none")
         if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"Experiment.keep_every={self.keep_every} must be 0 or a multiple of checkpoint_every="
@@ -200,3 +200,22 @@ class Experiment:
                 f"{type(self.task).__name__} needs real samples: bind Experiment.data = @ShardStream() and give "
                 "ShardStream.urls (or --data)"
             )
+
+    def samples_each(self, processes: int) -> int:
+        """Samples of a step that each of ``processes`` takes.
+
+        Raises:
+            ValueError: they are no whole number, or not divisible by ``accumulation``.
+        """
+        if self.batch_size % processes:
+            raise ValueError(
+                f"Experiment.batch_size={self.batch_size} is of all {processes} processes together and must be a "
+                f"multiple of {processes}"
+            )
+        samples = self.batch_size // processes
+        if samples % self.accumulation:
+            raise ValueError(
+                f"Experiment.accumulation={self.accumulation} must divide the {samples} samples that a process has of "
+                "a step"
+            )
+        return samples

@@ -1,8 +1,8 @@
-"""What goes wrong inside a step: gradients that are not finite, and steps that never end.
+"""Faults inside a step: gradients that are not finite, and steps that never end.
 
-An update whose gradient has a norm that is not finite is left out: weights and moments stay as they were, and so do the
-running statistics (buffers) of the whole step, which the same samples have touched. Whether that happened is known on
-the device only, so nothing synchronises; the counts are read where metrics are logged.
+An update is skipped where the norm of its gradient is not finite: weights and moments stay as they were. The buffers of
+all networks (running statistics) then go back to their values before the step, as the same samples went into them. The
+flags and counts stay on the device, so that nothing synchronises, and are read where metrics are logged.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ratiograph.training.experiment import Task
 
 __all__ = ["Faults", "Means", "StepGuard", "Watchdog"]
 
 _EXPONENTIALS = ("ratio/", "divergence/")
-"""Groups whose values are exponentials of l: they overflow where an estimator is very sure, and no weight learns from
-them."""
+"""Metrics of these groups are exponentials of the log-ratio l: they may overflow, and no weight learns from them."""
 
 
 class Means:
-    """Means of metrics over the steps since they were last read, over the finite values of each.
+    """Means of metrics over the steps since the last ``read``; values that are not finite are left out.
 
     Args:
-        device: where the sums are kept.
+        device: device of the sums.
     """
 
     def __init__(self, device: torch.device):
@@ -42,7 +42,7 @@ class Means:
         self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor, int]] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Takes in one step's 0-d tensors, in one operation whatever their number."""
+        """Adds one step's metrics, 0-d tensors, all in one operation."""
         if not metrics:
             return
         values = torch.stack([value.to(self.device) for value in metrics.values()])
@@ -53,23 +53,21 @@ class Means:
         self._sums[names] = total + kept, count + finite, steps + 1
 
     def read(self) -> tuple[dict[str, float], dict[str, int]]:
-        """(means by name, NaN where no value was finite; number of values that were not finite, where there were)."""
-        totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        bad: dict[str, int] = {}
+        """(means by name, NaN where no value was finite; the number of values not finite, for names that had any)."""
+        totals, counts, bad = Counter(), Counter(), Counter()
         for names, (total, count, steps) in self._sums.items():
             for name, value, finite in zip(names, total.tolist(), count.tolist(), strict=True):
-                totals[name] = totals.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + finite
+                totals[name] += value
+                counts[name] += finite
                 if finite < steps and not name.startswith(_EXPONENTIALS):
-                    bad[name] = bad.get(name, 0) + steps - finite
+                    bad[name] += steps - finite
         self._sums = {}
         return {name: totals[name] / counts[name] if counts[name] else float("nan") for name in totals}, bad
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Steps with an update left out: all of them, those since the last look, and the most in a row."""
+    """Counts of steps with a skipped update: of all, of those since the last ``read``, and the most in a row."""
 
     skipped: int
     new: int
@@ -77,11 +75,11 @@ class Faults:
 
 
 class StepGuard:
-    """A context manager round each step that leaves out updates from gradients that are not finite.
+    """A context manager for one step at a time, which undoes what a step with a gradient that is not finite did.
 
     Args:
-        task: prepared, so that its optimisers and networks are there.
-        device: of the task.
+        task: a task after ``prepare``, so that its optimisers exist.
+        device: the task's device.
     """
 
     def __init__(self, task: Task, device: torch.device):
@@ -91,13 +89,13 @@ class StepGuard:
         self._read = 0
         self._by_network = {name: zero.clone() for name in task.optimizers}
         self._buffers = list({id(b): b for network in task.trained().values() for b in network.buffers()}.values())
-        self._looks = {name: functools.partial(self._look, name) for name in task.optimizers}
-        for name, look in self._looks.items():
-            task.optimizers[name].watchers.append(look)
+        self._watchers = {name: functools.partial(self._count, name) for name in task.optimizers}
+        for name, watcher in self._watchers.items():
+            task.optimizers[name].watchers.append(watcher)
 
     @torch.no_grad()
-    def _look(self, name: str, bad: Tensor) -> None:
-        """Before an update of a network, which is left out where ``bad`` [] is 1."""
+    def _count(self, name: str, bad: Tensor) -> None:
+        """Called before each update of the network ``name``; ``bad`` [] is 1 where the update is skipped, else 0."""
         self._by_network[name] += bad
         self._bad = torch.maximum(self._bad, bad)
 
@@ -114,40 +112,39 @@ class StepGuard:
         self._skipped += self._bad
 
     def remove(self) -> None:
-        """Takes the guard off the optimisers."""
-        for name, look in self._looks.items():
-            self.task.optimizers[name].watchers.remove(look)
+        """Detaches the guard from the optimisers."""
+        for name, watcher in self._watchers.items():
+            self.task.optimizers[name].watchers.remove(watcher)
 
     def read(self) -> Faults:
-        """What was left out so far. Synchronises."""
+        """The counts so far. Synchronises the device."""
         skipped, longest = (int(count) for count in torch.stack([self._skipped, self._longest]).tolist())
         new, self._read = skipped - self._read, skipped
         return Faults(skipped, new, longest)
 
     def report(self, bad: Mapping[str, int]) -> str:
-        """Which terms and which networks, for people; ``bad`` counts what `Means.read` found."""
+        """A sentence on the terms and networks that were not finite; ``bad`` is the second result of `Means.read`."""
         counts = {name: int(count) for name, count in self._by_network.items()}
         terms = [f"the term {name.removeprefix('field/')!r}" for name in bad if name.startswith("field/")]
         rewards = [f"the reward {name.removeprefix('reward/')}" for name in bad if name.startswith("reward/")]
         losses = [f"the {name}" for name in bad if name.startswith("loss/")]
         updates = [f"{count} updates of {name}" for name, count in counts.items() if count]
-        broken = [f"the weights of {name}" for name, network in self.task.named_children() if not _finite(network)]
-        told = ", ".join([*rewards, *terms, *losses, *broken]) or "the gradient"
-        return f"not finite: {told}; left out: {', '.join(updates)}"
-
-
-def _finite(network: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
+        networks = self.task.named_children()
+        broken = [
+            f"the weights of {n}" for n, each in networks if not all(p.isfinite().all() for p in each.parameters())
+        ]
+        causes = ", ".join([*rewards, *terms, *losses, *broken]) or "the gradient"
+        return f"not finite: {causes}; left out: {', '.join(updates)}"
 
 
 class Watchdog:
-    """A thread that prints where every other thread stands once ``minutes`` have passed without a step.
+    """A thread that prints the stack of every thread, once, when no step has ended for ``minutes``.
 
-    A context manager. It ends nothing: the step may be slow, and where it hangs is known then.
+    A context manager. The run goes on, as the step may only be slow.
 
     Args:
-        minutes: > 0.
-        file: has a file descriptor; standard error when None.
+        minutes: time without a step, > 0.
+        file: where to print, with a file descriptor; None: standard error.
     """
 
     def __init__(self, minutes: float, file: TextIO | None = None):
@@ -166,7 +163,7 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, step: int) -> None:
-        """Says that ``step`` is done."""
+        """Notes that ``step`` has ended."""
         self._step, self._beaten, self._reported = step, time.monotonic(), False
 
     def _watch(self) -> None:

@@ -1,11 +1,11 @@
-"""Where a run's numbers and pictures go: its own files, TensorBoard, Weights & Biases, Trackio.
+"""Loggers, which keep a run's metrics and pictures: its own files, TensorBoard, Weights & Biases, Trackio.
 
 Notation: *values* are finite or infinite numbers or NaN under names ``<group>/<name>``, with ``seconds`` and ``images``
 beside them as further axes; a *picture* is uint8 [H, W, 3].
 
-A logger is called by the main process alone, with numbers that have been read off the device already. One that fails
-does not end the run: `run_logger.RunLogger` says so once and asks it again the next time. A service's package is
-imported when a run starts to log; its settings are its own environment variables, such as ``WANDB_MODE=offline``.
+Only the main process calls loggers, with numbers that have already left the device. A logger that fails does not end
+the run: `run_logger.RunLogger` says so once and calls it again the next time. A service's package is imported when a
+run starts to log; it is configured by its own environment variables, such as ``WANDB_MODE=offline``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Logger", "TensorBoard", "Trackio", "WeightsAndBiases"]
 
 @dataclass(frozen=True)
 class Start:
-    """What a logger is told of the run: its folder, the step it goes on from (0: a new run), its config.gin."""
+    """What a logger gets at its start: the run's folder, the steps done (0: a new run), the text of config.gin."""
 
     workdir: Path
     step: int = 0
@@ -48,39 +48,49 @@ class Start:
 class Logger:
     """Base class; does nothing."""
 
-    def check(self) -> None:
-        """Called before anything is built.
+    package = ""
+    """The package that the logger needs, if it is an optional one."""
+
+    def check(self) -> ModuleType | None:
+        """Imports ``package``; called before anything is built.
 
         Raises:
-            ValueError: a package is missing; says what to install.
+            ValueError: it is not installed; says how to install it.
         """
+        if not self.package:
+            return None
+        try:
+            return importlib.import_module(self.package)
+        except ImportError as error:
+            message = f"{type(self).__name__} needs {self.package} ({error}): pip install {self.package}"
+            raise ValueError(message) from error
 
     def start(self, run: Start) -> str:
-        """Opens what is written to; returns a line for people on where it is, or ''.
+        """Opens files or connections; returns a message that says where the run is logged, or ''.
 
         Raises:
-            ValueError: what only the user can mend. Any other error is taken for one that passes.
+            ValueError: the user must mend something. After any other error the run goes on without this logger.
         """
         return ""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes down the values of one step. After a resume, steps that were logged before may come again."""
+        """Records the values of one step. After a resume, steps that were logged before may come again."""
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Takes down a picture; ``name`` consists of letters, digits, ``_`` and ``-``."""
+        """Records a picture; ``name`` consists of letters, digits, ``_`` and ``-``."""
 
     def close(self) -> None:
-        """Sends and closes what is open."""
+        """Sends what is left and closes everything."""
 
 
 class RunFiles(Logger):
-    """``metrics.jsonl``, an object a logged step, and pictures as ``<name>/step_<8 digits>.png``.
+    """``metrics.jsonl``, one JSON object for each logged step, and pictures as ``<name>/step_<8 digits>.png``.
 
-    Every run has it: reports are made from these files, and a resumed run counts its time from them.
+    Every run writes these: reports read them, and a resumed run reads its training time so far from them.
     """
 
     last: dict[str, Any] | None = None
-    """The last line that a resumed run keeps; exists after ``start``."""
+    """The last line from before a resume, None for a new run; exists after ``start``."""
 
     def start(self, run):
         self.workdir, self.path = run.workdir, run.workdir / "metrics.jsonl"
@@ -93,7 +103,7 @@ class RunFiles(Logger):
         return ""
 
     def _drop_after(self, step: int) -> list[dict[str, Any]]:
-        """Keeps the lines up to ``step``, one a step, and returns them; a new run keeps none."""
+        """Drops the lines after ``step``, and all lines for a new run; returns the others, one for each step."""
         by_step: dict[int, dict[str, Any]] = {}
         for record in read_metrics(self.path) if step else []:
             if record["step"] <= step:
@@ -153,17 +163,19 @@ class TensorBoard(Logger):
 class WeightsAndBiases(Logger):
     """A run of Weights & Biases, whose files lie in ``WORKDIR/wandb``.
 
-    The run's id is kept in ``WORKDIR/wandb.id``, so that a resumed run goes on in the same one. Charts are over the
-    training step: what a run that ended between two checkpoints had logged further comes again with the same values.
-    ``WANDB_MODE=offline`` needs no network; ``wandb sync WORKDIR/wandb/offline-run-*`` sends it later.
+    The run's id is kept in ``WORKDIR/wandb.id``, so that a resumed run continues the same one. Charts are over the
+    training step: steps after the checkpoint that a run resumes from are logged twice, with the same values.
+    ``WANDB_MODE=offline`` needs no network; ``wandb sync WORKDIR/wandb/offline-run-*`` sends the run later.
 
     Args:
-        project: that the run is listed in.
-        entity: user or team; None takes the login's own.
-        name: of the run; None takes the name of its folder.
-        group: of runs that are shown together.
+        project: project of the run.
+        entity: user or team; None is the login's own.
+        name: name of the run; None is the name of its folder.
+        group: name of a group of runs that are shown together.
         tags: words to find the run by.
     """
+
+    package = "wandb"
 
     def __init__(
         self,
@@ -176,11 +188,8 @@ class WeightsAndBiases(Logger):
     ):
         self.project, self.entity, self.name, self.group, self.tags = project, entity, name, group, tuple(tags)
 
-    def check(self):
-        needs("wandb", type(self).__name__)
-
     def start(self, run):
-        self._wandb = needs("wandb", type(self).__name__)
+        self._wandb = self.check()
         try:
             self._run = self._wandb.init(
                 project=self.project,
@@ -218,22 +227,21 @@ class WeightsAndBiases(Logger):
 class Trackio(Logger):
     """A run of Trackio, local unless ``TRACKIO_SPACE_ID`` says otherwise; ``trackio show`` draws it.
 
-    Its name ends in an id that is kept in ``WORKDIR/trackio.id``, so that a resumed run goes on in the same one.
+    Its name ends in an id that is kept in ``WORKDIR/trackio.id``, so that a resumed run continues the same one.
 
     Args:
-        project: that the run is listed in.
-        name: of the run, before its id; None takes the name of its folder.
-        group: of runs that are shown together.
+        project: project of the run.
+        name: name of the run, before its id; None is the name of its folder.
+        group: name of a group of runs that are shown together.
     """
+
+    package = "trackio"
 
     def __init__(self, *, project: str = "ratiograph", name: str | None = None, group: str | None = None):
         self.project, self.name, self.group = project, name, group
 
-    def check(self):
-        needs("trackio", type(self).__name__)
-
     def start(self, run):
-        self._trackio = needs("trackio", type(self).__name__)
+        self._trackio = self.check()
         self._run = self._trackio.init(
             project=self.project,
             name=f"{self.name or run.title}-{kept_id(run.workdir / 'trackio.id')}",
@@ -254,36 +262,24 @@ class Trackio(Logger):
         self._run.finish()
 
 
-def needs(package: str, component: str) -> ModuleType:
-    """The package, imported.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{component} needs {package} ({error}): pip install {package}") from error
-
-
 def kept_id(path: Path) -> str:
-    """The id in the file ``path``; a new one of 8 letters and digits is written where there is none."""
+    """The id in the file ``path``; where there is none, a new one of 8 hexadecimal digits, which is written there."""
     with suppress(FileNotFoundError):
         found = path.read_text(encoding="utf-8").strip()
         if re.fullmatch(r"\w+", found):
             return found
-    made = secrets.token_hex(4)  # of the operating system: the run's own random numbers stay as they are
-    write_atomically(path, f"{made}\n".encode())
-    return made
+    new = secrets.token_hex(4)  # from the operating system, which leaves the run's random numbers as they are
+    write_atomically(path, f"{new}\n".encode())
+    return new
 
 
 def bindings(config: str) -> dict[str, str]:
-    """The lines of a saved config.gin by name, values as they are written."""
+    """The bindings of a saved config.gin: values, as they are written there, by name."""
     found: dict[str, str] = {}
     for line in config.splitlines():
         named = re.match(r"([A-Za-z_][\w./]*) = (.*)", line)
         if named:
             found[named[1]] = named[2]
-        elif line and found:  # a long list or dict goes on
+        elif line and found:  # a further line of a list or dict
             found[next(reversed(found))] += line.strip()
     return found

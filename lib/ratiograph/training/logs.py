@@ -1,7 +1,7 @@
-"""What a run's log is read and shown as: numbers, durations, grids of pictures, and the lines of metrics.jsonl.
+"""Formats of a run's log: numbers, durations, grids of pictures, and the lines of metrics.jsonl.
 
 A *metric* is a number under a name ``<group>/<name>``: ``loss/ratio``, ``field/distribution`` (rms norm of a
-term's field at the image), ``ratio/accuracy``. ``metrics.jsonl`` holds one JSON object a logged step::
+term's field at the image), ``ratio/accuracy``. ``metrics.jsonl`` holds one JSON object for each logged step::
 
     {"step": 400, "seconds": 31.2, "images": 51200, "loss/ratio": 0.61, ...}
 

@@ -1,7 +1,4 @@
-"""Memory of the machine that this process runs on: the most it has held, and what is left.
-
-Bytes are gigabytes of 1e9 where a function says GB.
-"""
+"""The memory that this process has used at most, and the memory that is left. One GB is 1e9 bytes."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ __all__ = ["available_memory", "peak_memory", "require_memory"]
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most that this process has held so far in GB: resident on a CPU, by torch's allocator on a GPU."""
+    """The peak memory of this process in GB: resident memory on a CPU, torch's allocations on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(OSError, StopIteration):  # what getrusage tells on Linux begins with the parent process's own
+    with suppress(OSError, StopIteration):  # on Linux getrusage includes the parent process's peak
         return 1024 * _kilobytes("/proc/self/status", "VmHWM") / 1e9
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def available_memory(device: torch.device) -> float:
-    """GB that can be had without swapping; infinite where the system does not say."""
+    """GB that can be allocated without swapping; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
     left = [float("inf")]
@@ -43,15 +40,12 @@ def _kilobytes(file: str, name: str) -> int:
 
 
 def require_memory(gigabytes: float, device: torch.device, remedy: str) -> None:
-    """Refuses work that would not fit, before it starts to swap or is killed.
+    """Raises a ValueError if less than 1.1 ``gigabytes`` are left, before the work starts to swap or is killed.
 
     Args:
-        gigabytes: what the work takes at its peak.
-        device: where.
-        remedy: how to ask for less, the end of the message.
-
-    Raises:
-        ValueError: less than a tenth more than that is left.
+        gigabytes: peak memory of the work.
+        device: the device that it runs on.
+        remedy: how to make the work smaller; the end of the message.
     """
     left = available_memory(device)
     if 1.1 * gigabytes > left:

@@ -1,10 +1,10 @@
-"""How much memory a distillation will take, from its graph alone: no weights, no data, no GPU.
+"""Predicts the memory of a distillation from its graph alone: without weights, data or a GPU.
 
-Notation: a *trained* parameter costs its weight, its gradient, its optimiser's moments (two float32 of Adam, one where
-beta_1 = 0, two bytes of Adam8bit), and for the student a copy in the average; a *frozen* one its weight, in the teacher
-half as large under bf16 in convolutions and linear layers. What a pass keeps for its backward, the *activations*, is
-counted by running it on the meta device, where tensors have shapes and no contents. Bytes are what tensors hold: a
-GPU's own context, workspaces and fragmentation come on top.
+A *trained* parameter costs its weight, its gradient, its optimiser's moments (two float32 for Adam, one where
+beta_1 = 0, two bytes for Adam8bit) and, in the student, a copy in each average. A *frozen* one costs its weight, which
+is half as large in the teacher's convolutions and linear layers under bf16. The *activations*, what a forward pass
+keeps for the backward, are counted by a pass on the meta device, where tensors have shapes and no contents. A GPU's
+context, workspaces and fragmentation come on top of these numbers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "memory_pla
 NODES = ("teacher", "student", "student_score", "ratio", "objective", "denoiser")
 AVERAGED = ("student", "denoiser")
 FROZEN = ("teacher", "objective")
-SINGLE = 4
+SINGLE = 4  # bytes of a float32
 HALVED = (nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
 class NodeMemory:
-    """Bytes of one node; parameters that an earlier node holds already are not counted again."""
+    """Numbers of parameters, and bytes, of one node. Parameters shared with an earlier node cost nothing here."""
 
     name: str
     parameters: int
@@ -51,10 +51,10 @@ class NodeMemory:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one sample that one pass of a U-Net keeps for its backward.
+    """Bytes of activations of one sample in one pass of a U-Net.
 
-    ``kept``: as the network is configured; ``whole``: without gradient checkpointing; ``block``: the most that one
-    checkpointed block keeps while it runs again.
+    ``kept``: as the network is configured; ``whole``: without gradient checkpointing; ``block``: the maximum over
+    checkpointed blocks of what a block keeps while it runs again.
     """
 
     kept: int
@@ -64,10 +64,10 @@ class Activations:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The nodes' bytes, and a sample's activations by precision; None for networks that are no U-Nets of latents.
+    """The nodes' bytes, and one sample's activations by precision (None for networks other than U-Nets of latents).
 
-    ``passes`` of that size are held at once: the student's, and with a tilt by an exact Jacobian the teacher's, which
-    are two where it is guided.
+    ``passes``: number of such passes in memory at the same time: the student's and, where the target is differentiated
+    through the teacher, the teacher's, of which there are two under guidance.
     """
 
     nodes: tuple[NodeMemory, ...]
@@ -76,40 +76,37 @@ class MemoryPlan:
     passes: int = 1
 
     def held_by(self, samples: int, precision: str) -> int:
-        """Bytes of the activations of a batch at their peak."""
+        """Peak bytes of a batch's activations."""
         each = self.activations[precision]
         return samples * (self.passes * each.kept + each.block)
 
     def held(self, ranks: int = 1) -> float:
-        """Bytes on each GPU for everything but activations, all of it sharded over ``ranks``."""
+        """Bytes on each GPU of everything but activations, sharded over ``ranks`` processes."""
         return sum(node.total for node in self.nodes) / ranks
-
-
-def _bytes(owner: nn.Module, parameter: nn.Parameter, halved: bool) -> int:
-    half = halved and isinstance(owner, HALVED) and parameter.dtype == torch.float32
-    return parameter.numel() * (2 if half else parameter.element_size())
 
 
 def _node(
     name: str, module: nn.Module, seen: set[int], precision: str, averages: int, recipe: Adam | None
 ) -> NodeMemory:
     weights = trained = moments = parameters = 0
+    bf16_teacher = precision == "bf16" and name == "teacher"
     for owner in module.modules():
         for parameter in owner.parameters(recurse=False):
             parameters += parameter.numel()
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            weights += _bytes(owner, parameter, precision == "bf16" and name == "teacher")
+            half = bf16_teacher and isinstance(owner, HALVED) and parameter.dtype == torch.float32
+            weights += parameter.numel() * (2 if half else parameter.element_size())
             if parameter.requires_grad and name not in FROZEN:
                 trained += parameter.numel()
                 moments += 0 if recipe is None else recipe.moment_bytes(parameter)
-    moved = SINGLE * trained
-    return NodeMemory(name, parameters, trained, weights, moved, moments, averages * moved)
+    gradients = SINGLE * trained
+    return NodeMemory(name, parameters, trained, weights, gradients, moments, averages * gradients)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a GPU's fused attention keeps: its arguments, its result, and a number a row."""
+    """Keeps what a GPU's fused attention keeps: arguments, result, and one number for each row."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,13 +114,9 @@ class _FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return result
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
-
 
 class _OnGPU(TorchFunctionMode):
-    """Attention as on a GPU: on the meta device it would be two products with the whole map between them."""
+    """Replaces attention by `_FusedAttention`: the meta device's own would keep the whole attention map."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -132,7 +125,7 @@ class _OnGPU(TorchFunctionMode):
 
 
 class _Saved:
-    """Counts the bytes of distinct tensors that autograd keeps, parameters left out."""
+    """Counts the bytes of the distinct tensors that autograd keeps, without ``parameters``."""
 
     def __init__(self, parameters: Iterable[Tensor]):
         self.known = {parameter.untyped_storage()._cdata for parameter in parameters}
@@ -143,12 +136,13 @@ class _Saved:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
-            self.kept.append(tensor)  # so that no later storage takes its place
+            self.kept.append(tensor)  # alive, so that no later storage gets the same address
             self.total += storage.nbytes()
         return tensor
 
 
-def _told(network: nn.Module) -> Condition:
+def _condition(network: nn.Module) -> Condition:
+    """A condition of one sample on the meta device."""
     text = torch.empty(1, 77, network.text_width, device="meta")
     if not getattr(network, "sized", False):
         return Condition(text=text)
@@ -158,31 +152,28 @@ def _told(network: nn.Module) -> Condition:
 
 
 def _pass(network: nn.Module) -> tuple[int, int]:
-    """(bytes that a pass keeps, the most that one residual block or transformer keeps)."""
-    saved, largest, before = _Saved(network.parameters()), [0], {}
-    blocks = [block for holder in network.unet.modules() if isinstance(holder, nn.ModuleList) for block in holder]
-    inner = [block for block in blocks if type(block).__name__ in ("ResnetBlock2D", "Transformer2DModel")]
+    """(bytes that a pass keeps, the maximum that one residual block or transformer keeps)."""
+    saved, before, sizes = _Saved(network.parameters()), {}, [0]
     hooks = []
-    for block in inner:
-        hooks.append(block.register_forward_pre_hook(lambda module, _: before.update({id(module): saved.total})))
-        hooks.append(
-            block.register_forward_hook(
-                lambda module, *_: largest.__setitem__(0, max(largest[0], saved.total - before[id(module)]))
-            )
-        )
+    for block in network.unet.modules():
+        if type(block).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
+            hooks += [
+                block.register_forward_pre_hook(lambda module, _: before.update({module: saved.total})),
+                block.register_forward_hook(lambda module, *_: sizes.append(saved.total - before[module])),
+            ]
     x, index = torch.empty(1, *network.shape, device="meta"), torch.empty(1, device="meta")
-    hooks_of_autograd = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
-    with torch.enable_grad(), _OnGPU(), hooks_of_autograd:
-        network.decode(network.encode(x, index, _told(network)))
+    saving = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+    with torch.enable_grad(), _OnGPU(), saving:
+        network.decode(network.encode(x, index, _condition(network)))
     for hook in hooks:
         hook.remove()
-    return saved.total, largest[0]
+    return saved.total, max(sizes)
 
 
 def activations(network: nn.Module) -> dict[str, Activations]:
-    """What one sample's pass through ``network``, a U-Net of captioned latents on the meta device, keeps by precision.
+    """Activations by precision of ``network``, a U-Net of captioned latents on the meta device.
 
-    In bf16 every tensor is taken for half as large; autocast keeps some of the norms' in float32 too.
+    For bf16 every tensor counts half, although autocast keeps some tensors of the normalisations in float32.
     """
     copied = copy.deepcopy(network)
     kept, _ = _pass(copied)
@@ -196,30 +187,26 @@ def memory_plan(task: nn.Module, precision: str = "bf16") -> MemoryPlan:
     """The plan of a task built on the meta device: a `Distillation`, or the training of one denoiser.
 
     Args:
-        task: the task; of others nothing is known, and the plan has no nodes.
+        task: the task; for other tasks the plan has no nodes.
         precision: "fp32" or "bf16" ("auto" counts as bf16, as on a GPU).
     """
     precision = "fp32" if precision == "fp32" else "bf16"
-    named = {name: getattr(task, name, None) for name in NODES}
-    named = {name: node for name, node in named.items() if isinstance(node, nn.Module)}
+    averages = 1 + len(getattr(task, "averages", ()))
     seen: set[int] = set()
-    kept = 1 + len(getattr(task, "averages", ()))
-    nodes = tuple(
-        _node(name, node, seen, precision, kept if name in AVERAGED else 0, _recipe(task, name))
-        for name, node in named.items()
-    )
-    network = getattr(getattr(named.get("student"), "denoiser", None), "network", None)
+    nodes = []
+    for name in NODES:
+        module = getattr(task, name, None)
+        recipe = getattr(task, "optimizer" if name == "denoiser" else f"{name}_optimizer", None)
+        if isinstance(module, nn.Module):
+            nodes.append(_node(name, module, seen, precision, averages if name in AVERAGED else 0, recipe))
+    network = getattr(getattr(getattr(task, "student", None), "denoiser", None), "network", None)
     known = hasattr(network, "unet") and all(p.is_meta for p in network.parameters())
     counted = tuple(node for node in nodes if node.parameters)
     return MemoryPlan(counted, activations(network) if known else None, precision, _passes(task))
 
 
-def _recipe(task: nn.Module, name: str) -> Adam | None:
-    """The optimiser's of one node, where it has one."""
-    return getattr(task, "optimizer" if name == "denoiser" else f"{name}_optimizer", None)
-
-
 def _passes(task: nn.Module) -> int:
+    """``MemoryPlan.passes`` of a task."""
     needs = getattr(getattr(task, "objective", None), "needs", None)
     if needs is None or not needs.teacher_gradient:
         return 1
@@ -231,13 +218,13 @@ def _gigabytes(count: float) -> str:
 
 
 def shortage(task: nn.Module, precision: str, device: torch.device, parts: int = 1) -> str:
-    """A warning where weights, gradients, moments and averages alone will not fit; '' where they will.
+    """A warning if weights, gradients, moments and averages alone will not fit, else ''.
 
     Args:
-        task: built; what it holds already counts as free.
+        task: the task; memory that its parameters take on ``device`` already counts as free.
         precision: "bf16" or "fp32".
-        device: where it will train.
-        parts: processes that share one copy of the weights.
+        device: the device of the training.
+        parts: number of processes that share one copy of the weights.
     """
     held = sum(parameter.nbytes for parameter in task.parameters() if parameter.device.type == device.type) / 1e9
     needed, left = memory_plan(task, precision).held(parts) / 1e9, available_memory(device) + held
@@ -251,20 +238,18 @@ def shortage(task: nn.Module, precision: str, device: torch.device, parts: int =
 
 
 def render(plan: MemoryPlan, batch_size: int, ranks: Sequence[int] = (1, 8)) -> str:
-    """The plan as a table in GB: a line a node, their sum by number of GPUs, and the activations; '' without nodes."""
+    """The plan as a table in GB: the nodes, their sum by number of GPUs, and the activations; '' without nodes."""
     if not plan.nodes:
         return ""
     columns = ("weights", "gradients", "optimizer", "average", "total")
-    head = f"{'memory in GB, ' + plan.precision:<22}{'parameters':>14}{'trained':>14}" + "".join(
-        f"{c:>11}" for c in columns
-    )
-    lines = [head]
+    names = "".join(f"{column:>11}" for column in columns)
+    lines = [f"{'memory in GB, ' + plan.precision:<22}{'parameters':>14}{'trained':>14}{names}"]
     for node in plan.nodes:
         sizes = "".join(f"{_gigabytes(getattr(node, column)):>11}" for column in columns)
         lines.append(f"{node.name:<22}{node.parameters:>14,}{node.trained:>14,}{sizes}")
     for count in ranks:
-        told = "on one GPU" if count == 1 else f"each, sharded over {count}"
-        lines.append(f"{told:<22}{'':>72}{_gigabytes(plan.held(count)):>11}")
+        place = "on one GPU" if count == 1 else f"each, sharded over {count}"
+        lines.append(f"{place:<22}{'':>72}{_gigabytes(plan.held(count)):>11}")
     for precision, each in (plan.activations or {}).items():
         again = f" + {_gigabytes(each.block)} while a block runs again" if each.block else ""
         whole = f" ({_gigabytes(each.whole)} without checkpointing)" if each.block else ""

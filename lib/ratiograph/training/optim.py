@@ -1,7 +1,7 @@
 """Optimisers and exponential moving averages as components.
 
-Notation: one ``image`` is one generated (or real) sample used by an update, so that averages with a half-life in
-images mean the same at every batch size.
+Half-lives of averages are counted in images, the generated or real samples of the updates, so that they mean the same
+at every batch size.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Adam:
 
 
 class AdamW:
-    """AdamW's rule by torch's fused kernels: an update in one pass over weights and moments.
+    """AdamW by torch's fused kernels: one pass over weights and moments.
 
-    With beta_1 = 0 the first moment is the gradient itself, and none is held. (``torch.optim.AdamW`` would hold it, and
+    With beta_1 = 0 the first moment is the gradient itself and is not stored. (``torch.optim.AdamW`` stores it, and
     imports torch's compiler at its first use: two seconds and 150 MB.)
 
     Args:
         recipe: betas, eps, weight decay.
-        parameters: all of which learn.
+        parameters: all of them trainable.
     """
 
     def __init__(self, recipe: Adam, parameters: Sequence[nn.Parameter]):
@@ -86,17 +86,17 @@ class AdamW:
         """By index of the parameter, from its first gradient on: "step" [], "exp_avg_sq", and "exp_avg" if held."""
 
     def step(self, rate: float, skip: Tensor) -> None:
-        """Moves each parameter that has a gradient.
+        """Updates each parameter that has a gradient.
 
         Args:
             rate: the learning rate.
-            skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
+            skip: [] float32 on the device, not synchronised; where it is 1, weights and moments do not change.
         """
         moved = [(p, p.grad, self._state_of(k)) for k, p in enumerate(self.parameters) if p.grad is not None]
         adamw(
             [p for p, _, _ in moved],
             [gradient for _, gradient, _ in moved],
-            # A first moment that is the gradient's own memory: 0 m + 1 g writes back what is there.
+            # Without a stored first moment the gradient takes its place: 0 m + 1 g leaves it as it is.
             [state.get("exp_avg", gradient) for _, gradient, state in moved],
             [state["exp_avg_sq"] for _, _, state in moved],
             [],
@@ -112,14 +112,11 @@ class AdamW:
             maximize=False,
         )
 
-    @property
-    def _moments(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq") if self.recipe.betas[0] else ("exp_avg_sq",)
-
     def _state_of(self, k: int) -> dict[str, Tensor]:
         if k not in self.state:
             parameter = self.parameters[k]
-            moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in self._moments}
+            names = ("exp_avg", "exp_avg_sq") if self.recipe.betas[0] else ("exp_avg_sq",)
+            moments = {name: torch.zeros_like(parameter) for name in names}
             self.state[k] = {"step": torch.zeros((), device=parameter.device), **moments}
         return self.state[k]
 
@@ -131,7 +128,7 @@ class AdamW:
         """Inverse of ``state_dict``, on the parameters' devices and in their layout.
 
         Raises:
-            ValueError: it holds no first moments, and this rule does.
+            ValueError: it holds no first moments and this optimiser needs them.
         """
         for k, held in saved["state"].items():
             for name, value in self._state_of(k).items():
@@ -141,33 +138,33 @@ class AdamW:
 
 
 class Updater:
-    """An optimiser in use: clips, steps, warms up, clears gradients. Made by a recipe's ``build``.
+    """The optimiser of one network: averages gradients, clips, steps, clears gradients. Made by a recipe's ``build``.
 
     Args:
-        recipe: rates and clip.
-        parameters: all of which learn.
-        rule: what moves them.
+        recipe: learning rates and clip.
+        parameters: all of them trainable.
+        rule: updates them.
     """
 
     def __init__(self, recipe: Adam, parameters: list[nn.Parameter], rule: AdamW):
         self.recipe, self.parameters, self.rule, self.updates = recipe, parameters, rule, 0
         self.watchers: list[Callable[[Tensor], None]] = []
-        """Told before each update [] whether it is left out, 1 or 0."""
+        """Called before each update with a flag []: 1 where the update is skipped, else 0."""
         self._averaging: Averaging | None = None
 
     def begin(self) -> bool:
-        """Sends the gradients now held on their way to their means over the ranks, for ``step``, and is back at once.
+        """Begins to average the present gradients over the ranks, which ``step`` waits for.
 
         Returns:
-            Whether there is anything to wait for: not on one process, nor where weights are sharded.
+            Whether there is anything to wait for: not on one process, nor with sharded weights.
         """
         self._averaging = Averaging(self.parameters)
         return bool(self._averaging)
 
     def step(self) -> Tensor:
-        """One update from the gradients now held, averaged over the ranks; returns their norm [] before clipping.
+        """One update from the present gradients, averaged over the ranks; returns their norm [] before clipping.
 
-        A norm that is not finite changes nothing.
+        Where the norm is not finite, weights and moments do not change.
         """
         if self._averaging is None:
             self.begin()
@@ -176,8 +173,8 @@ class Updater:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
         norm = norm.full_tensor() if is_sharded(norm) else norm
         skip = (~norm.isfinite()).float()
-        for told in self.watchers:
-            told(skip)
+        for watcher in self.watchers:
+            watcher(skip)
         self.updates += 1
         self.rule.step(self.recipe.rate(self.updates), skip)
         for parameter in self.parameters:
@@ -215,7 +212,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, average: nn.Module, module: nn.Module, batch_size: int, images: int) -> None:
-        """average <- beta average + (1 - beta) module, for every parameter that learns; buffers are copied.
+        """average <- beta average + (1 - beta) module, for every trainable parameter; buffers are copied.
 
         Args:
             average: made by ``copy_of``.
@@ -232,11 +229,7 @@ class EMA:
 
 
 def named_averages(averages: Mapping[str, EMA] | None) -> dict[str, EMA]:
-    """Recipes of further averages by name.
-
-    Raises:
-        ValueError: a name that no module and no file can have, or that stands for the weights themselves.
-    """
+    """The further averages by name; ValueError for a name that modules or files cannot have, or for 'raw'."""
     for name in averages or {}:
         if not re.fullmatch(r"[a-z0-9_]+", name) or name == "raw" or hasattr(nn.ModuleDict, name):
             raise ValueError(f"averages={{{name!r}: ...}}: take a name of small letters and digits, such as 'short'")

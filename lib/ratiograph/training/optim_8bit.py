@@ -1,10 +1,10 @@
-"""Adam with moments of a byte each, for networks whose optimiser would be most of what a GPU holds.
+"""Adam with moments of one byte each, for networks whose moments would fill most of a GPU.
 
-Notation: m and v, the first and second moment, are kept in blocks of 256 values as x = s map(c), a code c of 8 bits
-each and one scale s a block, where ``map`` has small values closer together (Dettmers et al. 2022, arXiv 2110.02861);
-they are numbers of 32 bits while an update is computed. Tensors of fewer than 4,096 values, or of a number that blocks
-do not divide, keep float32. The arithmetic is the package torchao's, which is imported when such an optimiser is built;
-on a GPU torch compiles it, once for each shape, in the first update.
+The first and second moment, m and v, are stored in blocks of 256 values as x = s map(c): an 8-bit code c for each value
+and one scale s for each block. ``map`` is finer near zero (Dettmers et al. 2022, arXiv 2110.02861). Updates
+are computed in float32. Tensors of fewer than 4,096 values, or of a number not divisible by 256, keep float32 moments.
+The package torchao does the arithmetic; it is imported when such an optimiser is built. On a GPU torch compiles it,
+once for each shape, in the first update.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ __all__ = ["Adam8bit"]
 
 BLOCK = 256
 LEAST = 4096
-"""Values of the smallest tensor that is held in bytes."""
+"""Number of values of the smallest tensor with 8-bit moments."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("codes", "scale")
-"""What a moment held in bytes consists of; its map is a constant."""
+"""The tensors of an 8-bit moment; its map is a constant."""
 
 
 class Adam8bit(Adam):
-    """The optimiser of another recipe with moments in 8 bits: 2 bytes a weight in place of 8.
+    """The optimiser of another recipe with 8-bit moments: 2 bytes for each weight instead of 8.
 
-    Rates, decay, clip and the updates left out are those of ``adam``; after every update the moments are rounded, by at
-    most 0.7 % of the largest in their block.
+    Rates, decay, clip and skipped updates are those of ``adam``. After every update the moments are rounded, by at most
+    0.7 % of the largest value in their block.
 
         Distillation.student_optimizer = @student/Adam8bit()
         Adam8bit.adam = @Adam()
 
-    All bindings of ``Adam`` and ``student/Adam`` hold as before. gin/base/adam_8bit.gin says it for student and student
-    score. The weights must be whole on every process: not with --parallel=fsdp.
+    All bindings of ``Adam`` and ``student/Adam`` still hold. gin/base/adam_8bit.gin does this for student and student
+    score. Weights must not be sharded: it does not work with --parallel=fsdp.
 
     Args:
         adam: the recipe.
@@ -82,11 +82,11 @@ def _missing(why: str = "") -> ValueError:
 
 
 class BlockwiseAdamW:
-    """AdamW's rule by ``torchao.optim.AdamW8bit``, one for each parameter, so that one at a time can be taken back.
+    """AdamW by ``torchao.optim.AdamW8bit``: an optimiser for each parameter, so that one can be undone at a time.
 
     Args:
         recipe: betas, eps, weight decay.
-        parameters: all of which learn, none sharded.
+        parameters: all of them trainable, none sharded.
 
     Raises:
         ValueError: torchao cannot be imported.
@@ -97,31 +97,31 @@ class BlockwiseAdamW:
             from torchao.optim import AdamW8bit
         except ImportError as error:
             raise _missing(f" ({error})") from error
-        told = {"betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
+        settings = {"betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
         self.parameters = parameters
-        self.optimizers = [AdamW8bit([p], lr=recipe.lr, block_size=BLOCK, **told) for p in parameters]
+        self.optimizers = [AdamW8bit([p], lr=recipe.lr, block_size=BLOCK, **settings) for p in parameters]
 
     @torch.no_grad()
     def step(self, rate: float, skip: Tensor) -> None:
-        """Moves each parameter that has a gradient.
+        """Updates each parameter that has a gradient.
 
         Args:
             rate: the learning rate.
-            skip: [] float32; where it is 1, weights and moments stay as they are, and nothing waits for the answer.
+            skip: [] float32 on the device, not synchronised; where it is 1, weights and moments do not change.
         """
-        left_out = skip.bool()
+        skipped = skip.bool()
         for k, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
-                self._move(k, rate, left_out)
+                self._move(k, rate, skipped)
 
-    def _move(self, k: int, rate: float, left_out: Tensor) -> None:
+    def _move(self, k: int, rate: float, skipped: Tensor) -> None:
         if not self.optimizers[k].state:
             self._start(k)
         changing = [self.parameters[k].detach(), *self._held(k).values()]
         before = [tensor.clone() for tensor in changing]
         self._update(k, rate, compiled=changing[0].is_cuda)
         for now, then in zip(changing, before, strict=True):
-            now.copy_(torch.where(left_out, then, now))
+            now.copy_(torch.where(skipped, then, now))
 
     def _update(self, k: int, rate: float, compiled: bool) -> None:
         optimizer = self.optimizers[k]
@@ -130,14 +130,14 @@ class BlockwiseAdamW:
             optimizer.step()
 
     def _start(self, k: int) -> None:
-        """Makes the moments of a parameter, zeros: those of an update without a gradient, which is taken back."""
+        """Creates a parameter's moments, zeros, by an update with a zero gradient that is then undone."""
         parameter, state = self.parameters[k], self.optimizers[k].state
         gradient, before = parameter.grad, parameter.detach().clone()
         parameter.grad = torch.zeros_like(parameter)
         self._update(k, 0.0, compiled=False)
         parameter.grad = gradient
         parameter.copy_(before)
-        # Counted where the gradients are, so that an update can be left out without a word to the host.
+        # The count lies on the parameter's device, so that skipping an update needs no synchronisation.
         state[parameter]["step"] = state[parameter]["step"].to(parameter.device)
         for tensor in self._held(k).values():
             tensor.zero_()
@@ -165,7 +165,7 @@ class BlockwiseAdamW:
         """Inverse of ``state_dict``, on the parameters' devices.
 
         Raises:
-            ValueError: they are moments of another optimiser.
+            ValueError: the moments are of another optimiser.
         """
         for k, theirs in saved["state"].items():
             self._start(k)

@@ -1,14 +1,14 @@
-"""How several processes hold one graph: each a copy of every network, or each a shard of every weight.
+"""Several processes for one graph: each holds a copy of every network, or a shard of every weight.
 
-Copies (``ddp``) average their gradients once an update (`distributed.average_gradients`). Shards are PyTorch's
-``fully_shard`` (FSDP2): a block's weights are gathered when it runs and dropped after it, its gradients are averaged
-and split as soon as they are known, and optimisers and averages hold their own share alone. ``hsdp`` shards over the
-processes of one machine and holds the machines' copies equal, so that weights never travel between machines and
-gradients do once. All take the steps of one process, and a checkpoint holds whole tensors, so a run may go on in
-another mode or on another number of processes.
+With copies (``ddp``) the gradients are averaged once for each update (`distributed.Averaging`). Shards are PyTorch's
+``fully_shard`` (FSDP2): the weights of a block are gathered when it runs and freed after it, its gradients are averaged
+and split during the backward pass, and optimisers and averages hold only their own shard. ``hsdp`` shards over the
+processes of each machine and keeps a copy on each machine: weights never travel between machines, gradients do once.
+All modes take the same steps as one process. Checkpoints hold whole tensors, so a run may continue in another mode or
+with another number of processes.
 
-No process needs all networks whole to make its shards: one network at a time is built (`building`), weights from files
-are the files' mapped pages until their shard is copied from them, and averages begin as the same pages.
+No process ever holds all networks whole. `building` keeps a shard of each network as soon as it is built; weights from
+files stay mapped pages of the file until a shard is copied from them, and averages start as the same pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,61 +26,58 @@ from ratiograph.core.contracts import Denoiser
 from ratiograph.core.distributed import is_main, is_sharded, rank, ranks, ranks_here
 from ratiograph.networks.denoisers import place, set_precision
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-
 __all__ = ["Gathered", "Parallel", "Replicated", "Sharded", "building", "choose", "full", "spread", "spread_like"]
 
 MODES = ("auto", "none", "ddp", "fsdp", "hsdp")
 METHODS = ("encode", "decode", "log_ratio")
-"""What a node is called by, beside ``forward``."""
+"""Methods of a node, beside ``forward``, that need its weights gathered."""
 BLOCKS = {"ResidualBlock", "ShiftBlock", "ScaleShiftBlock", "ResnetBlock2D", "BasicTransformerBlock"}
-"""Classes whose weights are gathered one block at a time; what lies between them is gathered with its node."""
+"""Classes whose weights are gathered one block at a time; all other weights are gathered with their node."""
 
 
 class Parallel:
-    """Base class."""
+    """Base class; on its own, every process holds a copy of every network."""
 
     shards = False
-    """Whether a process holds only a share of each weight."""
+    """Whether a process holds only a shard of each weight."""
     parts = 1
-    """Processes that share one copy of the weights."""
+    """Number of processes that share one copy of the weights."""
 
     def place(
         self, task: nn.Module, nodes: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None
     ) -> None:
-        """Brings ``task`` to ``device``; before optimisers are made, after copies of networks are.
+        """Moves ``task`` to ``device`` and shards it if need be; call after ``copy`` and before optimisers are built.
 
         Args:
-            task: with all its networks.
-            nodes: its denoisers and ratio estimators, whose weights may be shared out.
-            device: where it is to run.
+            task: the task with all its networks.
+            nodes: its denoisers and ratio estimators, whose weights may be sharded.
+            device: the device of the run.
             dtype: the autocast type of its networks; None is their own.
 
         Raises:
-            ValueError: two nodes that are to be sharded share weights, as adapters on one base do.
+            ValueError: two nodes to be sharded have weights in common, as adapters on one base do.
         """
         place(task, device, dtype)
 
     def copy(self, module: nn.Module) -> nn.Module:
-        """A frozen copy of ``module`` for an average, before ``place``."""
+        """A frozen copy of ``module`` for an average; call before ``place``."""
         return copy.deepcopy(module).requires_grad_(False).eval()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """While it lasts, a process runs the networks, without gradients, without the others. All must enter."""
+        """Gathers the networks, so that inside each process can run them alone, without gradients. All must enter."""
         yield
 
 
 class Replicated(Parallel):
-    """Every process holds everything; so does the only one."""
+    """Every process holds a copy of every network; also for a single process."""
 
 
 class Sharded(Parallel):
-    """FSDP2 over all processes, or over each of several groups of neighbouring ones.
+    """FSDP2 over all processes, or inside each of several groups of neighbouring processes.
 
     Args:
-        device: of the networks.
+        device: the networks' device.
         groups: number of groups, each with a copy of the weights; it divides the number of processes.
     """
 
@@ -92,7 +89,7 @@ class Sharded(Parallel):
         shape = (groups, ranks() // groups) if groups > 1 else (ranks(),)
         names = ("copies", "shards")[-len(shape) :]
         self.mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
-        self._units: list[FSDPModule] = []
+        self._units: list[nn.Module] = []  # each gathered and freed as a whole
 
     def place(self, task, nodes, device, dtype):
         self.shard(nodes, dtype)
@@ -100,12 +97,12 @@ class Sharded(Parallel):
         task.to(device)
 
     def copy(self, module):
-        # Of the same memory: sharding, which is next, copies each one's share out of it.
+        # The copy has the same memory until ``place`` copies its shard out of it.
         same = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
         return copy.deepcopy(module, same).requires_grad_(False).eval()
 
     def shard(self, nodes: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
-        """Spreads the nodes' weights, block by block, so that no network is ever whole on a GPU."""
+        """Shards the nodes' weights block by block, so that no network is ever whole on a GPU."""
         owners: dict[int, nn.Module] = {}
         for node, parameter in [(each, parameter) for each in nodes for parameter in each.parameters()]:
             if owners.setdefault(id(parameter), node) is not node:
@@ -121,25 +118,25 @@ class Sharded(Parallel):
         from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
         plain = MixedPrecisionPolicy(cast_forward_inputs=False)
-        travelling = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else plain
+        in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else plain
         built = [module for module in node.modules() if hasattr(module, "shares")]
         for network in built:
-            _empty(network)
+            _move_placeholders_to_meta(network)
         node.to(memory_format=torch.contiguous_format)
         for module in node.modules():
             if type(module).__name__ in BLOCKS:
-                self._add(module, travelling)
+                self._add(module, in_blocks)
         self._add(node, plain)
         for network in built:
-            _fill(network, self.device)
+            _fill_from_shares(network, self.device)
         for name in METHODS:
             if hasattr(node, name):
                 register_fsdp_forward_method(node, name)
 
-    def _add(self, module: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    def _add(self, module: nn.Module, policy: object) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        # Gathered weights are always dropped: kept ones would be stale after a pass that no backward follows.
+        # Free gathered weights after every pass: without a backward pass they would be kept, and outdated by an update.
         unit = fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
         unit.set_force_sum_reduction_for_comms(self.device.type == "cpu")  # gloo has no mean
         self._units.append(unit)
@@ -159,13 +156,13 @@ class Sharded(Parallel):
 
 @contextmanager
 def building(mode: str) -> Iterator[None]:
-    """While it lasts, of each network that is built this process keeps its share of the random weights alone.
+    """Inside, a network that is built keeps only this process's share of its random weights, in ``network.shares``.
 
-    The random numbers drawn are the same as without. Until ``Sharded.place`` puts the shares in their place, or weights
-    are loaded, such a network's weights are NaN.
+    The random numbers are the same as without. The network's weights are NaN, without memory, until ``Sharded.place``
+    fills in the shares or weights are loaded.
 
     Args:
-        mode: as of `choose`; nothing is done unless it is "fsdp" or "hsdp". The processes have met.
+        mode: as in `choose`; does nothing unless it is "fsdp" or "hsdp". Call after `distributed.start`.
     """
     if mode not in ("fsdp", "hsdp") or ranks() == 1:
         yield
@@ -173,7 +170,7 @@ def building(mode: str) -> Iterator[None]:
     parts = ranks() if mode == "fsdp" else ranks_here()
 
     def keep(owner: nn.Module, name: str, network: nn.Module | None) -> None:
-        # A network that knows whether it is ``filled`` takes no memory before that.
+        # A network with the flag ``filled`` takes no memory before it has weights.
         node = isinstance(owner, Denoiser) or hasattr(owner, "log_ratio")
         if name == "network" and node and not any(hasattr(module, "filled") for module in network.modules()):
             _keep_share(network, rank() % parts, parts)
@@ -186,7 +183,7 @@ def building(mode: str) -> Iterator[None]:
 
 
 def _keep_share(network: nn.Module, part: int, parts: int) -> None:
-    """Moves this process's rows of each weight, those that ``fully_shard`` gives it, to ``network.shares``."""
+    """Moves this process's rows of each weight, the ones that ``fully_shard`` gives it, to ``network.shares``."""
     network.shares = {}
     for name, parameter in network.named_parameters():
         rows = parameter.detach().chunk(parts)
@@ -194,30 +191,31 @@ def _keep_share(network: nn.Module, part: int, parts: int) -> None:
         parameter.data = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
 
 
-def _is_placeholder(parameter: nn.Parameter) -> bool:
-    return parameter.numel() > 0 and bool(parameter.detach()[(0,) * parameter.ndim].isnan())
-
-
-def _exchange(network: nn.Module, made: Mapping[int, nn.Parameter]) -> None:
-    """Puts ``made``, by the id of what it replaces, into all modules."""
+def _replace_parameters(network: nn.Module, new: Mapping[int, nn.Parameter]) -> None:
+    """Replaces parameters in all modules by ``new``, whose keys are the ids of the old ones."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) in made:
-                module._parameters[name] = made[id(parameter)]
+            if id(parameter) in new:
+                module._parameters[name] = new[id(parameter)]
 
 
-def _empty(network: nn.Module) -> None:
-    """Moves the weights that have not been loaded since they were built to the meta device."""
-    waiting = [p for p in network.parameters() if _is_placeholder(p)]
-    meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in waiting}
-    _exchange(network, meta)
+def _move_placeholders_to_meta(network: nn.Module) -> None:
+    """Moves the parameters that are still NaN, as no weights have been loaded into them, to the meta device."""
+    _replace_parameters(
+        network,
+        {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+            for p in network.parameters()
+            if p.numel() and p.detach()[(0,) * p.ndim].isnan()
+        },
+    )
 
 
-def _fill(network: nn.Module, device: torch.device) -> None:
-    """The process's shares into the sharded parameters that have only shapes."""
+def _fill_from_shares(network: nn.Module, device: torch.device) -> None:
+    """Replaces the sharded parameters on the meta device by ``network.shares``."""
     from torch.distributed.tensor import DTensor
 
-    made = {}
+    new = {}
     for name, parameter in network.named_parameters():
         if parameter.is_meta:
             part = DTensor.from_local(
@@ -228,25 +226,25 @@ def _fill(network: nn.Module, device: torch.device) -> None:
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
-            made[id(parameter)] = nn.Parameter(part, requires_grad=parameter.requires_grad)
-    _exchange(network, made)
+            new[id(parameter)] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+    _replace_parameters(network, new)
     del network.shares
 
 
 def choose(mode: str, task: nn.Module, device: torch.device, held: Callable[[int], float]) -> Parallel:
-    """How the processes of this run hold ``task``.
+    """The `Parallel` of a run.
 
     Args:
         mode: "none" for one process; "ddp" for copies; "fsdp" for shards over all processes; "hsdp" for shards inside
-            each machine and copies between them; "auto" for copies where they take at most half of a GPU's memory, else
-            shards inside each of several machines where these do, and shards over all processes elsewhere.
-        task: built, not prepared.
-        device: of the run.
-        held: bytes of weights, gradients, moments and averages on a device when so many share them (`MemoryPlan.held`);
-            asked only under "auto".
+            each machine and a copy on each machine; "auto" takes the first of ddp, hsdp and fsdp under which weights,
+            gradients, moments and averages fill at most half of a GPU (fsdp in any case).
+        task: the task before ``prepare``.
+        device: the device of the run.
+        held: number of processes that share a copy -> bytes of weights, gradients, moments and averages on each device
+            (`MemoryPlan.held`); called under "auto" only.
 
     Raises:
-        ValueError: the mode is unknown, not for several processes or machines, or not for this task.
+        ValueError: the mode is unknown, or does not suit the number of processes and machines, or the task.
     """
     if mode not in MODES:
         raise ValueError(f"--parallel={mode}: choose one of {', '.join(MODES)}")
@@ -271,17 +269,16 @@ def choose(mode: str, task: nn.Module, device: torch.device, held: Callable[[int
 
 
 def _fits(held: Callable[[int], float], device: torch.device, parts: int) -> bool:
-    """Whether what each of ``parts`` devices would hold takes at most half of its memory."""
+    """Whether ``held(parts)`` bytes are at most half of the device's memory."""
     if device.type != "cuda":
         return True
     return held(parts) <= torch.cuda.get_device_properties(device).total_memory / 2
 
 
 def full(state: Any) -> Any:
-    """A state with its sharded tensors made whole on the main process's CPU; the others get empty ones. All must call.
+    """``state``, nested containers, with its sharded tensors whole on the main process's CPU.
 
-    Args:
-        state: containers of values and tensors.
+    The other processes get empty tensors instead. All processes must call.
     """
     if is_sharded(state):
         whole = state.full_tensor()
@@ -294,26 +291,25 @@ def full(state: Any) -> Any:
 
 
 def spread(value: Any, like: Tensor | None) -> Any:
-    """The whole tensor ``value`` sharded as ``like`` is; anything else as it is."""
+    """The whole tensor ``value`` sharded as ``like`` is; ``value`` itself if there is nothing to shard."""
     if not (is_sharded(like) and isinstance(value, Tensor) and value.shape == like.shape):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    # Every process has read the same file, so nothing need be sent.
+    # Every process has read the same file: take the shard from it instead of receiving it from rank 0.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def spread_like(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole tensors of a ``state_dict`` sharded as those of ``module`` are."""
+    """The whole tensors of a ``state_dict``, sharded as those of ``module`` are."""
     here = module.state_dict()
     return {name: spread(value, here.get(name)) for name, value in saved.items()}
 
 
 class Gathered(nn.Module):
-    """A module's whole tensors, to be written. All processes must make it; the main one has them.
+    """Stands for ``module``, sharded or not, when its weights are saved: ``state_dict`` has whole tensors.
 
-    Args:
-        module: sharded, or not.
+    All processes must build it; on all but the main one, the sharded tensors are empty.
     """
 
     def __init__(self, module: nn.Module):
@@ -321,5 +317,5 @@ class Gathered(nn.Module):
         self._whole = full(module.state_dict())
 
     def state_dict(self, *_arguments: object, **_settings: object) -> dict[str, Tensor]:
-        """The tensors, under the module's own names."""
+        """The tensors by the module's own names."""
         return self._whole

@@ -1,9 +1,8 @@
-"""Ending a run on request so that nothing is lost: SIGTERM and SIGUSR1 from a scheduler, SIGINT from a person.
+"""Ends a run on a signal without loss: SIGTERM or SIGUSR1 from a scheduler, SIGINT from a person.
 
-While steps are taken a request waits for the step in hand, its due files and its checkpoint; before the first and after
-the last step there is nothing of that kind to finish, and it ends the run at once. Either way `Preempted` is raised and
-the process ends with `EXIT_CODE`, which tells a scheduler to start the same command again. Further requests change
-nothing, except that a second SIGINT ends the run where it stands.
+During training the current step is finished and its checkpoint written; before the first and after the last step the
+run ends at once. Either way `Preempted` is raised and the process ends with `EXIT_CODE`, which tells a scheduler to
+start the same command again. Further signals change nothing, except that a second SIGINT ends the run at once.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from contextlib import contextmanager
 __all__ = ["EXIT_CODE", "Preempted", "Preemption"]
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: the run has been asked to end, and the same command continues it."""
+"""EX_TEMPFAIL of sysexits.h: the run ended on a signal, and the same command continues it."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preempted(BaseException):
-    """The run ends on request. Like KeyboardInterrupt no ``except Exception`` catches it."""
+    """The run ends on a signal. As with KeyboardInterrupt, ``except Exception`` does not catch it."""
 
 
 class Preemption:
-    """A context manager that turns signals into requests to end; the handlers from before return when it is left.
+    """A context manager that handles the signals; leaving it restores the earlier handlers.
 
-    Outside the main thread, where Python receives no signals, it does nothing.
+    It does nothing outside the main thread, where Python receives no signals.
     """
 
     def __init__(self):
         self.received = ""
-        """Name of the first signal, or ''."""
+        """Name of the first signal received, or ''."""
         self._interrupts, self._waiting = 0, False
         self._before: dict[signal.Signals, object] = {}
 
@@ -47,9 +46,10 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def join(self, others: bool) -> bool:
-        """``others``, whether some rank was to end when all were asked: this one then ends with it.
+        """Ends this rank with the others: ``others`` says whether any rank had a signal when all were asked.
 
-        A signal that came after that question waits for the next one, so that all ranks end after the same step.
+        Returns ``others``. A signal that came after that waits for the next step, so that all ranks end after the same
+        one.
         """
         if others and not self.received:
             self.received = "another rank's signal"
@@ -69,7 +69,7 @@ class Preemption:
 
     @contextmanager
     def at_step_ends(self) -> Iterator[None]:
-        """In the body a request waits until `end_if_received` is called, or to the body's end."""
+        """Inside, a signal takes effect only when `end_if_received` is called, or at the end of the body."""
         self._waiting = True
         try:
             yield
@@ -79,10 +79,10 @@ class Preemption:
             self._end()
 
     def end_if_received(self, step: int, steps: int) -> None:
-        """Ends the run if that was asked for, with the checkpoint of ``step`` written.
+        """Call when the checkpoint of ``step`` is written.
 
         Raises:
-            Preempted: a signal came.
+            Preempted: a signal was received.
         """
         if self.received:
             where = f"after step {step} of {steps}, and its checkpoint is written"

@@ -1,12 +1,10 @@
-"""What a run says while it trains: to its loggers, and to whoever looks at the terminal.
-
-Notation as in `logs`.
-"""
+"""Sends a run's metrics, pictures and messages to its loggers and to the terminal. Metrics are as in `logs`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import SupportsFloat
 
@@ -19,38 +17,25 @@ from ratiograph.training.loggers import Logger, RunFiles, Start
 __all__ = ["RunLogger", "SilentLogger"]
 
 
-class SilentLogger:
-    """Takes what a `RunLogger` takes and says nothing: of all processes of a run one speaks."""
+class SilentLogger(AbstractContextManager):
+    """The logger of all processes but the main one: it has the methods of `RunLogger` and does nothing."""
 
-    def __enter__(self) -> SilentLogger:
-        return self
+    def _ignore(self, *_arguments: object) -> None:
+        """Does nothing."""
 
-    def __exit__(self, *_exception: object) -> None:
-        """There is nothing to close."""
-
-    def advance(self, step: int) -> None:
-        """Nothing."""
-
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Nothing."""
-
-    def image(self, step: int, tag: str, grid: np.ndarray) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
+    __exit__ = advance = log = image = message = _ignore
 
 
-class RunLogger:
-    """Writes down and shows a run's metrics. A context manager: leaving it closes the files and the display.
+class RunLogger(AbstractContextManager):
+    """Records and shows a run's metrics. A context manager: leaving it closes the files and the display.
 
     In a terminal the display is live (bar, rate, time left, latest metrics with their trend); elsewhere every
     logged step is one line of plain text. Metrics and pictures go to the run's folder (`loggers.RunFiles`) and to
-    ``loggers``. A logger that fails is told of once and asked again the next time; training goes on.
+    ``loggers``. If a logger fails, a message says so once; training goes on, and the logger gets the next values too.
 
     Args:
         workdir: the run's folder; made if missing.
-        total_steps: steps the run ends at.
+        total_steps: number of the run's last step.
         resume_step: step of the checkpoint the run goes on from, 0 for a new run. Lines of metrics.jsonl
             after it are dropped, so that the file has every step once.
         images_per_step: training samples a step takes; ``images`` in metrics.jsonl is step times this, and
@@ -58,11 +43,11 @@ class RunLogger:
         loggers: where else metrics and pictures go.
         config: text of config.gin, for loggers that keep it.
         title: heading of the display; the name of ``workdir`` when None.
-        live: whether to draw the live display; None asks the terminal.
-        console: where to show; a new console on standard output when None.
+        live: whether to draw the live display; None: only in a terminal.
+        console: where to print; None: standard output.
 
     Raises:
-        ValueError: ``workdir`` cannot be written; a logger lacks what only the user can give it.
+        ValueError: ``workdir`` cannot be written; a logger cannot start, and only the user can mend it.
     """
 
     def __init__(
@@ -79,48 +64,46 @@ class RunLogger:
         console: Console | None = None,
     ):
         self._images_per_step = images_per_step
-        self._told: set[Logger] = set()
+        self._failed: set[Logger] = set()
         files, run = RunFiles(), Start(Path(workdir), resume_step, config)
         files.start(run)
         self._loggers: list[Logger] = [files]
         last = files.last or {}
         self._logged_step = last.get("step", -1)
         self._pace = Pace(total_steps, resume_step, float(last.get("seconds") or 0))
-        # Live from after the start on: services print lines of their own while they start.
-        said = [self._started(logger, run) for logger in loggers]
+        # The live display begins after the loggers have started, as services print lines of their own.
+        messages = [self._start(logger, run) for logger in loggers]
         self._display = Display(title or run.title, self._pace, step=resume_step, live=live, console=console)
-        for line in filter(None, said):
-            self.message(line)
+        for message in filter(None, messages):
+            self.message(message)
 
-    def _started(self, logger: Logger, run: Start) -> str:
+    def _start(self, logger: Logger, run: Start) -> str:
+        """Starts ``logger``; returns its message for people."""
         try:
-            line = logger.start(run)
+            message = logger.start(run)
         except ValueError:
             for opened in self._loggers:
                 opened.close()
             raise
-        except Exception as error:  # a service or a disk: the run can do without
+        except Exception as error:  # of a service or a disk; the run does not need it
             return _failure(logger, error, "left out of this run")
         self._loggers.append(logger)
-        return line
-
-    def __enter__(self) -> RunLogger:
-        return self
+        return message
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _each(self, tell: Callable[[Logger], None]) -> None:
+    def _each(self, call: Callable[[Logger], None]) -> None:
         for logger in self._loggers:
             try:
-                tell(logger)
+                call(logger)
             except Exception as error:  # whatever a library raises
-                if logger not in self._told:
-                    self._told.add(logger)
+                if logger not in self._failed:
+                    self._failed.add(logger)
                     self.message(_failure(logger, error, "the run goes on, and asks it again the next time"))
 
     def advance(self, step: int) -> None:
-        """Moves the live bar to ``step`` between two logged steps; costs nothing."""
+        """Moves the live progress bar to ``step``; costs nothing."""
         self._display.step = step
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:

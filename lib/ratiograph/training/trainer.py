@@ -1,13 +1,14 @@
-"""The loop round a task: data, seeds, precision, logs, checkpoints, evaluation.
+"""The training loop of any task: data, seeds, precision, logs, checkpoints, evaluation.
 
-A run is a function of its configuration: step k draws everything random from a generator seeded by (seed, k), and the
-stream's order is a function of (seed, epoch), so a resumed run needs no random state to be the run that would have
-been. Metrics are averaged on the device and read only when they are logged.
+A run is a function of its configuration: step k draws all random numbers from a generator seeded by (seed, k), and the
+order of the data is a function of (seed, epoch). A resumed run therefore equals an uninterrupted one, without any saved
+random state. Metrics are averaged on the device and read only when they are logged.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tempfile
 import time
@@ -38,10 +39,10 @@ __all__ = ["autocast_dtype", "choose_device", "named_device", "step_seed", "trai
 
 
 def named_device(device: str) -> torch.device:
-    """The torch device of ``--device``, there or not; "auto" is a GPU if there is one.
+    """The torch device of ``--device``, which need not exist here; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: for a name torch does not know.
+        ValueError: torch does not know the name.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,10 +53,10 @@ def named_device(device: str) -> torch.device:
 
 
 def choose_device(device: str) -> torch.device:
-    """As ``named_device``, of the devices that are there; each process of a machine has its own GPU.
+    """As ``named_device``, for a device that must exist; "cuda" is another GPU for each process of a machine.
 
     Raises:
-        ValueError: for a name torch does not know, or a GPU that is not there.
+        ValueError: torch does not know the name, or sees no GPU.
     """
     chosen = named_device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -66,7 +67,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The networks' autocast type; None is float32. "auto" takes bf16 where the processor computes in it."""
+    """The networks' autocast type; None is float32. "auto" is bf16 where the hardware computes in it."""
     if precision == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
@@ -76,9 +77,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def step_seed(seed: int, *position: int) -> int:
-    """A 63-bit seed for one position of a run, the same on every machine; distinct positions are independent."""
+    """A 63-bit seed for one position of a run, the same on every machine; different positions have unrelated seeds."""
     text = ":".join(map(str, (seed, *position)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+_PREPARE, _FIT, _PREVIEW, _STEP = range(4)
+"""Positions of a run that have seeds of their own; that of a step also has its number."""
 
 
 class _Run:
@@ -92,75 +97,62 @@ class _Run:
             keep_every=experiment.keep_every,
             best_metric=experiment.best_metric,
         )
-        ranks = distributed.ranks()
-        if experiment.batch_size % ranks:
-            raise ValueError(
-                f"Experiment.batch_size={experiment.batch_size} is of all {ranks} processes together and must be a "
-                f"multiple of {ranks}"
-            )
-        if experiment.batch_size // ranks % experiment.accumulation:
-            raise ValueError(
-                f"Experiment.accumulation={experiment.accumulation} must divide the {experiment.batch_size // ranks} "
-                "samples that a process has of a step"
-            )
+        self.samples_here = experiment.samples_each(distributed.ranks())  # of a step, on this process
         self.loggers = (TensorBoard(),) if experiment.loggers is None else tuple(experiment.loggers)
         for logger in self.loggers:
             logger.check()
         self.task.accumulation = experiment.accumulation
         self.task.parallel = parallel.choose(mode, self.task, device, lambda parts: memory_plan(self.task).held(parts))
-        self.share = experiment.batch_size // ranks
-        self.generator = BatchGenerator(device, distributed.rank(), ranks)
-        self.whole = torch.Generator(device)
+        self._generator = BatchGenerator(device, distributed.rank(), distributed.ranks())
+        self._common_generator = torch.Generator(device)
         self.nodes = graph_nodes(tree.describe(experiment.task))
-        self.config = config_digest(workdir / "config.gin")
+        config = workdir / "config.gin"
+        self.config, self.config_digest = config.read_text("utf-8") if config.exists() else "", config_digest(config)
 
     def logger(self, done: int) -> RunLogger | SilentLogger:
-        """Who speaks for the run, from step ``done`` on."""
+        """The logger for the steps after ``done``: only that of the main process writes and prints."""
         if not distributed.is_main():
             return SilentLogger()
-        config = self.workdir / "config.gin"
         return RunLogger(
             self.workdir,
             self.experiment.steps,
             resume_step=done,
             images_per_step=self.experiment.batch_size,
             loggers=self.loggers,
-            config=config.read_text(encoding="utf-8") if config.exists() else "",
+            config=self.config,
         )
 
-    def seeded(self, *position: int) -> torch.Generator:
-        """The generator of the global batch, and this rank's own (dropout), at one position."""
+    def generator(self, *position: int) -> torch.Generator:
+        """The generator of the global batch at one position; also seeds this rank's own random numbers (dropout)."""
         value = step_seed(self.experiment.seed, *position)
         torch.manual_seed(value if distributed.is_main() else step_seed(value, distributed.rank()))
-        return self.generator.manual_seed(value)
+        return self._generator.manual_seed(value)
 
-    def alone(self, *position: int) -> torch.Generator:
-        """A generator at one position that draws the same on every rank, for what each does as a whole."""
+    def common_generator(self, *position: int) -> torch.Generator:
+        """A generator at one position that draws the same numbers on every rank, for what one rank computes whole."""
         value = step_seed(self.experiment.seed, *position)
         torch.manual_seed(value)
-        return self.whole.manual_seed(value)
+        return self._common_generator.manual_seed(value)
 
-    def start(self, say: Callable[[str], None]) -> tuple[int, int]:
-        """Prepares the task, from the newest checkpoint if there is one; (steps done, samples read)."""
+    def start(self, tell: Callable[[str], None]) -> tuple[int, int]:
+        """Prepares the task, from the newest checkpoint if there is one; returns (steps done, samples read)."""
         experiment, task = self.experiment, self.task
         dtype = autocast_dtype(experiment.precision, self.device)
-        self.seeded(0)
+        self.generator(_PREPARE)
         if experiment.precision == "fp64":
             task.double()
         task.prepare(self.device, dtype)
         found = self.checkpoints.latest()
         if found:
-            return self.resume(*found, say)
+            return self.resume(*found, tell)
         kind = "bf16" if dtype else "fp64" if experiment.precision == "fp64" else "fp32"
         held = "each a shard of the weights" if task.parallel.shards else "each a copy of the weights"
         processes = f"{distributed.ranks()} processes, {held}, " if distributed.ranks() > 1 else ""
-        say(f"{processes}{self.device.type}, networks in {kind}, {self.workdir}")
-        batches = None
-        if experiment.data:
-            stream = experiment.data.batches(experiment.batch_size, experiment.seed)
-            batches = map(self.placed, self.checked(stream))
-        for name, value in task.fit(batches, self.alone(1)).items():
-            say(f"{name} = {value:.5g}")
+        tell(f"{processes}{self.device.type}, networks in {kind}, {self.workdir}")
+        data = experiment.data
+        batches = self.on_device(data.batches(experiment.batch_size, experiment.seed)) if data else None
+        for name, value in task.fit(batches, self.common_generator(_FIT)).items():
+            tell(f"{name} = {value:.5g}")
         if experiment.evaluator:
             with task.parallel.whole():
                 rows = experiment.evaluator.before(task, self.device, experiment.seed)
@@ -168,106 +160,98 @@ class _Run:
                 write_atomically(self.workdir / "before.json", json.dumps(rows).encode())
         return 0, 0
 
-    def resume(self, done: int, state: dict, say: Callable[[str], None]) -> tuple[int, int]:
-        """Loads a checkpoint; (steps done, samples read)."""
-        stood = state.get("run", {})
-        if "graph" in stood:
-            check_graph(self.nodes, stood["graph"], self.checkpoints.folder)
+    def resume(self, done: int, state: dict, tell: Callable[[str], None]) -> tuple[int, int]:
+        """Loads a checkpoint; returns (steps done, samples read)."""
+        run = state.get("run", {})
+        if "graph" in run:
+            check_graph(self.nodes, run["graph"], self.checkpoints.folder)
         self.task.load_training_state(state["task"])
-        say(f"resumed from step {done} of {self.experiment.steps}")
-        if stood.get("config", self.config) != self.config:
-            say("the configuration is not the one that the checkpoint was made with")
-        return done, stood.get("samples", done * self.experiment.batch_size)
+        tell(f"resumed from step {done} of {self.experiment.steps}")
+        if run.get("config", self.config_digest) != self.config_digest:
+            tell("the configuration is not the one that the checkpoint was made with")
+        return done, run.get("samples", done * self.experiment.batch_size)
 
     def batches(self, samples: int) -> Iterator[Batch]:
-        """This rank's real batches on the device, after the first ``samples`` samples of all ranks."""
+        """This rank's batches on the device, after the first ``samples`` samples of all ranks."""
         data, seed = self.experiment.data, self.experiment.seed
-        stream = data.batches(self.share, seed, samples, distributed.rank(), distributed.ranks())
-        return map(self.placed, self.checked(stream))
+        return self.on_device(data.batches(self.samples_here, seed, samples, distributed.rank(), distributed.ranks()))
 
-    def checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """``stream``, whose first samples are of the networks' shape."""
+    def on_device(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches on the device in the networks' precision, once the first one's shape has been checked."""
         for index, batch in enumerate(stream):
             if not index:
                 self.task.check_samples(batch)
-            yield batch
-
-    def placed(self, batch: Batch) -> Batch:
-        """The batch where and as the networks want it."""
-        batch = batch.to(self.device)
-        return replace(batch, images=batch.images.double()) if self.experiment.precision == "fp64" else batch
+            batch = batch.to(self.device)
+            yield replace(batch, images=batch.images.double()) if self.experiment.precision == "fp64" else batch
 
     def save(self, step: int, samples: int) -> None:
-        """The state, put together by all ranks and written by the main one."""
+        """Saves a checkpoint: all ranks gather the state, the main one writes it."""
         state = self.task.training_state()
         if not distributed.is_main():
             return
-        stood = {"samples": samples, "config": self.config, "graph": self.nodes}
-        self.checkpoints.save(step, state, stood)
+        self.checkpoints.save(step, state, {"samples": samples, "config": self.config_digest, "graph": self.nodes})
         summary = self.task.summary()
         if summary:
             text = json.dumps({"step": step, **summary}, indent=1)
             write_atomically(self.workdir / "diagnostics.json", text.encode())
 
     def preview(self, step: int, logger: RunLogger) -> None:
-        """A sample grid at the run's one fixed noise."""
+        """Logs a grid of samples from noise that is the same at every step."""
         with self.task.parallel.whole():
             if not distributed.is_main():
                 return
-            samples = self.task.preview(self.experiment.preview_samples, self.alone(2))
+            samples = self.task.preview(self.experiment.preview_samples, self.common_generator(_PREVIEW))
         if samples is not None and samples.ndim == 4:
             logger.image(step, "samples", make_grid(samples))
 
-    def judge(self, step: int, logger: RunLogger) -> dict[str, float]:
-        """The evaluator's quick numbers where they are due; a collapse is told at once."""
+    def evaluate(self, step: int, logger: RunLogger) -> dict[str, float]:
+        """The evaluator's quick measurements, where they are due; a message if the student may be collapsing."""
         evaluator, every = self.experiment.evaluator, self.experiment.evaluate_every
         if not (evaluator and every and step % every == 0):
             return {}
         with self.task.parallel.whole():
             found = distributed.from_main(evaluator.during(self.task, self.device, self.experiment.seed))
         if found.get("collapsed"):
-            covered = (
+            cover = (
                 f": its samples cover {100 * found['coverage']:.1f} % of the real ones" if "coverage" in found else ""
             )
-            logger.message(f"step {step}: the student may be collapsing{covered}")
+            logger.message(f"step {step}: the student may be collapsing{cover}")
         return {f"evaluation/{name}": value for name, value in found.items()}
 
     def loop(self, done: int, samples: int, logger: RunLogger, preemption: Preemption) -> None:
-        """Steps ``done`` + 1 to the last.
+        """Takes the steps ``done`` + 1 to the last.
 
         Raises:
-            Preempted: a signal asked for it, and the step's checkpoint is written.
+            Preempted: a signal was received, and the step's checkpoint is written.
             ValueError: too many steps in a row without a finite gradient; a checkpoint that cannot be written.
         """
         experiment, means, guard = self.experiment, Means(self.device), StepGuard(self.task, self.device)
-        # Of a shorter run, which this one goes on from: interrupted after its last step, this one is to write its own.
-        if distributed.is_main():
+        if distributed.is_main():  # a finished run that goes on needs a new evaluation
             (self.workdir / "evaluation.json").unlink(missing_ok=True)
-        batches = self.batches(samples) if self.task.needs_data else None
+        batches = self.batches(samples) if self.task.needs_data else itertools.repeat(None)
         first, waited, started = samples, 0.0, time.perf_counter()
-        marked = started
+        logged = started
         with Watchdog(experiment.hang_minutes) as watchdog, preemption.at_step_ends():
             for step in range(done + 1, experiment.steps + 1):
-                before = time.perf_counter()
-                batch = next(batches) if batches else None
-                waited += time.perf_counter() - before
-                generator = self.seeded(3, step)
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                generator = self.generator(_STEP, step)
                 with guard:
-                    means.add(self.task.step(batch, self.share, generator))
+                    means.add(self.task.step(batch, self.samples_here, generator))
                 samples += experiment.batch_size
                 logger.advance(step)
                 watchdog.beat(step)
                 self.checkpoints.poll()
-                # Asked once: a signal between here and the end of the step waits for the next one.
+                # All ranks agree once a step: a signal that comes later takes effect after the next one.
                 last = preemption.join(distributed.any_rank(bool(preemption.received))) or step == experiment.steps
-                judged = self.judge(step, logger)
-                saving = self.checkpoints.improves(step, judged) or last or step % experiment.checkpoint_every == 0
-                if saving or judged or step % experiment.log_every == 0:
+                evaluation = self.evaluate(step, logger)
+                saving = self.checkpoints.improves(step, evaluation) or last or step % experiment.checkpoint_every == 0
+                if saving or evaluation or step % experiment.log_every == 0:
                     now = time.perf_counter()
-                    measured = {"data/wait_fraction": waited / (now - marked)}
-                    measured["memory/peak_gb"] = peak_memory(self.device)
-                    self.record(step, means, guard, judged | measured, logger)
-                    waited, marked = 0.0, now
+                    usage = {"data/wait_fraction": waited / (now - logged), "memory/peak_gb": peak_memory(self.device)}
+                    self.record(step, means, guard, evaluation | usage, logger)
+                    waited, logged = 0.0, now
                 if step == experiment.steps or step % experiment.preview_every == 0:
                     self.preview(step, logger)
                 if saving:
@@ -280,15 +264,15 @@ class _Run:
         rate, memory = (samples - first) / (time.perf_counter() - started), peak_memory(self.device)
         logger.message(f"{significant(rate, 3)} images/s, at most {significant(memory, 3)} GB of memory")
 
-    def record(self, step: int, means: Means, guard: StepGuard, measured: dict, logger: RunLogger) -> None:
-        """Logs the metrics since the last time, and what was left out; ends the run where that was too much."""
+    def record(self, step: int, means: Means, guard: StepGuard, extra: dict, logger: RunLogger) -> None:
+        """Logs the metrics since the last time and the skipped updates; raises where too many were skipped in a row."""
         metrics, bad = means.read()
         metrics = distributed.average_metrics(metrics, self.device)
         faults = guard.read()
         rewards = [name.removeprefix("reward/") for name in bad if name.startswith("reward/")]
-        if rewards:  # whose gradient may have been finite all the same
+        if rewards:  # their gradient may still be finite, so that no step is skipped
             logger.message(f"step {step}: log R of {', '.join(rewards)} was NaN or infinite for some samples")
-        logger.log(step, metrics | measured | ({"faults/skipped_steps": faults.skipped} if faults.skipped else {}))
+        logger.log(step, metrics | extra | ({"faults/skipped_steps": faults.skipped} if faults.skipped else {}))
         if not faults.new:
             return
         report = guard.report(bad)
@@ -303,9 +287,8 @@ class _Run:
             )
 
     def finish(self, logger: RunLogger) -> None:
-        """Final weights and evaluation, in which every rank takes part and of which one writes."""
-        config = self.workdir / "config.gin"
-        metadata = {"config": config.read_text()} if config.exists() else {}
+        """Writes the final weights and the evaluation. All ranks take part; the main one writes."""
+        metadata = {"config": self.config} if self.config else {}
         for name, module in self.task.weights().items():
             gathered = parallel.Gathered(module)
             if distributed.is_main():
@@ -314,15 +297,15 @@ class _Run:
             logger.message("evaluating")
             stored = self.workdir / "before.json"
             before = json.loads(stored.read_text()) if stored.exists() else []
-            with self.task.parallel.whole(), tempfile.TemporaryDirectory() as unread:
-                place = self.workdir if distributed.is_main() else Path(unread)
-                document = self.experiment.evaluator.after(self.task, self.device, self.experiment.seed, before, place)
+            with self.task.parallel.whole(), tempfile.TemporaryDirectory() as unused:
+                folder = self.workdir if distributed.is_main() else Path(unused)
+                document = self.experiment.evaluator.after(self.task, self.device, self.experiment.seed, before, folder)
             if distributed.is_main():
                 write_atomically(self.workdir / "evaluation.json", json.dumps(document, indent=1).encode())
 
 
 def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: str = "auto") -> Path:
-    """Runs ``experiment`` to its last step, from its newest checkpoint if ``workdir`` has one.
+    """Runs ``experiment`` to its last step, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
         experiment: what to run.
@@ -334,8 +317,8 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
         The folder, which `reports.run_report.write_report` makes a page of.
 
     Raises:
-        ValueError: with the remedy, for anything the user can mend; earlier checkpoints are intact.
-        Preempted: a signal asked for the end; the same call goes on.
+        ValueError: anything that the user can mend, with the remedy; earlier checkpoints are intact.
+        Preempted: the run ended on a signal; the same call continues it.
     """
     run = _Run(experiment, Path(workdir), choose_device(device), mode)
     run.workdir.mkdir(parents=True, exist_ok=True)
@@ -350,8 +333,8 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
                 run.preview(0, logger)
             if done < experiment.steps:
                 run.loop(done, samples, logger, preemption)
-            unjudged = not (run.workdir / "evaluation.json").exists()
-            distributed.wait_for_all()  # all have looked before one writes
-            if done < experiment.steps or unjudged:
+            unevaluated = not (run.workdir / "evaluation.json").exists()
+            distributed.wait_for_all()  # every rank has read this before one writes the file
+            if done < experiment.steps or unevaluated:
                 run.finish(logger)
     return run.workdir

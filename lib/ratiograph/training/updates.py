@@ -1,8 +1,8 @@
-"""The updates of a step, each taken when its network is needed next.
+"""The optimiser steps of a training step, each taken as late as possible: just before its network runs again.
 
-On several processes with copies of the weights, the gradients of a network travel to their means over the ranks while
-other networks run. Those of two networks then exist at the same time, which one process, or one with shards, never
-holds: there each update is taken at once, as no gradient travels.
+With several processes that hold copies of the weights, the gradients of one network are averaged over the ranks while
+other networks run, so the gradients of two networks may exist at the same time. With one process, or with sharded
+weights, there is nothing to wait for: each update is taken at once, and only one network's gradients exist.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ __all__ = ["Updates"]
 
 
 class Updates:
-    """Updates that were begun, in order, the same on every rank.
+    """The updates begun and not yet taken, in the same order on every rank.
 
     Args:
-        optimizers: of the networks, by name.
+        optimizers: the networks' optimisers, by name.
     """
 
     def __init__(self, optimizers: Mapping[str, Updater]):
         self._optimizers = optimizers
         self._waiting: dict[str, Callable[[], None]] = {}
         self.norms: dict[str, Tensor] = {}
-        """Of the gradient of each network's last update, [] before clipping."""
+        """Gradient norm [] of each network's last update, before clipping."""
 
     def begin(self, name: str, then: Callable[[], None] = lambda: None) -> None:
-        """An update of ``name`` from the gradients now held, to which nothing may be added before it is taken.
+        """Begins an update of ``name`` from its present gradients; nothing may be added to them until it is taken.
 
         Args:
-            name: of the network.
+            name: name of the network.
             then: called after the update.
         """
         assert name not in self._waiting, name
@@ -42,7 +42,7 @@ class Updates:
             self.finish([name])
 
     def finish(self, names: Collection[str] | None = None) -> None:
-        """Takes the updates of ``names`` that were begun; all of them by default."""
+        """Takes the updates of ``names`` that were begun; by default all."""
         for name in [each for each in self._waiting if names is None or each in names]:
             self.norms[name] = self._optimizers[name].step()
             self._waiting.pop(name)()

@@ -1,4 +1,4 @@
-"""Starting from where another run ended."""
+"""Starts a run from the networks of another run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["WarmStart"]
 
 
 class WarmStart:
-    """Networks of an earlier run's newest checkpoint, with fresh optimisers and step 0.
+    """Initialises networks from an earlier run's newest checkpoint; optimisers and step count start anew.
 
-    f-distill starts text-to-image runs from a reverse-KL one, so that the discriminator is warm when it first weighs.
+    f-distill starts its text-to-image runs from a reverse-KL run, so that its weighting has a trained ratio at once.
 
     Args:
-        run: workdir of that run.
-        nodes: what to take, of ``student``, ``student_average``, ``student_score`` and ``ratio``; by default all that
-            this graph and that run share.
+        run: workdir of the earlier run.
+        nodes: the networks to take, from ``student``, ``student_average``, ``student_score`` and ``ratio``; by default
+            all that both runs have.
     """
 
     def __init__(self, *, run: str, nodes: Sequence[str] | None = None):
@@ -31,7 +31,7 @@ class WarmStart:
         """Loads the nodes into ``networks`` (by name); returns their names.
 
         Raises:
-            ValueError: the run has no checkpoint, or a node asked for is missing there or of another shape.
+            ValueError: the earlier run has no checkpoint, or one of ``nodes`` is missing there or has another shape.
         """
         folder = Path(self.run) / "checkpoints"
         found = latest(folder)

@@ -1,7 +1,7 @@
-"""One run a folder: the lock that a second run in the same workdir meets.
+"""The lock of a run's folder, so that two runs never write into one.
 
-The lock is the kernel's, on the file ``WORKDIR/.lock``, which says who holds it. It ends with the process that holds
-it, however that ends, so the file a killed run leaves locks nothing, and processes it started do not inherit it.
+It is a lock of the operating system on ``WORKDIR/.lock``; the file's text names the process that holds it. The lock
+ends with that process, even if it is killed, and is not inherited by processes that it starts.
 """
 
 from __future__ import annotations
@@ -21,21 +21,17 @@ from ratiograph.core.files import clear_storage_errors
 
 __all__ = ["locked"]
 
-_NAME = ".lock"
-_HELD = (errno.EACCES, errno.EAGAIN)
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Holds the lock of ``workdir`` while the body runs; the folder is made if missing.
 
-    A process holds a folder once: leaving the inner of two nested uses would free it.
+    Do not nest uses for one folder in one process: leaving the inner one frees the lock.
 
     Raises:
-        ValueError: another process holds it, named by pid and host; or the folder cannot be written.
+        ValueError: another process holds the lock (the message has its pid and host), or the folder cannot be written.
     """
-    path = Path(workdir) / _NAME
+    path = Path(workdir) / ".lock"
     with clear_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
@@ -43,10 +39,13 @@ def locked(workdir: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _HELD:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
-                raise ValueError(_held(workdir, file.read())) from None
-            if error.errno not in _UNSUPPORTED:
+                raise ValueError(
+                    f"another run is using {workdir}: {_holder(file.read())}. Wait for it or end it, or give this run "
+                    "another --workdir"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise ValueError(f"cannot lock {path}: {error.strerror}. Choose another --workdir") from error
             warnings.warn(f"{path}: this file system has no locks; see to it that one run uses {workdir}", stacklevel=3)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -57,10 +56,10 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _held(workdir: Path, text: str) -> str:
+def _holder(text: str) -> str:
+    """The process that the text of a lock file names."""
     try:
         holder = json.loads(text)
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it has just taken the lock and not signed yet
-        who = "another process"
-    return f"another run is using {workdir}: {who}. Wait for it or end it, or give this run another --workdir"
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not written its name yet
+        return "another process"

@@ -1,13 +1,15 @@
-"""Layers shared by the networks. Shapes: features [B, C, H, W], embedding [B, E]."""
+"""Layers and the encoding that several networks share. Shapes: features [B, C, H, W], embedding [B, E]."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ratiograph.core.types import Encoding
 from ratiograph.networks.checkpointing import Part, directly
 
 
@@ -21,6 +23,17 @@ def zero_(module: nn.Module) -> nn.Module:
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with at most 16 groups of at least four channels."""
     return nn.GroupNorm(math.gcd(16, max(channels // 4, 1)), channels)
+
+
+@dataclass(frozen=True)
+class SkipEncoding(Encoding):
+    """``features``: the last map of each level, finest first, then the middle's. ``skips``: what the decoder takes."""
+
+    skips: tuple[Tensor, ...] = ()
+
+    def detach(self) -> SkipEncoding:
+        skips = tuple(skip.detach() for skip in self.skips)
+        return replace(super().detach(), skips=skips, embedding=self.embedding.detach())
 
 
 class NoiseEmbedding(nn.Module):

@@ -1,4 +1,4 @@
-"""A compact U-Net that is told a caption. Shapes: ``text`` [B, L, E], embedding [B, 4 channels]."""
+"""A compact U-Net conditioned on a caption. Shapes: ``text`` [B, L, E], embedding [B, 4 channels]."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CaptionedUNet", "EDMFromGrey"]
 class CaptionedUNet(UNet):
     """``UNet`` whose noise embedding also takes the caption: the sum of its words' states, through two layers.
 
-    All zeros are the empty prompt, which an absent caption stands for too. The order of the words is not seen.
+    States of all zeros are the empty prompt; a condition without a caption counts as one. Word order is lost.
 
     Args:
         resolution, image_channels, channels, multipliers, blocks, patch_size, attention, dropout: as in ``UNet``.
@@ -89,9 +89,9 @@ class CaptionedUNet(UNet):
 class EDMFromGrey(EDM):
     """``EDM`` round a `CaptionedUNet` whose training starts from a grey, uncaptioned denoiser of the same widths.
 
-    The channels' mean goes the way of the grey image: the stem's weights are those of grey for each channel over the
-    number of channels, and the output's are repeated. What the channels differ by is seen through random weights, so
-    that the features are not the same for all of them, and so is the caption.
+    The mean of the channels takes the place of the grey image: the stem's weights are the grey ones for each channel,
+    divided by the number of channels, and the output's are repeated. The differences between the channels enter by
+    random weights, so that colours have different features; the caption does too.
 
     Args:
         network: the network; widths and patches as the grey one's.

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratiograph.core.types import Condition, Encoding
-from ratiograph.networks.architectures.blocks import zero_
+from ratiograph.core.types import Condition
+from ratiograph.networks.architectures.blocks import SkipEncoding, zero_
 from ratiograph.networks.architectures.edm_blocks import (
     Block,
     ClassEmbedding,
@@ -40,17 +38,6 @@ from ratiograph.networks.checkpointing import Checkpointing
 __all__ = ["ADM", "DDPMPP", "NCSNPP"]
 
 
-@dataclass(frozen=True)
-class UNetEncoding(Encoding):
-    """``features``: the last map of each level, finest first, then the middle. ``skips``: what the decoder takes."""
-
-    skips: tuple[Tensor, ...] = ()
-
-    def detach(self) -> UNetEncoding:
-        detached = super().detach()
-        return replace(detached, skips=tuple(s.detach() for s in self.skips), embedding=self.embedding.detach())
-
-
 class Level(nn.Module):
     """Blocks at one resolution, after the ``resample`` block that leads there, where there is one."""
 
@@ -60,7 +47,7 @@ class Level(nn.Module):
 
 
 Make = Callable[..., Block]
-"""(in channels, out channels, attention=bool, resample=function or None) => block."""
+"""(in channels, out channels, attention=bool, resample=function or None) -> block."""
 
 
 def encoder_levels(
@@ -92,14 +79,14 @@ def decoder_levels(
         resample = make(width, width, attention=False, resample=up) if k + 1 < len(widths) else None
         inputs = [width + skips.pop(), *(widths[k] + skips.pop() for _ in range(blocks))]
         attention = [k in attended and i >= attended_from for i in range(blocks + 1)]
-        made = [make(i, widths[k], attention=a, resample=None) for i, a in zip(inputs, attention, strict=True)]
-        levels.append(Level(resample, made))
+        level = [make(i, widths[k], attention=a, resample=None) for i, a in zip(inputs, attention, strict=True)]
+        levels.append(Level(resample, level))
         width = widths[k]
     return nn.ModuleList(reversed(levels))
 
 
 class EDMUNet(nn.Module):
-    """What the three networks share: levels of residual blocks, a middle, and a skip from every block but the middle's.
+    """Base class: levels of residual blocks, a middle, and a skip from every block but the middle's.
 
     Args:
         resolution: height and width of the images.
@@ -107,18 +94,17 @@ class EDMUNet(nn.Module):
         widths: channels of each level.
         blocks: residual blocks a level in the encoder; the decoder has one more.
         stem_channels: channels after the first convolution.
-        embedding: (c_noise [B], condition) => [B, E].
+        embedding: (c_noise [B], condition) -> [B, E].
         make: makes a block.
-        down: halves the resolution of a feature map.
-        up: doubles it.
-        attended: indices of the levels with attention.
+        attention_resolutions: resolutions of the levels with attention.
         attended_from: index of the first block in the decoder's levels that has attention, if its level has.
-        out_eps: of the last normalisation.
         checkpointing: what the backward pass computes again; None: nothing.
 
     Raises:
-        ValueError: if ``resolution`` is not divisible by the halvings.
+        ValueError: ``resolution`` is not divisible by the halvings, or no level has one of ``attention_resolutions``.
     """
+
+    down, up = staticmethod(box_down), staticmethod(box_up)
 
     def __init__(
         self,
@@ -130,11 +116,8 @@ class EDMUNet(nn.Module):
         stem_channels: int,
         embedding: nn.Module,
         make: Make,
-        down: Resample,
-        up: Resample,
-        attended: Sequence[int],
+        attention_resolutions: Sequence[int],
         attended_from: int,
-        out_eps: float,
         checkpointing: Checkpointing | None,
     ):
         super().__init__()
@@ -144,30 +127,27 @@ class EDMUNet(nn.Module):
                 "or the number of multipliers"
             )
         self.resolution, self.image_channels = resolution, image_channels
+        self.shape = (image_channels, resolution, resolution)
         self.checkpointing = checkpointing or Checkpointing()
         self.feature_channels = (*widths, widths[-1])
+        attended = attended_levels(resolution, len(widths), attention_resolutions)
         self.embedding = embedding
         self.stem = nn.Conv2d(image_channels, stem_channels, 3, padding=1)
-        self.encoder, skips = encoder_levels(make, widths, stem_channels, blocks, attended, down)
+        self.encoder, skips = encoder_levels(make, widths, stem_channels, blocks, attended, self.down)
         self.middle = nn.ModuleList(make(widths[-1], widths[-1], attention=a, resample=None) for a in (True, False))
-        self.decoder = decoder_levels(make, widths, skips, blocks, attended, attended_from, up)
-        self.out_norm = group_norm(widths[0], out_eps)
+        self.decoder = decoder_levels(make, widths, skips, blocks, attended, attended_from, self.up)
+        self.out_norm = group_norm(widths[0], self.encoder[0].blocks[0].eps)
         self.out = zero_(nn.Conv2d(widths[0], image_channels, 3, padding=1))
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        return (self.image_channels, self.resolution, self.resolution)
-
     def drop_decoder(self) -> None:
-        """Leaves only what ``encode`` needs."""
+        """Removes what only ``decode`` needs."""
         del self.decoder, self.out_norm, self.out
 
     def _descend(self, k: int, x: Tensor, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Level k - 1 => the input of level k, and the image at level k (here as it was)."""
+        """From level k - 1, the input of level k and the image at level k (unchanged here, see NCSNPP)."""
         return self.checkpointing.run(self.encoder[k].resample, x, embedding), image
 
-    def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> UNetEncoding:
+    def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> SkipEncoding:
         embedding, image = self.embedding(c_noise, condition), x
         skips, ends = [self.stem(x)], []
         for k, level in enumerate(self.encoder):
@@ -180,9 +160,9 @@ class EDMUNet(nn.Module):
         h = skips[-1]
         for block in self.middle:
             h = self.checkpointing.run(block, h, embedding)
-        return UNetEncoding((*ends, h), embedding, skips=tuple(skips))
+        return SkipEncoding((*ends, h), embedding, skips=tuple(skips))
 
-    def decode(self, encoding: UNetEncoding) -> Tensor:
+    def decode(self, encoding: SkipEncoding) -> Tensor:
         h, skips, embedding = encoding.features[-1], list(encoding.skips), encoding.embedding
         for level in reversed(self.decoder):
             if level.resample is not None:
@@ -196,11 +176,7 @@ class EDMUNet(nn.Module):
 
 
 def attended_levels(resolution: int, levels: int, attention_resolutions: Sequence[int]) -> list[int]:
-    """Indices of the levels at ``attention_resolutions``.
-
-    Raises:
-        ValueError: no level has one of the resolutions.
-    """
+    """Indices of the levels at ``attention_resolutions``; ValueError for a resolution that no level has."""
     sizes = [resolution >> k for k in range(levels)]
     unknown = sorted(set(attention_resolutions) - set(sizes))
     if unknown:
@@ -243,9 +219,10 @@ class DDPMPP(EDMUNet):
         augment_labels: size of ``Condition.augment``, 0 for a network without augmentation labels.
         label_dropout: probability of training without a class, which guidance needs.
         checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
-    """
 
-    down, up = staticmethod(box_down), staticmethod(box_up)
+    Raises:
+        ValueError: ``resolution`` is not divisible by the halvings, or no level has one of ``attention_resolutions``.
+    """
 
     def __init__(
         self,
@@ -267,22 +244,19 @@ class DDPMPP(EDMUNet):
             return ShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
 
         noise = self.make_noise(channels)
-        known = partial(ClassEmbedding, classes, noise.width, scale=math.sqrt(classes), bias=True)
+        known = None
+        if classes:
+            known = ClassEmbedding(classes, noise.width, scale=math.sqrt(classes), bias=True, dropout=label_dropout)
         super().__init__(
             resolution=resolution,
             image_channels=image_channels,
             widths=[channels * m for m in multipliers],
             blocks=blocks,
             stem_channels=channels,
-            embedding=EarlyClassEmbedding(
-                noise, 4 * channels, known(dropout=label_dropout) if classes else None, augment_labels
-            ),
+            embedding=EarlyClassEmbedding(noise, 4 * channels, known, augment_labels),
             make=make,
-            down=self.down,
-            up=self.up,
-            attended=attended_levels(resolution, len(multipliers), attention_resolutions),
+            attention_resolutions=attention_resolutions,
             attended_from=blocks,
-            out_eps=ShiftBlock.eps,
             checkpointing=checkpointing,
         )
         self.classes, self.augment_labels = classes, augment_labels
@@ -302,7 +276,8 @@ class NCSNPP(DDPMPP):
     """NCSN++, the network of EDM's "VE" models: DDPM++ with three changes; arguments and defaults are DDPM++'s.
 
     Random Fourier features of the noise level, twice as many; a smoother resampling filter (1, 3, 3, 1); and a second
-    path from the image to every level, a pyramid of convolutions, each joined to the features and taken from there.
+    path from the image to every level: a pyramid of convolutions. At each level features and pyramid both go on from
+    their sum over sqrt(2).
     """
 
     down, up = staticmethod(binomial_down), staticmethod(binomial_up)
@@ -326,21 +301,12 @@ class ADM(EDMUNet):
     """ADM, the network of EDM's ImageNet-64 model, whose values are the defaults.
 
     Args:
-        resolution: height and width of the images.
-        image_channels: channels C of the images.
-        channels: unit of the widths.
-        multipliers: width of each level as a multiple of ``channels``; each level after the first halves the size.
-        blocks: residual blocks a level in the encoder; the decoder has one more.
-        attention_resolutions: resolutions of the feature maps with attention; the middle always has it.
+        resolution, image_channels, channels, multipliers, blocks, attention_resolutions, dropout: as in ``DDPMPP``.
         head_channels: channels of an attention head.
-        dropout: dropout probability of the residual blocks.
-        classes: number of classes, 0 for an unconditional network.
-        augment_labels: size of ``Condition.augment``, 0 for a network without augmentation labels.
-        label_dropout: probability of training without a class, which guidance needs.
-        checkpointing: trades time for memory: ``CheapOperations`` or ``WholeBlocks``; None keeps all activations.
+        classes, augment_labels, label_dropout, checkpointing: as in ``DDPMPP``.
 
     Raises:
-        ValueError: a level with attention has a width that is not a multiple of ``head_channels``.
+        ValueError: as ``DDPMPP``; a level with attention has a width that is not a multiple of ``head_channels``.
     """
 
     def __init__(
@@ -365,22 +331,19 @@ class ADM(EDMUNet):
             heads = outputs // head_channels if attention else 0
             return ScaleShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
 
-        known = partial(ClassEmbedding, classes, 4 * channels, scale=1.0, bias=False)
+        known = None
+        if classes:
+            known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout)
         super().__init__(
             resolution=resolution,
             image_channels=image_channels,
             widths=[channels * m for m in multipliers],
             blocks=blocks,
             stem_channels=channels * multipliers[0],
-            embedding=LateClassEmbedding(
-                CosineSine(channels), 4 * channels, known(dropout=label_dropout) if classes else None, augment_labels
-            ),
+            embedding=LateClassEmbedding(CosineSine(channels), 4 * channels, known, augment_labels),
             make=make,
-            down=box_down,
-            up=box_up,
-            attended=attended_levels(resolution, len(multipliers), attention_resolutions),
+            attention_resolutions=attention_resolutions,
             attended_from=0,
-            out_eps=ScaleShiftBlock.eps,
             checkpointing=checkpointing,
         )
         self.classes, self.augment_labels = classes, augment_labels

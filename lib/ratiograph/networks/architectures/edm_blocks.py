@@ -20,7 +20,7 @@ from ratiograph.networks.architectures.blocks import zero_
 from ratiograph.networks.checkpointing import Part, directly
 
 Resample = Callable[[Tensor], Tensor]
-"""[B, C, H, W] => the same at half or at twice the resolution."""
+"""[B, C, H, W] -> the same at half or at twice the resolution."""
 
 # --- resampling ---------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class RandomFourier(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """label => scale table[label] + bias; negative labels ask for no class, scale 0 + bias.
+    """scale table[label] + bias for each label; a negative label means no class and gives the bias.
 
     Args:
         classes: number of classes.
@@ -132,7 +132,7 @@ class ClassEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """What all blocks are told [B, E]: noise level, class and augmentation.
+    """The condition of all blocks [B, E]: noise level, class and augmentation.
 
     Args:
         noise: c_noise [B] => [B, W], with an attribute ``width`` = W.
@@ -148,7 +148,7 @@ class Embedding(nn.Module):
         self.layer1, self.layer2 = nn.Linear(noise.width, width), nn.Linear(width, width)
 
     def first(self, c_noise: Tensor, condition: Condition) -> Tensor:
-        """Noise level and augmentation [B, W]; images are taken as they are without augmentation labels."""
+        """Noise level and augmentation [B, W]; no labels mean images that were not augmented."""
         embedding = self.noise(c_noise).to(torch.promote_types(self.layer1.weight.dtype, torch.float32))
         if self.augment is None or condition.augment is None:
             return embedding
@@ -232,7 +232,7 @@ class Block(nn.Module):
     skip_scale = 1.0
     """Factor of every sum of a skip and its residual branch."""
     modulations = 1
-    """Numbers that a channel takes from the embedding."""
+    """How many numbers the embedding gives each channel."""
     projects_resampled = False
     """Whether a resampled skip has a convolution even where the channels agree."""
 

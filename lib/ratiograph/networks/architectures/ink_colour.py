@@ -1,7 +1,7 @@
-"""Which colour an image on black is painted in: a classifier without weights.
+"""The colour of an image on black: a classifier without weights.
 
-Notation: x [B, 3, H, W] in [-1, 1]; u(x) [B, 3] the direction of the summed light of its pixels, which brightness and
-shape leave alone; u_k the directions of the K colours.
+Notation: x [B, 3, H, W] in [-1, 1]; u(x) [B, 3] the direction of the mean of its pixels' light, which does not depend
+on brightness and shape; u_k the directions of the K colours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class InkColour(nn.Module):
     """Logits [B, K] of the colours of `COLOURS`, -|u(x) - u_k|^2 / (2 width^2): smooth in x, greatest for the nearest.
 
     Args:
-        width: how far from u_k a colour's name still holds; neighbouring u_k are about 0.55 apart.
+        width: standard deviation of a colour's directions about u_k; neighbouring u_k are about 0.55 apart.
 
     Raises:
         ValueError: ``width`` is not positive.

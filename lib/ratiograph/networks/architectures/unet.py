@@ -1,7 +1,7 @@
 """A compact U-Net for a few CPU cores, and a multi-layer perceptron with the same interface for vectors.
 
-Both offer ``encode(x, c_noise, condition) -> Encoding`` and ``decode(encoding) -> F``, so that whoever needs only
-features stops at the encoder. Shapes: x [B, C, H, W] (or [B, D]), c_noise [B], F like x.
+Both have ``encode(x, c_noise, condition) -> Encoding`` and ``decode(encoding) -> F``: a caller that needs only features
+skips the decoder. Shapes: x [B, C, H, W] (or [B, D]), c_noise [B], F like x.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["MLP", "UNet"]
 
 
 class ClassEmbedding(nn.Embedding):
-    """label => its row; no class (a negative label, or no labels at all) => 0.
+    """The row of each label; 0 for no class (a negative label, or no labels at all).
 
     Args:
         classes: number of classes.
@@ -50,8 +50,8 @@ class ClassEmbedding(nn.Embedding):
 class UNet(nn.Module):
     """Encoder, middle and decoder of residual blocks, on patches of the image.
 
-    Patches of ``patch_size``² pixels become channels at the first level, which on a CPU buys about four times the
-    speed at patch size 2. Feature maps of the encoding: the last of each level, then the middle (coarsest last).
+    Patches of ``patch_size``² pixels become channels at the first level: at patch size 2 that is about four times as
+    fast on a CPU. Feature maps of the encoding: the last of each level, then the middle (coarsest last).
 
     Args:
         resolution: height and width of the images.
@@ -93,6 +93,7 @@ class UNet(nn.Module):
                 "change UNet.patch_size or UNet.multipliers"
             )
         self.resolution, self.image_channels, self.patch_size = resolution, image_channels, patch_size
+        self.shape = (image_channels, resolution, resolution)
         self.channels, self.multipliers, self.classes = channels, tuple(multipliers), classes
         self.label_dropout, self.checkpointing = label_dropout, checkpointing or Checkpointing()
         embedding = 4 * channels
@@ -120,13 +121,8 @@ class UNet(nn.Module):
         self.out_norm = group_norm(widths[0])
         self.out = zero_(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        return (self.image_channels, self.resolution, self.resolution)
-
     def drop_decoder(self) -> None:
-        """Leaves only what ``encode`` needs."""
+        """Removes what only ``decode`` needs."""
         del self.decoder, self.upsamples, self.out_norm, self.out
 
     def _embed(self, c_noise: Tensor, condition: Condition) -> Tensor:
@@ -204,7 +200,7 @@ class MLP(nn.Module):
         self.out = zero_(nn.Linear(width, dimension))
 
     def drop_decoder(self) -> None:
-        """Leaves only what ``encode`` needs."""
+        """Removes what only ``decode`` needs."""
         del self.decoder, self.out
 
     def encode(self, x: Tensor, c_noise: Tensor, condition: Condition) -> Encoding:

@@ -1,4 +1,4 @@
 """Pretrained rewards of images: CLIP, PickScore, aesthetic, HPSv2, ImageReward, also through a latent decoder.
 
-The contract, and rewards in closed form, are `algebra.rewards`. Read first: `image_rewards`.
+Their base class, and rewards in closed form, are in `algebra.rewards`. Read first: `image_rewards`.
 """

@@ -1,9 +1,9 @@
-"""Rewards on CLIP's towers: how well an image fits its caption, and how pleasing it is.
+"""Rewards from CLIP's embeddings: how well an image fits its caption, and how pleasing it is.
 
 Notation: u(image) and v(caption) are CLIP's embeddings [E], normalised; their product is the cosine of their angle;
-a is the model's own logit scale, 100 for the published ones. Captions come from ``Condition.caption``; each is embedded
-once. Images in [-1, 1] are resized and cropped to the tower's size (bicubic with antialiasing, as the models' image
-processors do, without rounding to 8 bits), so that everything is differentiable.
+a is the model's own logit scale, 100 in the published models. Captions come from ``Condition.caption``. Images
+in [-1, 1] are resized and cropped to the tower's size (bicubic with antialiasing, as by the models' image processors,
+but without rounding to 8 bits), so that everything is differentiable.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ratiograph.core.files import Missing
 from ratiograph.networks.rewards.image_rewards import (
+    CaptionCache,
     PretrainedReward,
-    Remembered,
     cropped,
     empty,
     fill,
     normalised,
-    place_of,
+    path_of,
     read_tensors,
 )
 from ratiograph.networks.weights.pipeline_files import HUB, missing_package, weights_of
@@ -33,42 +33,23 @@ __all__ = ["AestheticReward", "CLIPReward", "PickScoreReward"]
 
 CONFIG_FILES = ("*.json", "*.txt")
 
+
+def _tower(width: int, layers: int, heads: int, **others: object) -> dict[str, object]:
+    """A tower's configuration in transformers' names."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+    return {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads, **others}
+
+
 LARGE = {
     "projection_dim": 768,
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 224,
-    },
-    "text_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
+    "vision_config": _tower(1024, 24, 16, patch_size=14, image_size=224),
+    "text_config": _tower(768, 12, 12),
 }
 """OpenAI's CLIP ViT-L/14, 428M parameters, in transformers' names."""
 HUGE = {
     "projection_dim": 1024,
-    "vision_config": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 224,
-        "hidden_act": "gelu",
-    },
-    "text_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-    },
+    "vision_config": _tower(1280, 32, 16, patch_size=14, image_size=224, hidden_act="gelu"),
+    "text_config": _tower(1024, 24, 16, hidden_act="gelu"),
 }
 """LAION's CLIP ViT-H/14, 986M parameters."""
 
@@ -81,7 +62,7 @@ class _CLIPTowers(PretrainedReward):
     """
 
     standard: dict[str, object] = LARGE
-    """The architecture where the weights, and their own config.json, are not on this machine yet."""
+    """The architecture, as long as the config.json of the weights is not on this machine."""
     repository = "openai/clip-vit-large-patch14"
     size = "1.7 GB"
 
@@ -90,7 +71,7 @@ class _CLIPTowers(PretrainedReward):
         self.weights = weights
         self.config = self._config(Path(weights).expanduser()) or self.standard
         self.network = self._empty()
-        self.embed_captions, self.tokenizer = Remembered(self._embed_captions), None
+        self.embed_captions, self.tokenizer = CaptionCache(self._embed_captions), None
 
     @staticmethod
     def _config(folder: Path) -> dict[str, object] | None:
@@ -109,15 +90,15 @@ class _CLIPTowers(PretrainedReward):
 
     @classmethod
     def locate(cls, *, weights: str) -> None:
-        """Looks for what ``load`` will read, and fetches a model of the hub. Errors as of ``load``."""
+        """Checks that what ``load`` reads is there; a model of the hub is downloaded. Errors as of ``load``."""
         cls._folder(weights)
 
     @classmethod
     def _folder(cls, weights: str) -> Path:
-        asked_by = f"{cls.__name__}.weights"
-        folder = place_of(weights, asked_by, cls._hint(), (*CONFIG_FILES, "model*.safetensors"))
+        argument = f"{cls.__name__}.weights"
+        folder = path_of(weights, argument, cls._hint(), (*CONFIG_FILES, "model*.safetensors"))
         if not weights_of(folder):
-            raise Missing(weights, f"no safetensors file in {asked_by}={weights!r}: {cls._hint()}")
+            raise Missing(weights, f"no safetensors file in {argument}={weights!r}: {cls._hint()}")
         return folder
 
     def load(self) -> None:
@@ -134,7 +115,7 @@ class _CLIPTowers(PretrainedReward):
             self.network = self._empty().to(like.device, like.dtype)
         tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
         fill(self.network, {k: v for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
-        self.embed_captions, self.loaded = Remembered(self._embed_captions), True
+        self.embed_captions, self.loaded = CaptionCache(self._embed_captions), True
 
     @classmethod
     def _hint(cls) -> str:
@@ -160,11 +141,11 @@ class _CLIPTowers(PretrainedReward):
     def _tokenizer(self) -> Callable:
         from transformers import CLIPTokenizer
 
-        asked_by = f"{type(self).__name__}.weights"
-        folder = place_of(self.weights, asked_by, self._hint(), CONFIG_FILES)
+        argument = f"{type(self).__name__}.weights"
+        folder = path_of(self.weights, argument, self._hint(), CONFIG_FILES)
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(
-                f"no tokenizer in {asked_by}={self.weights!r}: copy vocab.json and merges.txt there, as every CLIP "
+                f"no tokenizer in {argument}={self.weights!r}: copy vocab.json and merges.txt there, as every CLIP "
                 f"model has them (`hf download {CLIPReward.repository} vocab.json merges.txt --local-dir FOLDER`)"
             )
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -173,8 +154,8 @@ class _CLIPTowers(PretrainedReward):
 class CLIPReward(_CLIPTowers):
     """log R = a <u(image), v(caption)>: CLIP's logit of the pair (Radford et al. 2021), 100 times the similarity.
 
-    It estimates log p(image, caption) / p(image) p(caption) up to a constant, so that R p is p given the caption; the
-    published models are far too sure of themselves for that, wherefore ``ScaledReward.beta`` of 1 to 10 is usual.
+    It estimates log p(image, caption) / p(image) p(caption) up to a constant, so that R p is p given the caption. The
+    published models are far too confident for that; a ``ScaledReward.beta`` of 1 to 10 is usual.
 
     Args:
         weights: a CLIP model's folder in transformers' format (config.json, safetensors, tokenizer), or
@@ -227,11 +208,11 @@ class AestheticReward(_CLIPTowers):
 
     @classmethod
     def locate(cls, *, weights: str, head: str) -> None:
-        place_of(head, "AestheticReward.head", cls.source, ())
+        path_of(head, "AestheticReward.head", cls.source, ())
         cls._folder(weights)
 
     def load(self) -> None:
-        path = place_of(self.head, "AestheticReward.head", self.source, ())
+        path = path_of(self.head, "AestheticReward.head", self.source, ())
         super().load()
         tensors = read_tensors(path)
         fill(self.layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, path)

@@ -1,6 +1,6 @@
-"""What pretrained rewards of images share: pixels as a vision tower expects them, captions, files, decoding of latents.
+"""What pretrained rewards of images share: preprocessing, cached captions, reading of files, decoding of latents.
 
-Notation: images [B, 3, H, W] in [-1, 1], whatever lies outside clamped as a saved image would be; a *tower* is the
+Notation: images [B, 3, H, W] in [-1, 1], clamped to that range as in a saved image; a *tower* is the
 network of one modality, its *embedding* a vector [E] for each image or caption.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,14 +17,13 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ratiograph.algebra.rewards import Reward
-from ratiograph.core.differentiation import recomputed_alike
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
 from ratiograph.data import captions
 from ratiograph.networks.autoencoder import Autoencoder
+from ratiograph.networks.checkpointing import directly, recomputed
 from ratiograph.networks.weights.pipeline_files import HUB, gated, missing_package
 from ratiograph.networks.weights.weight_files import differences, listed
 
@@ -30,7 +31,7 @@ __all__ = ["DecodedReward"]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels in [0, 1], by channel: those of OpenAI's CLIP, which every reward here was trained with."""
+"""Mean and standard deviation of pixels in [0, 1] by channel: OpenAI's CLIP's, with which every reward was trained."""
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -71,15 +72,15 @@ def normalised(pixels: Tensor) -> Tensor:
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
-class Remembered:
-    """A least-recently-used store of what batches of captions give, so that none is embedded twice in a step.
+class CaptionCache:
+    """A least-recently-used cache of the embeddings of batches of captions, so that none is embedded twice in a step.
 
-    Batches, not captions: an embedding may differ in its last bit with those beside it, and a resumed run, whose store
-    is empty, is to see the same.
+    Whole batches are kept and not single captions, because the last bit of an embedding may depend on the others in its
+    batch, and a resumed run, whose cache is empty, must see the same.
 
     Args:
-        compute: the tensors [N, ...] of N captions.
-        capacity: batches kept.
+        compute: N captions => their tensors [N, ...].
+        capacity: number of batches kept.
     """
 
     def __init__(self, compute: Callable[[list[str]], Tensor], capacity: int = 8):
@@ -92,9 +93,8 @@ class Remembered:
         batch = tuple(texts)
         if batch not in self.batches:
             distinct = list(dict.fromkeys(batch))
-            rows = self.compute(distinct)
-            self.batches[batch] = rows[[distinct.index(text) for text in batch]]
-            while len(self.batches) > self.capacity:
+            self.batches[batch] = self.compute(distinct)[[distinct.index(text) for text in batch]]
+            if len(self.batches) > self.capacity:
                 self.batches.popitem(last=False)
         self.batches.move_to_end(batch)
         return self.batches[batch]
@@ -103,14 +103,14 @@ class Remembered:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def place_of(source: str, asked_by: str, hint: str, patterns: Sequence[str]) -> Path:
-    """The file or folder that ``source`` is; files of the hub are downloaded to huggingface_hub's cache.
+def path_of(source: str, argument: str, hint: str, patterns: Sequence[str]) -> Path:
+    """The file or folder that ``source`` names; files of the hub are downloaded to huggingface_hub's cache.
 
     Args:
         source: a path, or ``hf://OWNER/NAME``.
-        asked_by: what names the source, for errors.
-        hint: how large the files are and which command fetches them.
-        patterns: the files wanted of the hub.
+        argument: the argument that ``source`` was given as, such as ``CLIPReward.weights``, for errors.
+        hint: the command that downloads the files and their size, for errors.
+        patterns: the files to download from the hub.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -119,29 +119,29 @@ def place_of(source: str, asked_by: str, hint: str, patterns: Sequence[str]) -> 
     if not source.startswith(HUB):
         path = Path(source).expanduser()
         if not path.exists():
-            raise Missing(source, f"nothing at {asked_by}={source!r}: {hint}")
+            raise Missing(source, f"nothing at {argument}={source!r}: {hint}")
         return path
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise missing_package("huggingface_hub", asked_by) from error
+        raise missing_package("huggingface_hub", argument) from error
     try:
         return Path(snapshot_download(source.removeprefix(HUB), allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise gated(source, f"rerun, or {hint}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"cannot fetch {asked_by}={source!r} ({type(error).__name__}): check the name and the connection, or on a "
+            f"cannot fetch {argument}={source!r} ({type(error).__name__}): check the name and the connection, or on a "
             f"machine that is online {hint}"
         ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a state dict saved by torch, of which no code is run.
+    """The tensors of a ``.safetensors`` file, or of a state dict saved by torch; no code of the file is run.
 
     Raises:
-        ValueError: the file is torn, or holds more than tensors.
+        ValueError: the file is incomplete, or holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -149,17 +149,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
-            f"{path} is no file of tensors, whole and with nothing else in it ({type(error).__name__}): fetch it again"
+            f"{path} is no file of tensors: it is incomplete or holds other objects ({type(error).__name__}); fetch it "
+            "again"
         ) from error
     state = state.get("state_dict", state)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies ``tensors`` into those of ``module``, which keep their dtype and device: each with its shape, or nothing.
+    """Copies ``tensors`` into those of ``module``, which keep their dtype and device.
 
     Raises:
-        ValueError: a tensor is missing, left over or of another shape.
+        ValueError: a tensor is missing, left over or of another shape; then ``module`` is unchanged.
     """
     found = list(differences("", module.state_dict(), tensors))
     if found:
@@ -173,7 +174,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 class PretrainedReward(Reward):
     """Base class: a frozen reward of images, always in evaluation mode and outside autocast.
 
-    ``score`` says log R of images; ``load`` fills the networks, which have no weights before.
+    A subclass gives ``score``, log R of images, and ``load``, before which the networks have no weights.
     """
 
     loaded = False
@@ -192,8 +193,8 @@ class PretrainedReward(Reward):
             raise ValueError(f"{name} has no weights yet: call load() first")
         if x0.ndim != 4 or x0.shape[1] != 3:
             raise ValueError(
-                f"{name} judges RGB images [B, 3, H, W], not samples {list(x0.shape[1:])}: hold it in a DecodedReward, "
-                "if these are latents"
+                f"{name} judges RGB images [B, 3, H, W], not samples {list(x0.shape[1:])}: for latents put it into a "
+                "DecodedReward"
             )
         dtype = next(self.parameters()).dtype
         with torch.autocast(x0.device.type, enabled=False):
@@ -214,7 +215,7 @@ class PretrainedReward(Reward):
 
 
 def empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """``build()``, frozen, its weights as they lie in memory: drawing them would take longer than reading them."""
+    """``build()``, frozen and with uninitialised weights: drawing them would take longer than reading the files."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
@@ -222,19 +223,19 @@ def empty(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class DecodedReward(Reward):
-    """log R of latents: the held reward of the images they decode to, differentiable through the decoder.
+    """log R of latents: a reward of the images they decode to, differentiable through the decoder.
 
-    Several rewards of the same images are one ``SumReward`` in here, so that a latent is decoded once. In the backward
-    neither the decoder's activations nor the reward's are held for more than a few samples: both run again there.
+    For several rewards of the same images give a ``SumReward``, so that a latent is decoded once. Decoder and reward
+    run again in the backward pass, so that their activations are kept for a few samples at a time.
 
     Args:
         reward: the reward of images [B, 3, H, W] in [-1, 1].
-        autoencoder: decodes latents; it runs and is checkpointed in chunks of its own.
+        autoencoder: decodes latents, in chunks of its own, with its own checkpointing.
         chunk: images judged at a time, at least 1.
-        checkpointing: where gradients are needed, keep only the images and judge each chunk again in the backward.
+        checkpointing: where gradients are needed, keep only the images and judge each chunk again in the backward pass.
 
     Raises:
-        ValueError: for a chunk of less than one sample.
+        ValueError: ``chunk`` is less than 1.
     """
 
     def __init__(self, *, reward: Reward, autoencoder: Autoencoder, chunk: int = 8, checkpointing: bool = True):
@@ -255,15 +256,6 @@ class DecodedReward(Reward):
     def log_reward(self, x0, condition):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             images = self.autoencoder.decode(x0)
-            again = self.checkpointing and images.requires_grad
-            judge = self._judge_again if again else self.reward
-            starts = range(0, len(images), self.chunk)
-            return torch.cat([judge(*self._rows(images, condition, slice(k, k + self.chunk))) for k in starts])
-
-    @staticmethod
-    def _rows(images: Tensor, condition: Condition, rows: slice) -> tuple[Tensor, Condition]:
-        return images[rows], condition.map(lambda part: part[rows])
-
-    def _judge_again(self, images: Tensor, condition: Condition) -> Tensor:
-        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputed_alike}
-        return checkpoint(self.reward, images, condition, **again)
+            judge = partial(recomputed if self.checkpointing and images.requires_grad else directly, self.reward)
+            chunks = [itemgetter(slice(k, k + self.chunk)) for k in range(0, len(images), self.chunk)]
+            return torch.cat([judge(rows(images), condition.map(rows)) for rows in chunks])

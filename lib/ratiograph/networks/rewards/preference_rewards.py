@@ -1,4 +1,4 @@
-"""Rewards learnt from people's rankings, published as state dicts of their own making: HPSv2 and ImageReward."""
+"""Rewards trained on people's rankings of images: HPSv2 and ImageReward."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ratiograph.core.files import Missing
 from ratiograph.networks.rewards.clip_rewards import score_head
 from ratiograph.networks.rewards.image_rewards import (
+    CaptionCache,
     PretrainedReward,
-    Remembered,
     cropped,
     empty,
     fill,
     normalised,
     padded,
-    place_of,
+    path_of,
     read_tensors,
 )
 from ratiograph.networks.weights.pipeline_files import HUB, missing_package
@@ -26,12 +26,12 @@ from ratiograph.networks.weights.pipeline_files import HUB, missing_package
 __all__ = ["HPSv2Reward", "ImageReward"]
 
 
-def _file(source: str, asked_by: str, hint: str, name: str) -> Path:
-    """The file ``source``, or the file ``name`` in it."""
-    path = place_of(source, asked_by, hint, (name,))
+def _file(source: str, argument: str, hint: str, name: str) -> Path:
+    """The file ``source``, or the file ``name`` in that folder; arguments and errors as of `path_of`."""
+    path = path_of(source, argument, hint, (name,))
     path = path / name if path.is_dir() else path
     if not path.is_file():
-        raise Missing(source, f"no {name} in {asked_by}={source!r}: {hint}")
+        raise Missing(source, f"no {name} in {argument}={source!r}: {hint}")
     return path
 
 
@@ -39,7 +39,7 @@ class HPSv2Reward(PretrainedReward):
     """log R = a <u(image), v(caption)> of open_clip's ViT-H-14 tuned to people's choices, HPS v2 (Wu et al. 2023).
 
     a is the model's logit scale, 100. The softmax of two images' log R is the probability that the first is preferred;
-    published scores are the cosine, log R / a, around 0.27. Images that are not square are padded, as theirs are.
+    published scores are the cosine, log R / a, around 0.27. Images that are not square are padded, as in HPS v2.
 
     Args:
         weights: ``HPS_v2.1_compressed.pt`` (or v2) as published, the same state dict as safetensors, a folder that
@@ -65,11 +65,11 @@ class HPSv2Reward(PretrainedReward):
             raise ValueError(f"HPSv2Reward.model={model!r} is no model of open_clip; HPS v2 is a ViT-H-14")
         self.network = empty(lambda: open_clip.model.CLIP(**config))
         self.tokenizer = open_clip.get_tokenizer(model)
-        self.embed_captions = Remembered(self._embed_captions)
+        self.embed_captions = CaptionCache(self._embed_captions)
 
     @classmethod
     def locate(cls, *, weights: str) -> Path:
-        """The file that ``load`` will read; that of a model of the hub is fetched. Errors as of ``load``."""
+        """The file that ``load`` reads; that of a model of the hub is downloaded. Errors as of ``load``."""
         return _file(weights, "HPSv2Reward.weights", cls.hint, cls.published)
 
     def load(self) -> None:
@@ -80,7 +80,7 @@ class HPSv2Reward(PretrainedReward):
         """
         path = self.locate(weights=self.weights)
         fill(self.network, read_tensors(path), path)
-        self.embed_captions, self.loaded = Remembered(self._embed_captions), True
+        self.embed_captions, self.loaded = CaptionCache(self._embed_captions), True
 
     def _embed_captions(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts, context_length=self.network.context_length)
@@ -143,7 +143,7 @@ class ImageReward(PretrainedReward):
         self.text_width, self.text_layers = text_width, text_layers
         self.vision, self.text = self._towers()
         self.layers = score_head(text_width).requires_grad_(False).eval()
-        self.words, self.tokens_of = None, Remembered(self._tokens)
+        self.words, self.tokens_of = None, CaptionCache(self._tokens)
 
     def _towers(self) -> tuple[nn.Module, nn.Module]:
         """BLIP's vision and text towers; heads are 64 wide as published, fewer only where a tower is that narrow."""
@@ -174,7 +174,7 @@ class ImageReward(PretrainedReward):
 
     @classmethod
     def locate(cls, *, weights: str, tokenizer: str) -> tuple[Path, Path]:
-        """The files that ``load`` will read; those of a model of the hub are fetched. Errors as of ``load``."""
+        """The files that ``load`` reads; those of a model of the hub are downloaded. Errors as of ``load``."""
         words = _file(tokenizer, "ImageReward.tokenizer", cls.words_hint, "vocab.txt")
         return _file(weights, "ImageReward.weights", cls.hint, cls.published), words
 
@@ -192,12 +192,12 @@ class ImageReward(PretrainedReward):
             part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             fill(module, part, path)
         self.words = BertTokenizer(vocab=str(words), do_lower_case=True)
-        self.tokens_of, self.loaded = Remembered(self._tokens), True
+        self.tokens_of, self.loaded = CaptionCache(self._tokens), True
 
     def _tokens(self, texts: list[str]) -> Tensor:
         """(ids, mask) [N, 2, 35] of captions."""
-        told = self.words(texts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt")
-        return torch.stack([told.input_ids, told.attention_mask], 1)
+        tokens = self.words(texts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt")
+        return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
 
     def score(self, images, condition):
         ids, mask = self.tokens_of(self.captions_of(condition)).to(images.device).unbind(1)
@@ -222,7 +222,7 @@ VISION_NAMES = {
 def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of ``ImageReward.pt`` under ``vision.``, ``text.`` and ``layers.`` in transformers' names.
 
-    What the score does not use is left out: projections of BLIP's own training, and indices of positions.
+    Tensors that the score does not use are left out: the projections of BLIP's pretraining, and position indices.
     """
     renamed = {}
     for name, tensor in tensors.items():

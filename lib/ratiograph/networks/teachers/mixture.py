@@ -1,4 +1,4 @@
-"""The exact world: a Gaussian-mixture teacher whose every quantity is a closed form under any noising process.
+"""A Gaussian-mixture teacher, all of whose densities, scores and denoised samples are closed forms at any noise level.
 
 Notation: p(x0) = sum_k w_k N(x0; m_k, C_k) with C_k = V_k diag(e_k) V_k^T. At (alpha, sigma) component k becomes
 N(alpha m_k, V_k diag(v_k) V_k^T), v_k = alpha^2 e_k + sigma^2; with rotated residuals u_k = V_k^T (x_t - alpha m_k)
@@ -6,42 +6,29 @@ N(alpha m_k, V_k diag(v_k) V_k^T), v_k = alpha^2 e_k + sigma^2; with rotated res
     log p_t = logsumexp_k j_k,   j_k = log w_k - (u_k^2 / v_k + log 2 pi v_k).sum / 2,   P(k | x_t) = softmax_k j_k
     s_p = -sum_k P(k | x_t) V_k (u_k / v_k),   mu_p = sum_k P(k | x_t) (m_k + V_k (alpha e_k u_k / v_k)).
 
-Samples are [B, D] (or [B, ...] of D numbers), j is [B, K]. Tilting by the rewards here gives another mixture,
-p*(x0) = R(x0) p(x0) / Z, and therefore r* = R_t / Z = p*_t / p_t exactly, at every noise level.
+Samples are [B, D] (or [B, ...] of D numbers), j is [B, K]. Rewards that tilt a mixture exactly: `exact_tilting`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from functools import singledispatch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ratiograph.algebra.rewards import (
-    BlackBoxReward,
-    ClassReward,
-    LinearReward,
-    QuadraticReward,
-    Reward,
-    ScaledReward,
-    SumReward,
-)
-from ratiograph.algebra.targets import Target
 from ratiograph.core.contracts import Denoiser, Evaluation, RatioEstimator
 from ratiograph.core.randomness import normal, own_rows
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 
-__all__ = ["ExactRatio", "ExactTilted", "GaussianMixture", "MixtureClassifier", "RingMixture"]
+__all__ = ["ExactRatio", "GaussianMixture", "RingMixture"]
 
 
 class GaussianMixture(Denoiser):
     """p(x0) = sum_k w_k N(m_k, C_k), exact at every noise level, computed in the dtype of x_t.
 
-    Its features are the component log densities j [B, K]. ``condition.labels`` restricts each sample to the components
-    of its class; without labels, or where a label is negative, it is the whole mixture.
+    Its one feature map is j [B, K]. ``condition.labels`` restricts each sample to the components of its class; without
+    labels, or where a label is negative, p is the whole mixture.
 
     Args:
         means: m_k, K lists of D numbers.
@@ -88,19 +75,14 @@ class GaussianMixture(Denoiser):
         self.register_buffer("classes", torch.tensor(list(classes), device="cpu"))
 
     @property
-    def dimension(self) -> int:
-        """D."""
-        return self.means.shape[1]
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """(D,)."""
-        return (self.dimension,)
+        return tuple(self.means.shape[1:])
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
         """(K,): the only feature is j [B, K]."""
-        return (self.means.shape[0],)
+        return tuple(self.means.shape[:1])
 
     def class_masses(self) -> Tensor:
         """p(y) [C] float64."""
@@ -108,18 +90,18 @@ class GaussianMixture(Denoiser):
         return masses.index_add(0, self.classes, self.log_weights.exp())
 
     def _log_masses(self, condition: Condition) -> Tensor:
-        """log w [K], or [B, K] with -inf outside the class asked for; all of them where the label is negative."""
+        """log w [K]; with labels [B, K], -inf outside the sample's class, and the whole log w where it is negative."""
         if condition.labels is None:
             return self.log_weights
         labels = condition.labels[:, None]
         return torch.where((self.classes == labels) | (labels < 0), self.log_weights, -math.inf)
 
     def _log_weights(self, condition: Condition) -> Tensor:
-        """The same, normalised: of the class alone."""
+        """``_log_masses`` normalised: the log weights within the class."""
         return self._log_masses(condition).log_softmax(-1)
 
     def log_class_mass(self, condition: Condition) -> Tensor:
-        """log p(y) of the class asked for [B], or [] without labels; 0 where none is asked for."""
+        """log p(y) of each sample's class [B], 0 where the label is negative; without labels 0, shaped []."""
         return self._log_masses(condition).logsumexp(-1)
 
     def _residuals(self, noisy: Noisy) -> tuple[Tensor, Tensor]:
@@ -140,10 +122,6 @@ class GaussianMixture(Denoiser):
     def log_density(self, noisy: Noisy, condition: Condition) -> Tensor:
         """log p_t(x_t) [B]."""
         return self.log_joint(noisy, condition).logsumexp(1)
-
-    def responsibilities(self, noisy: Noisy, condition: Condition) -> Tensor:
-        """P(k | x_t) [B, K]."""
-        return self.log_joint(noisy, condition).softmax(1)
 
     def score(self, noisy: Noisy, condition: Condition) -> Tensor:
         """s_p(x_t) = grad log p_t, shaped like x_t."""
@@ -176,28 +154,18 @@ class GaussianMixture(Denoiser):
         """Clean samples x0 [samples, D]; with ``condition.labels`` [samples], each from its own class."""
         weights = self._log_weights(condition or Condition()).exp().expand(samples, -1)
 
-        def waiting(n: int) -> Tensor:
+        def exponential(n: int) -> Tensor:
             return weights.new_empty(n, weights.shape[1]).exponential_(generator=generator)
 
-        # The component whose exponential waiting time, at the rate of its weight, is over first.
-        component = (weights / own_rows(waiting, samples, generator)).argmax(1)
-        noise = normal((samples, self.dimension), generator, torch.float64)
+        # An exponential race: E_k / w_k with E_k ~ Exp(1) is smallest for component k with probability w_k.
+        component = (weights / own_rows(exponential, samples, generator)).argmax(1)
+        noise = normal((samples, *self.shape), generator, torch.float64)
         scaled = self.variances[component].sqrt() * noise
         return (self.means[component] + torch.einsum("be,bde->bd", scaled, self.basis[component])).to(dtype)
 
-    def _changed(
-        self, log_weights: Tensor, means: Tensor, covariances: Tensor | None = None
-    ) -> tuple[GaussianMixture, Tensor]:
-        """(this mixture with other unnormalised log weights, means and perhaps covariances; the weights' log sum)."""
-        other = copy.deepcopy(self)
-        other.log_weights, other.means = log_weights.log_softmax(0), means
-        if covariances is not None:
-            other.variances, other.basis = torch.linalg.eigh(covariances)
-        return other, log_weights.logsumexp(0)
-
 
 def _eigen(means: Tensor, std: float | Sequence[float] | None, covariances: Sequence | None) -> tuple[Tensor, Tensor]:
-    """(V [K, D, D], e [K, D])."""
+    """The eigenvectors V [K, D, D] and eigenvalues e [K, D] of the covariances, checked."""
     count, dimension = means.shape
     if covariances is None:
         spread = torch.as_tensor(std, dtype=torch.float64, device="cpu").expand(count)
@@ -207,7 +175,7 @@ def _eigen(means: Tensor, std: float | Sequence[float] | None, covariances: Sequ
         matrices = torch.tensor(covariances, dtype=torch.float64, device="cpu")
         if matrices.shape != (count, dimension, dimension) or not torch.equal(matrices, matrices.mT):
             raise ValueError(
-                f"GaussianMixture.covariances: {count} symmetric {dimension} x {dimension} matrices, please"
+                f"GaussianMixture.covariances must be {count} symmetric {dimension} x {dimension} matrices"
             )
         variances, basis = torch.linalg.eigh(matrices)
     if (variances <= 0).any() or (covariances is None and (spread <= 0).any()):
@@ -240,164 +208,8 @@ class RingMixture(GaussianMixture):
         super().__init__(means=means, std=std, weights=weights, classes=classes)
 
 
-class MixtureClassifier(nn.Module):
-    """The exact classifier of a mixture's clean samples: logits log p(y, x0) [B, C].
-
-    ``ClassReward`` with it is the smooth reward R(x0) = sum_y P(y | x0) e^(b_y), whose tilt is exact.
-
-    Args:
-        mixture: equal to the teacher.
-    """
-
-    def __init__(self, *, mixture: GaussianMixture):
-        super().__init__()
-        self.mixture = mixture
-
-    def load(self) -> None:
-        """Nothing to load: a mixture has no weights."""
-
-    def forward(self, x0: Tensor) -> Tensor:
-        zero = x0.new_zeros(len(x0))
-        log_joint = self.mixture.log_joint(Noisy(x0, zero, zero + 1, zero), Condition())
-        labels = torch.arange(int(self.mixture.classes.max()) + 1, device=x0.device)
-        inside = self.mixture.classes == labels[:, None]
-        return torch.where(inside, log_joint[:, None], -math.inf).logsumexp(2)
-
-
-@singledispatch
-def tilt(reward: Reward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
-    """(p* = R p / Z as a mixture, log Z [] float64).
-
-    Raises:
-        ValueError: for a reward under which p* is not a mixture.
-    """
-    raise ValueError(
-        f"a mixture tilted by {type(reward).__name__} has no closed form: use LinearReward or QuadraticReward, also "
-        "scaled or summed, or ClassReward with a MixtureClassifier, or the target RewardTilted instead of ExactTilted"
-    )
-
-
-@tilt.register
-def _tilt_linear(reward: LinearReward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
-    """w_k e^(<b, m_k> + <b, C_k b> / 2), means m_k + C_k b: completing the square in each component."""
-    slope = mixture.means.new_tensor(reward.slope)
-    shift = torch.einsum("kde,ke,kfe,f->kd", mixture.basis, mixture.variances, mixture.basis, slope)
-    return mixture._changed(mixture.log_weights + mixture.means @ slope + shift @ slope / 2, mixture.means + shift)
-
-
-@tilt.register(QuadraticReward)
-@tilt.register(ScaledReward)
-@tilt.register(SumReward)
-def _tilt_quadratic(reward: Reward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
-    """Component k becomes N(m_k + C' a, C'), C' = (C_k^-1 - A)^-1 and a = A m_k + b the slope of log R at m_k.
-
-    Its weight is w_k R(m_k) e^(a^T C' a / 2) / sqrt(det(I - C_k A)): completing the square round m_k.
-    """
-    curvature, slope = quadratic_form(reward, mixture)
-    precision = (mixture.basis / mixture.variances[:, None]) @ mixture.basis.mT - curvature
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    if failed.any():
-        raise ValueError(
-            f"R p is not integrable: the curvature of this {type(reward).__name__} exceeds the inverse covariance of "
-            f"component {int(failed.ne(0).int().argmax())}; lower it (eigenvalues below 1 / the largest variance do)"
-        )
-    steepness = mixture.means @ curvature + slope
-    shift = torch.cholesky_solve(steepness[..., None], factor)[..., 0]
-    growth = factor.diagonal(dim1=1, dim2=2).log().sum(1) + mixture.variances.log().sum(1) / 2
-    at_means = ((steepness + slope) * mixture.means).sum(1) / 2
-    log_weights = mixture.log_weights + at_means + (steepness * shift).sum(1) / 2 - growth
-    return mixture._changed(log_weights, mixture.means + shift, torch.cholesky_inverse(factor))
-
-
-@singledispatch
-def quadratic_form(reward: Reward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    """(A [D, D], b [D]) float64 of log R(x0) = x0^T A x0 / 2 + <b, x0>, in the dimension of ``mixture``.
-
-    Raises:
-        ValueError: for a reward that is not of this form.
-    """
-    raise ValueError(
-        f"a mixture tilted by a scaled or summed {type(reward).__name__} has no closed form: scale and sum only "
-        "LinearReward and QuadraticReward, or use the target RewardTilted instead of ExactTilted"
-    )
-
-
-@quadratic_form.register
-def _(reward: LinearReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    slope = reward.slope_vector.to(mixture.means)
-    return slope.new_zeros(mixture.dimension, mixture.dimension), slope
-
-
-@quadratic_form.register
-def _(reward: QuadraticReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    curvature, slope = reward.curvature_matrix.to(mixture.means), reward.slope_vector.to(mixture.means)
-    if curvature.ndim == 0:
-        curvature = curvature * torch.eye(mixture.dimension).to(mixture.means)
-    return curvature, slope.expand(mixture.dimension)
-
-
-@quadratic_form.register
-def _(reward: ScaledReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    curvature, slope = quadratic_form(reward.reward, mixture)
-    return curvature / reward.beta, slope / reward.beta
-
-
-@quadratic_form.register
-def _(reward: SumReward, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    forms = [quadratic_form(part, mixture) for part in reward.rewards]
-    curvature, slope = (sum(w * form[k] for w, form in zip(reward.weights, forms, strict=True)) for k in (0, 1))
-    return curvature, slope
-
-
-@tilt.register
-def _tilt_black_box(reward: BlackBoxReward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
-    """As by the reward held: exact tilting asks for no gradient."""
-    return tilt(reward.reward, mixture)
-
-
-@tilt.register
-def _tilt_classes(reward: ClassReward, mixture: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
-    """w_k e^(b_y(k)): R(x0) p(x0) = sum_y e^(b_y) p(y, x0)."""
-    if not isinstance(reward.classifier, MixtureClassifier):
-        raise ValueError("ExactTilted with a ClassReward needs its classifier to be the exact one, MixtureClassifier")
-    rewards = mixture.means.new_tensor(reward.log_rewards)
-    return mixture._changed(mixture.log_weights + rewards[mixture.classes], mixture.means)
-
-
-class ExactTilted(Target):
-    """r* = R_t / Z = p*_t / p_t in closed form, for a ``GaussianMixture`` teacher: what ``RewardTilted`` approximates.
-
-    Under labels p* and p are those of the class, and so is the Z in it.
-
-    Args:
-        reward: ``LinearReward`` and ``QuadraticReward``, also scaled and summed, or ``ClassReward`` with a
-            ``MixtureClassifier`` of the teacher.
-    """
-
-    requires = ("teacher",)
-
-    def __init__(self, *, reward: Reward):
-        super().__init__()
-        self.reward = reward
-
-    def log_expected_reward(self, evaluation: Evaluation) -> Tensor:
-        """log R_t(x_t) = log E_p[R(x0) | x_t] [B], under the class where there is one."""
-        teacher, condition = evaluation.nodes.teacher, evaluation.condition
-        tilted, log_normalizer = tilt(self.reward, teacher)
-        # r* is of the conditional densities: the Z of a class is Z p*(y) / p(y).
-        log_ratio = tilted.log_class_mass(condition) - teacher.log_class_mass(condition)
-        return self.log_target(evaluation)[0] + log_normalizer + log_ratio
-
-    @torch.no_grad()
-    def log_target(self, evaluation):
-        teacher, noisy, condition = evaluation.nodes.teacher, evaluation.noisy, evaluation.condition
-        tilted, _ = tilt(self.reward, teacher)
-        log_target = tilted.log_density(noisy, condition) - teacher.log_density(noisy, condition)
-        return log_target, tilted.score(noisy, condition) - teacher.score(noisy, condition)
-
-
 class ExactRatio(RatioEstimator):
-    """l = log p_t(x_t) / q_t(x_t) of two mixtures; log p_t comes from the teacher's own features.
+    """l = log p_t(x_t) / q_t(x_t) of two mixtures; log p_t comes from the features of the teacher, a mixture.
 
     Args:
         student: q, the exact distribution of the student.

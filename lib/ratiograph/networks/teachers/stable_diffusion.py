@@ -1,4 +1,4 @@
-"""Stable Diffusion as a denoiser of latents: teacher, student score and, asked once, student.
+"""Stable Diffusion as a denoiser of latents, for teacher, student score and one-step student.
 
 Notation: s = sigma / alpha. The native view of a noisy latent is the variance-preserving one, x' = alpha' x0 + sigma'
 noise, the same sample scaled to alpha'^2 + sigma'^2 = 1, at the step index whose sigma / alpha is nearest to s, as the
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
-from ratiograph.networks.denoisers import EDM
+from ratiograph.networks.denoisers import EDM, autocast
 
 __all__ = ["EpsilonPrediction", "Prediction", "SamplePrediction", "StableDiffusion", "VelocityPrediction"]
 
@@ -114,22 +114,21 @@ class StableDiffusion(EDM):
             network.find(weights)
 
     def load(self) -> None:
-        """As ``Denoiser.load``; draws random weights where there are to be none from a file.
+        """Loads the weights; draws random ones if ``weights`` is None.
 
         Raises:
             FileNotFoundError, ValueError: there are none, or others than the network's; says how to get them.
         """
-        if self.weights is not None:
-            self.network.load(self.weights)
-        else:
+        if self.weights is None:
             self.network.draw()
+        else:
+            self.network.load(self.weights)
 
     def native(self, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x' [B, ...], index [B], alpha' [B, 1, ...], sigma' [B, 1, ...]) of a noisy sample."""
         alpha, sigma = noisy.alpha, noisy.sigma
         index = self.process.time_of(sigma / alpha)
-        there = index.long()
-        table_alpha, table_sigma = self.native_alpha[there].to(alpha), self.native_sigma[there].to(sigma)
+        table_alpha, table_sigma = (table[index.long()].to(alpha) for table in (self.native_alpha, self.native_sigma))
         on_index = (sigma * table_alpha / (alpha * table_sigma) - 1).abs() < SAME_LEVEL
         scale = (alpha.square() + sigma.square()).rsqrt()
         scale = torch.where((scale - 1).abs() < SAME_LEVEL, torch.ones_like(scale), scale)
@@ -140,13 +139,13 @@ class StableDiffusion(EDM):
 
     def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
         x, index, alpha, sigma = self.native(noisy)
-        with self._autocast(x.device):
+        with autocast(x.device, self.autocast_dtype):
             encoding = self.network.encode(x, index, condition)
         return replace(encoding, restore=lambda out: self.prediction.denoised(x, out.to(x.dtype), alpha, sigma))
 
 
 def _single_precision_beta(process: ScaledLinearDDPM) -> Tensor:
-    """beta [steps] of the process in diffusers' float32, on the CPU also while a graph is built on the meta device."""
+    """beta [steps] of the process in float32, computed as diffusers does; on the CPU even under the meta device."""
     signal = process.alpha_table.square()
     first, last = 1 - signal[0], 1 - signal[-1] / signal[-2]
     # Rounded, as beta_start = 0.00085 comes back from the process's tables as 0.00085000000000000006.

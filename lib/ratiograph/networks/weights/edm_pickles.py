@@ -1,10 +1,9 @@
-"""Reads official EDM network files as data: nothing that a file holds is ever run.
+"""Reads official EDM network files as data: no code in a file is run.
 
 An official file is a pickle of ``{'ema': network, ...}``. Every module in it is a *record*, a dict of its class name,
 the Python source of its class, and its state; the official loader runs that source. Here a record stays a dict, the
-source is not looked at, and tensors come from their bytes. Every other global that the pickle names is refused.
-
-The unpickler of `restricted_pickles` calls the stand-ins listed here and nothing else.
+source is not read, and tensors come from their bytes. Every other global that the pickle names is refused: the
+unpickler of `restricted_pickles` calls only the stand-ins listed here.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class OfficialNetwork:
     """A network as its file describes it.
 
     ``tensors``: parameters and buffers by their official names, without ``model.``. ``preconditioning``: official
-    class name of the denoiser round the network, None in a plain state dict. ``settings``: numbers of that denoiser
+    class name of the network's denoiser, None in a plain state dict. ``settings``: numbers of that denoiser
     (``sigma_data``, ``beta_min``, ...) and of the network (``dropout``, ``label_dropout``), as far as the file says.
     """
 
@@ -64,7 +63,7 @@ class _Record(Sealed):
 
 
 class _Container(Sealed):
-    """A module list or dict; made empty, then given its state once."""
+    """A module list or dict: created empty, then its state is set once."""
 
     __slots__ = ("state",)
     class_name = "container"
@@ -92,8 +91,7 @@ class _Value(Sealed):
 
 
 def _scalar(dtype: DType, data: bytes) -> float:
-    (value,) = np.frombuffer(data, dtype.dtype)
-    return value.item()
+    return np.frombuffer(data, dtype.dtype).item()
 
 
 def _storage(data: bytes) -> _Value:
@@ -133,7 +131,7 @@ _ALLOWED = {
 
 
 def _torch_load(file: io.BytesIO | Path) -> object:
-    """``torch.load`` of nothing but tensors; Refused names what else there is."""
+    """``torch.load`` of tensors alone; anything else is `Refused` by its name."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -145,7 +143,7 @@ def _torch_load(file: io.BytesIO | Path) -> object:
 
 
 def _state_tensors(module: _Record | _Container, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """What the module's ``state_dict()`` would hold."""
+    """(name, tensor) of all tensors that the module's ``state_dict()`` would hold."""
     state = module.state
     transient = state.get("_non_persistent_buffers_set", ())
     for name, value in (*state["_parameters"].items(), *state["_buffers"].items()):
@@ -195,7 +193,7 @@ def read_network(path: Path | str) -> OfficialNetwork:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind, or holds something that no EDM network needs, which is named.
+        ValueError: the file is damaged, of another kind, or holds something that no EDM network needs.
     """
     path = Path(path)
     if not path.is_file():
@@ -208,6 +206,6 @@ def read_network(path: Path | str) -> OfficialNetwork:
         raise ValueError(
             f"{path}: refused {error}, which no EDM network needs; nothing was run. Get the file from its makers"
         ) from error
-    except Exception as error:  # damaged files raise whatever their bytes happen to mean
+    except Exception as error:  # a damaged file can raise any error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is damaged, or no EDM network ({reason}). Download it again") from error

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint leaves out, because every run reads them from where they came from."""
+"""Leaves frozen weights out of a checkpoint: every run reads them from their own file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["save_only"]
 def save_only(module: nn.Module, part: str | None = None) -> None:
     """Lets ``module.state_dict()`` hold only the tensors with ``part`` in their names, none of them by default.
 
-    A strict load takes such a state back, and leaves what is not in it as it is.
+    A strict load accepts such a state and does not change the other tensors.
     """
     module.register_state_dict_post_hook(functools.partial(_leave_out, part))
     module.register_load_state_dict_pre_hook(functools.partial(_put_back, part))

@@ -1,4 +1,4 @@
-"""Where the parts of a text-to-image model lie, and their tensors in diffusers' naming.
+"""Finds the parts of a text-to-image model and reads their tensors in diffusers' naming.
 
 Notation: a *part* is one network of a pipeline by its folder's name, ``unet``, ``vae``, ``text_encoder``. A *source* is
 what a user names: a pipeline's folder in diffusers' format, a part's own folder, a ``.safetensors`` file (of the part,
@@ -12,13 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ratiograph.core.files import Missing
-from ratiograph.networks.weights.weight_files import differences, listed
+from ratiograph.networks.weights.weight_files import read_tensors, require_fit
 
 __all__ = ["HUB", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
 
@@ -29,35 +27,35 @@ SMALL_FILES = ("*.json", "*.txt")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def missing_package(package: str, asked_by: str) -> ValueError:
-    """The error that says which package ``asked_by`` lacks."""
+def missing_package(package: str, component: str) -> ValueError:
+    """The error that ``component`` (a class or argument in a message) needs ``package``, which is not installed."""
     return ValueError(
-        f"{asked_by} needs the package {package}: pip install 'ratiograph[text2image]' "
+        f"{component} needs the package {package}: pip install 'ratiograph[text2image]' "
         "(in a checkout: pip install -e '.[text2image]')"
     )
 
 
 def gated(source: str, then: str) -> ValueError:
-    """The error that says how to be let at the model ``source`` of the hub, and what to do ``then``."""
+    """The error that says how to get access to the gated model ``source`` of the hub, and what to do ``then``."""
     return ValueError(
         f"{source} is gated: accept its licence at https://huggingface.co/{source.removeprefix(HUB)}, run `hf auth "
         f"login`, then {then}"
     )
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def _local(source: str, part: str) -> Path | None:
     """The part's own folder, or the file that ``source`` is; None where there is neither."""
     path = Path(source).expanduser()
-    if path.is_file() or not path.is_dir():
-        return path if path.is_file() else None
+    if not path.exists():
+        return None
     return path / part if (path / part).is_dir() else path
 
 
 def _stored(source: str, part: str) -> Path | None:
-    """As ``_local``, and for a model of the hub what an earlier download left; nothing is fetched."""
+    """As ``_local``, and for a model of the hub the folder of an earlier download; nothing is fetched."""
     if not source.startswith(HUB):
         return _local(source, part)
     try:
@@ -69,7 +67,7 @@ def _stored(source: str, part: str) -> Path | None:
 
 
 def config_of(source: str | None, part: str) -> dict[str, object] | None:
-    """The part's ``config.json``, where it is on this machine already; None where it is not.
+    """The part's ``config.json``, if it is on this machine already, else None.
 
     Raises:
         ValueError: the file is not JSON.
@@ -84,41 +82,41 @@ def config_of(source: str | None, part: str) -> dict[str, object] | None:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
 
 
-def folder_of(source: str, part: str, asked_by: str, *, weights: bool = True) -> Path:
+def folder_of(source: str, part: str, argument: str, *, weights: bool = True) -> Path:
     """The part's folder, or the file that ``source`` is; a model of the hub is downloaded, this part only.
 
     Args:
         source: as in this module's docstring.
         part: which of its parts.
-        asked_by: what names the source, for errors.
-        weights: whether safetensors files are wanted, and not only configurations and vocabularies.
+        argument: the argument that has the value ``source`` ('TextEncoder.weights'), for errors.
+        weights: whether safetensors files are needed, and not only configurations and vocabularies.
 
     Raises:
-        Missing: nothing is there; says how to get it.
-        ValueError: the hub does not give it (gated, absent, unreachable).
+        Missing: there is no such folder or file; the message says how to get it.
+        ValueError: the part cannot be downloaded (gated, absent, unreachable).
     """
     if source.startswith(HUB):
-        return _downloaded(source.removeprefix(HUB), part, asked_by, weights)
+        return _downloaded(source.removeprefix(HUB), part, argument, weights)
     found = _local(source, part)
     if found is None:
         raise Missing(
             source,
-            f"no {part} at {asked_by}={source!r}: give a folder in diffusers' format, fetched with "
+            f"no {part} at {argument}={source!r}: give a folder in diffusers' format, fetched with "
             f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`, or {HUB}OWNER/NAME",
         )
     return found
 
 
-def _downloaded(name: str, part: str, asked_by: str, weights: bool) -> Path:
+def _downloaded(name: str, part: str, argument: str, weights: bool) -> Path:
     """The part's folder in huggingface_hub's cache. Weights are taken in float32, in float16 where that is all."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise missing_package("huggingface_hub", asked_by) from error
+        raise missing_package("huggingface_hub", argument) from error
     small = [f"{part}/{pattern}" for pattern in SMALL_FILES]
     wanted = [[*small, *(f"{part}/{stem}{variant}" for stem in WHOLE_FILES)] for variant in VARIANTS]
-    command = f"`hf download {name} --include '{part}/*' --local-dir FOLDER`, then {asked_by}=FOLDER"
+    command = f"`hf download {name} --include '{part}/*' --local-dir FOLDER`, then {argument}=FOLDER"
     try:
         for offline in (True, False):
             for patterns in wanted if weights else [small]:
@@ -152,13 +150,6 @@ def weights_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-of-*.safetensors")) if whole is None else [whole]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
-
-
 def read_part(files: Sequence[Path], part: str, config: Mapping[str, object]) -> dict[str, Tensor]:
     """The part's tensors, in diffusers' current naming.
 
@@ -170,7 +161,7 @@ def read_part(files: Sequence[Path], part: str, config: Mapping[str, object]) ->
     Raises:
         ValueError: a file is torn or no safetensors file.
     """
-    tensors = {name: tensor for path in files for name, tensor in _read(path).items()}
+    tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in tensors):
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
@@ -187,25 +178,20 @@ def _renamed(name: str) -> str:
 
 @torch.no_grad()
 def fit(kind: str, here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fills those of the same names ``here`` with ``tensors``: every one with its shape, or nothing.
+    """Fills the tensors ``here`` with those of the same names in ``tensors``: every one with its shape, or nothing.
 
-    Where nothing has to be converted or moved, they become the very memory of ``tensors``, the pages of a mapped file.
+    Where dtype and device agree, nothing is copied: a tensor ``here`` shares the memory of the mapped file.
 
     Args:
-        kind: what the tensors belong to, for errors.
+        kind: the name of the module that the tensors belong to, for errors.
         here: a module's own parameters and buffers; they keep their precision and device.
         tensors: as `read_part` gives them.
-        source: where they come from, for errors.
+        source: the name of their file, for errors.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
     """
-    found = list(differences("", here, tensors))
-    if found:
-        raise ValueError(
-            f"{source} does not fit {kind}: {listed(found)}. Give the weights of this network, or configure the "
-            "network as the weights' own config.json does"
-        )
+    require_fit(here, tensors, kind, source, "the weights' own config.json")
     for name, tensor in here.items():
         if (tensor.device, tensor.dtype) == (tensors[name].device, tensors[name].dtype):
             tensor.data = tensors[name]

@@ -1,7 +1,7 @@
-"""Reads pickles from elsewhere as data: only the stand-ins that a reader lists are called, everything else is refused.
+"""Reads untrusted pickles as data: only the stand-ins that a reader lists are called; every other global is refused.
 
-What stand-ins return is either immutable or *sealed*: it takes no state from the pickle beyond what its class says, so
-that no object the process uses can be changed.
+Stand-ins return objects that are immutable or *sealed*: these take from the pickle only the state that their class
+allows, so that a pickle cannot change an object of this process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Array", "DType", "Function", "Refused", "Sealed", "Unpickler", "nump
 
 
 class Refused(Exception):
-    """Something that no file of the kind needs; the message is its name."""
+    """A pickle holds something that files of its kind don't need; the message is its name."""
 
 
 class Sealed:
@@ -30,7 +30,7 @@ class Sealed:
 
 
 class Function(Sealed):
-    """What the unpickler gets in place of a function."""
+    """A stand-in that calls ``call``."""
 
     __slots__ = ("_call",)
 
@@ -42,7 +42,7 @@ class Function(Sealed):
 
 
 class DType(Sealed):
-    """A numpy type of numbers; the byte order arrives as its state."""
+    """A numpy dtype of numbers; its state is the byte order."""
 
     __slots__ = ("dtype",)
 
@@ -58,7 +58,7 @@ class DType(Sealed):
 
 
 class Array(Sealed):
-    """A numpy array; everything arrives as its state."""
+    """A numpy array; its state holds shape, dtype and bytes."""
 
     __slots__ = ("values",)
 

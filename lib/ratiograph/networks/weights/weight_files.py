@@ -8,7 +8,7 @@ several networks that start from one file share its memory, and a frozen one nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -23,21 +23,22 @@ __all__ = [
     "load_weights",
     "locate_weights",
     "read_header",
+    "read_tensors",
     "register_converter",
+    "require_fit",
     "save_weights",
 ]
-
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
 Converter = Callable[[Path, str | None], Path]
-"""(file, class name of the denoiser that takes it) -> the safetensors file made of it."""
+"""(file, class name of the denoiser that takes it) -> the safetensors file that it was converted to."""
 
 _converters: dict[str, Converter] = {}
 
 
 def register_converter(*suffixes: str) -> Callable[[Converter], Converter]:
-    """A decorator: files of these suffixes are turned into safetensors by the function."""
+    """Decorator of the function that converts files of these suffixes to safetensors."""
 
     def register(convert: Converter) -> Converter:
         _converters.update(dict.fromkeys(suffixes, convert))
@@ -47,7 +48,7 @@ def register_converter(*suffixes: str) -> Callable[[Converter], Converter]:
 
 
 def shipped(name: str) -> Path:
-    """Where weights of this bare name lie inside the package, there or not."""
+    """The path in the package of weights of this bare name, whether or not there are any."""
     return ASSETS / f"{name}.safetensors"
 
 
@@ -57,7 +58,7 @@ def locate_weights(name: str, denoiser: str | None = None) -> Path:
     Args:
         name: its path; a folder that ``tools/convert_edm.py`` wrote; an official EDM file, which is converted once
             into the cache folder; or the bare name of weights that ship inside the package.
-        denoiser: class name of the denoiser that takes them, which a plain state dict does not tell.
+        denoiser: class name of the denoiser that takes them, which a plain state dict does not state.
     """
     if shipped(name).is_file():
         return shipped(name)
@@ -70,7 +71,7 @@ def locate_weights(name: str, denoiser: str | None = None) -> Path:
 
 
 def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
-    """Sentences on how the tensors ``found`` in a file differ from those ``here``, in their order."""
+    """Sentences on how the tensors ``found`` in a file differ from those ``here``; ``name`` precedes their names."""
     for key, tensor in here.items():
         if key not in found:
             yield f"{name}{key} is not in the file"
@@ -81,10 +82,33 @@ def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tenso
     yield from (f"{name}{key} is in the file and not here" for key in found if key not in here)
 
 
-def listed(sentences: list[str], shown: int = 3) -> str:
-    """The first ``shown`` of the sentences, and how many more there are."""
-    rest = len(sentences) - shown
-    return "; ".join(sentences[:shown]) + (f"; and {rest} more" if rest > 0 else "")
+def listed(sentences: list[str], limit: int = 3) -> str:
+    """The first ``limit`` of the sentences, and how many more there are."""
+    rest = len(sentences) - limit
+    return "; ".join(sentences[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def require_fit(
+    here: Mapping[str, Tensor], found: Mapping[str, Tensor], owner: str, source: object, configuration: str
+) -> None:
+    """Checks that the tensors ``found`` have the names and shapes of those ``here``.
+
+    Args:
+        here: parameters and buffers of a module.
+        found: the tensors of a file.
+        owner: the module's name in the message.
+        source: the file's name in the message.
+        configuration: the file that says how to configure the network, in the message.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape.
+    """
+    sentences = list(differences("", here, found))
+    if sentences:
+        raise ValueError(
+            f"{source} does not fit {owner}: {listed(sentences)}. Give the weights of this network, or configure the "
+            f"network as {configuration} does"
+        )
 
 
 def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
@@ -104,45 +128,33 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | No
 
 def read_header(path: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; errors as of ``load_weights``."""
-    return _read(Path(path), tensors=False)[1]
+    return read_tensors(Path(path), names=())[1]
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header strings) of a safetensors file."""
-    return _read(path, tensors=True)
-
-
-def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header strings) of a safetensors file; all tensors, or those of ``names``. Errors as `load_weights`."""
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights at {path}. Give the path of a safetensors file (--teacher for the teacher), or train one first"
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            keys = file.keys() if tensors else ()
-            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+            names = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
 
 
 def _load_tensors(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    found = list(differences("", module.state_dict(), tensors))
-    if found:
-        raise ValueError(
-            f"{path} does not fit {type(module).__name__}: {listed(found)}. Give the weights of this "
-            "network, or configure the network as the file's own gin file does"
-        )
-    _take(module, tensors)
-
-
-def _take(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Makes ``tensors`` the module's own where nothing has to be converted or moved, and copies them elsewhere."""
+    """Gives the module ``tensors`` in its dtypes: assigned, or copied into weights that are tied or on a GPU."""
     here = module.state_dict()
+    require_fit(here, tensors, type(module).__name__, path, "the file's own gin file")
     tied = len({tensor.data_ptr() for tensor in here.values()}) < len(here)
     if tied or any(tensor.device.type != "cpu" for tensor in here.values()):
         module.load_state_dict(tensors, strict=True)
         return
-    module.load_state_dict({k: v.to(here[k].dtype) for k, v in tensors.items()}, strict=True, assign=True)
+    converted = {name: tensor.to(here[name].dtype) for name, tensor in tensors.items()}
+    module.load_state_dict(converted, strict=True, assign=True)
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
@@ -161,13 +173,13 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
         ValueError: not a safetensors file (or a torn one), or a tensor is missing, left over or of another
             shape.
     """
-    tensors, metadata = _read_tensors(Path(path))
+    tensors, metadata = read_tensors(Path(path))
     _load_tensors(Path(path), module, tensors)
     return metadata
 
 
 def load_part(path: Path, module: nn.Module, prefix: str) -> None:
-    """Loads into ``module`` its tensors of a larger network's file, where their names begin with ``prefix``.
+    """Loads ``module``, a part of a larger network, from the file of that network.
 
     Args:
         path: a safetensors file.
@@ -177,6 +189,6 @@ def load_part(path: Path, module: nn.Module, prefix: str) -> None:
     Raises:
         FileNotFoundError, ValueError: as ``load_weights``, but tensors of the rest are not looked at.
     """
-    tensors, _ = _read_tensors(Path(path))
+    tensors, _ = read_tensors(Path(path))
     wanted = {key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors}
     _load_tensors(Path(path), module, wanted)

@@ -1,4 +1,4 @@
-"""Official EDM networks => ours: architecture from the names and shapes of the tensors, then names, then files.
+"""Converts official EDM networks to ours: architecture from the names and shapes of the tensors, names, files.
 
 The official names are ``enc.32x32_block0.conv0.weight`` and the like; ours number the levels from the finest.
 """
@@ -6,7 +6,6 @@ The official names are ``enc.32x32_block0.conv0.weight`` and the like; ours numb
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ratiograph.core.files import write_atomically
-from ratiograph.data.embedded import cache_folder
+from ratiograph.data.remote import cache_folder
+from ratiograph.data.shards import file_digest
 from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
 from ratiograph.networks.denoisers import EDM
 from ratiograph.networks.preconditioning import VEPreconditioned, VPPreconditioned
 from ratiograph.networks.weights.edm_pickles import OfficialNetwork, read_network
-from ratiograph.networks.weights.weight_files import register_converter, save_weights
+from ratiograph.networks.weights.weight_files import differences, listed, register_converter, save_weights
 
 __all__ = ["Description", "convert", "convert_file", "converted"]
 
@@ -56,16 +56,16 @@ class Description:
 # --- architecture -------------------------------------------------------------------------------------------
 
 
-def _preconditioning(official: OfficialNetwork, asked: str | None) -> tuple[str, dict[str, float]]:
-    """Class name and arguments of the denoiser; ``asked`` names it where the file does not."""
+def _preconditioning(official: OfficialNetwork, requested: str | None) -> tuple[str, dict[str, float]]:
+    """Class name and arguments of the denoiser; the file's class must be ``requested``, unless that is None."""
     name, settings = official.preconditioning, official.settings
     sigma_data = {"sigma_data": float(settings.get("sigma_data", 0.5))}
     known = {"EDMPrecond": EDM, "VPPrecond": VPPreconditioned, "VEPrecond": VEPreconditioned}
     if name is not None and name not in known:
         raise ValueError(f"its network is a {name}; only {', '.join(known)} can be converted")
-    found = known[name].__name__ if name else asked or EDM.__name__
-    if asked not in (None, found):
-        raise ValueError(f"its network is a {name}, so its denoiser is {found} and not {asked}")
+    found = known[name].__name__ if name else requested or EDM.__name__
+    if requested not in (None, found):
+        raise ValueError(f"its network is a {name}, so its denoiser is {found} and not {requested}")
     if found == VPPreconditioned.__name__:
         beta_min = float(settings.get("beta_min", 0.1))
         beta_max = beta_min + float(settings.get("beta_d", 19.9))
@@ -92,7 +92,7 @@ def _variant(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_filters(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError unless every filter is the one that our layers apply without keeping it."""
+    """ValueError unless every resampling filter is one of the two that our layers have fixed."""
     for name, tensor in tensors.items():
         if name.endswith(".resample_filter"):
             taps = torch.tensor({2: [0.5, 0.5], 4: [0.125, 0.375, 0.375, 0.125]}[tensor.shape[-1]])
@@ -152,7 +152,7 @@ _PLACES = {
     "dec.aux_norm": "out_norm",
     "dec.aux_conv": "out",
 }
-"""Of ``enc.32x32_block0`` without size and number."""
+"""By the official name without size and number: 'enc.block' of ``enc.32x32_block0``."""
 _LAYERS = {
     "freqs": "frequencies",
     "norm0": "norm1",
@@ -166,7 +166,7 @@ _LAYERS = {
 
 
 def our_name(name: str, resolution: int) -> str:
-    """Our name of an official parameter of a network for images of size ``resolution``.
+    """Our name of an official parameter ``name`` of a network for images of size ``resolution``.
 
     Raises:
         ValueError: no network has such a parameter.
@@ -202,7 +202,7 @@ def convert(official: OfficialNetwork, preconditioning: str | None = None) -> tu
     Args:
         official: from `edm_pickles.read_network`.
         preconditioning: class name of the denoiser (``EDM``, ``VPPreconditioned``, ``VEPreconditioned``), which a
-            plain state dict does not tell; None takes the file's own, EDM for a state dict.
+            plain state dict does not state; None takes the file's own, EDM for a state dict.
 
     Raises:
         ValueError: not one of the three networks, or a tensor is missing, left over or of another shape.
@@ -216,29 +216,17 @@ def convert(official: OfficialNetwork, preconditioning: str | None = None) -> tu
     tensors = _renamed(official.tensors, network_arguments["resolution"])
     with torch.device("meta"):
         result = description.build()
-    expected = {name: tensor.shape for name, tensor in result.network.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    wrong = list(differences("", result.network.state_dict(), tensors))
     if wrong:
-        listed = ", ".join(f"{k}: {_spell(given.get(k))} where {_spell(expected.get(k))} belongs" for k in wrong[:3])
-        raise ValueError(f"its tensors do not make a {network}: {listed}{', …' if len(wrong) > 3 else ''}")
+        raise ValueError(f"its tensors do not make a {network}: {listed(wrong)}")
     result.network.load_state_dict(tensors, strict=True, assign=True)
     return result.eval(), description
 
 
-def _spell(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else str(list(shape))
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @functools.cache
 def _identity(path: Path, size: int, changed: int) -> str:
-    """The digest of a file's bytes, read once a process as long as the file's size and time stay."""
-    return _digest(path)
+    """The digest of a file's bytes; a process reads them once unless the file's size or time changes."""
+    return file_digest(path)
 
 
 @register_converter(".pkl", ".pt", ".pth")
@@ -276,7 +264,7 @@ def convert_file(path: Path | str, folder: Path | str, preconditioning: str | No
         denoiser, description = convert(official, preconditioning)
     except ValueError as error:
         raise ValueError(f"{path} cannot be converted: {error}") from error
-    digest = _digest(path)
+    digest = file_digest(path)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     document = {**asdict(description), "parameters": parameters, "source": path.name, "source_sha256": digest}
     title = f"The network of {path.name}, {parameters:,} parameters."

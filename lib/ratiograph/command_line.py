@@ -1,0 +1,174 @@
+"""What the launcher and the tools have in common: the entry point, shared flags, checks of arguments, a progress bar.
+
+Only absl and the standard library are imported here, so that --help and a wrong flag are answered at once; a program
+imports torch inside its ``main``.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from absl import app, flags
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn  # imported where a bar is drawn: it takes a tenth of a second
+
+__all__ = [
+    "UsageError",
+    "configuration_code",
+    "define_bindings",
+    "define_configuration",
+    "define_device",
+    "exactly",
+    "needs_configuration",
+    "no_arguments",
+    "overrides",
+    "progress_bar",
+    "run",
+]
+
+flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it, and to its --help
+
+OVERRIDES = {
+    "steps": ("Experiment.steps", 1, "Optimisation steps of the whole run (Experiment.steps)."),
+    "batch_size": ("Experiment.batch_size", 1, "Samples a step (Experiment.batch_size)."),
+    "seed": ("Experiment.seed", 0, "Seed of everything random (Experiment.seed)."),
+    "precision": ("Experiment.precision", None, "Arithmetic of the networks, e.g. auto (Experiment.precision)."),
+    "data": ("DATA", None, "Data set: an embedded one by name, or shards by pattern (macro DATA)."),
+    "teacher": ("TEACHER", None, "Weights of the teacher: a file or folder (macro TEACHER)."),
+}
+"""(what gin calls the value, least value of a whole number or None for text, help) of each run-level flag."""
+
+
+class UsageError(ValueError):
+    """The command line is wrong."""
+
+
+def run(main: Callable[[list[str]], int | None], **options: object) -> None:
+    """Parses the flags of ``sys.argv``, calls ``main`` and ends the program; see `call` for ``options``.
+
+    A wrong flag ends the program with 2, --help with 0.
+    """
+    app.run(lambda argv: call(main, argv[1:], **options), flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """What of ``argv`` is no flag; ends the program after --help and at a wrong flag."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error} (--help lists all)", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit:  # --help, which absl ends with 1
+        sys.exit(0)
+
+
+def call(
+    main: Callable[[list[str]], int | None],
+    arguments: list[str],
+    *,
+    code_of: Callable[[Exception], int] = lambda error: 1,
+    interrupted: str = "interrupted",
+) -> int:
+    """The exit code of ``main(arguments)``; an expected error becomes one line on stderr.
+
+    Args:
+        main: takes the arguments that are no flags; returns the exit code, or None for 0.
+        arguments: of the command line, without the program's name.
+        code_of: the exit code for a ValueError or OSError that ``main`` raises. With a flag --verbose_errors its
+            traceback is shown too.
+        interrupted: the line for Ctrl-C; the code is 130.
+    """
+    try:
+        return main(arguments) or 0
+    except (ValueError, OSError) as error:
+        if "verbose_errors" in flags.FLAGS and flags.FLAGS["verbose_errors"].value:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return code_of(error)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def configuration_code(error: Exception) -> int:
+    """The exit code of programs that tell a wrong configuration or command line, 2, from other errors, 1."""
+    if isinstance(error, UsageError):
+        return 2
+    from ratiograph.config import ConfigError  # imports torch
+
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def define_device(help: str = "auto, cpu, cuda, cuda:1, ...: auto takes a GPU if there is one.") -> None:
+    """Defines --device."""
+    flags.DEFINE_string("device", "auto", help)
+
+
+def define_bindings(help: str = "A line of gin on top of the run's config.gin; repeatable.") -> None:
+    """Defines --gin_param."""
+    flags.DEFINE_multi_string("gin_param", [], help)
+
+
+def define_configuration(*names: str) -> None:
+    """Defines --gin_file, --gin_param and, of the run-level flags in ``OVERRIDES``, those in ``names``."""
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; repeatable, later files win over earlier ones.")
+    define_bindings("A line of gin, e.g. 'SBA.lam=1.0'; repeatable, after the files.")
+    for name in names:
+        _, least, text = OVERRIDES[name]
+        if least is None:
+            flags.DEFINE_string(name, None, text)
+        else:
+            flags.DEFINE_integer(name, None, text, lower_bound=least)
+
+
+def overrides(*names: str) -> dict[str, object]:
+    """Gin's name => value, of the run-level flags in ``names`` that were given."""
+    values = {name: flags.FLAGS[name].value for name in names}
+    return {OVERRIDES[name][0]: value for name, value in values.items() if value is not None}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def no_arguments(arguments: Sequence[str], flag: str) -> None:
+    """UsageError for an argument that is no flag; ``flag`` is the one that was probably meant."""
+    if arguments:
+        raise UsageError(f"'{arguments[0]}' is no flag. Did you mean --{flag}={arguments[0]}?")
+
+
+def exactly(arguments: Sequence[str], count: int, usage: str) -> None:
+    """UsageError with the message ``usage`` unless there are ``count`` arguments."""
+    if len(arguments) != count:
+        raise UsageError(usage)
+
+
+def needs_configuration(arguments: Sequence[str], example: str = "gin/mnist_sba.gin") -> None:
+    """UsageError for an argument that is no flag, or without a --gin_file."""
+    no_arguments(arguments, "gin_file")
+    if not flags.FLAGS.gin_file:
+        raise UsageError(f"no configuration: name one, e.g. --gin_file={example}")
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def progress_bar(*columns: str | ProgressColumn, transient: bool = False, disable: bool = False) -> Progress:
+    """A bar on stderr: description, how many of how many, ``columns``, time left.
+
+    Args:
+        columns: further ones of rich.
+        transient: remove the bar at its end.
+        disable: show nothing.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    known = ("{task.description}", BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn())
+    return Progress(*known, console=Console(stderr=True), transient=transient, disable=disable)

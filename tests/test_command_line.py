@@ -1,0 +1,143 @@
+"""The entry point of launcher and tools: exit codes, one-line errors, --help, and shared flags."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from ratiograph import command_line
+from ratiograph.command_line import UsageError, call, configuration_code
+from ratiograph.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
+
+PROGRAM = '''
+"""Says what the gin files are."""
+
+from absl import flags
+
+from ratiograph import command_line
+
+command_line.define_configuration("steps", "data")
+command_line.define_device()
+
+
+def main(arguments):
+    command_line.needs_configuration(arguments)
+    print(flags.FLAGS.gin_file, command_line.overrides("steps", "data"))
+    raise OSError("the disk is full")
+
+
+command_line.run(main)
+'''
+
+
+def raising(error):
+    def main(arguments):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_the_code_is_what_main_returns(returned, code, capsys):
+    received = []
+    assert call(lambda arguments: received.append(arguments) or returned, ["a", "b"]) == code
+    assert received == [["a", "b"]]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ValueError("two is odd"), FileNotFoundError("two is odd"), UsageError("two is odd")])
+def test_an_expected_error_is_one_line(error, capsys):
+    assert call(raising(error), []) == 1
+    assert capsys.readouterr() == ("", "error: two is odd\n")
+
+
+def test_ctrl_c_is_one_line(capsys):
+    assert call(raising(KeyboardInterrupt()), [], interrupted="the same command continues") == 130
+    assert capsys.readouterr().err == "the same command continues\n"
+
+
+def test_any_other_error_is_a_bug_and_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        call(raising(RuntimeError("a bug")), [])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UsageError("x"), 2), (ConfigError("x"), 2), (ValueError("x"), 1), (OSError("x"), 1)]
+)
+def test_a_wrong_configuration_has_a_code_of_its_own(error, code):
+    assert call(raising(error), [], code_of=configuration_code) == code
+
+
+def test_checks_of_arguments():
+    command_line.no_arguments([], "run")
+    command_line.exactly(["a", "b"], 2, "give two names")
+    with pytest.raises(UsageError, match=r"'a' is no flag\. Did you mean --run=a\?"):
+        command_line.no_arguments(["a"], "run")
+    with pytest.raises(UsageError, match="give two names"):
+        command_line.exactly(["a"], 2, "give two names")
+
+
+@pytest.fixture
+def program(tmp_path):
+    """program(*arguments) => the finished process of a program with shared flags."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return lambda *arguments: subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True)
+
+
+def test_help_shows_the_docstring_and_shared_flags_and_ends_with_0(program):
+    done = program("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Says what the gin files are." in done.stdout
+    for flag in ("--gin_file", "--gin_param", "--steps", "--data", "--device"):
+        assert f"  {flag}: " in done.stdout
+    assert "--teacher" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "output", "error"),
+    [
+        (["--gni_file=a"], 2, "", "Unknown command line flag 'gni_file'. Did you mean: gin_file ? (--help lists all)"),
+        (["--steps=0"], 2, "", "flag --steps=0: 0 is not a positive integer (--help lists all)"),
+        ([], 1, "", "no configuration: name one, e.g. --gin_file=gin/mnist_sba.gin"),
+        (["a.gin"], 1, "", "'a.gin' is no flag. Did you mean --gin_file=a.gin?"),
+        (
+            ["--gin_file=a", "--gin_file=b", "--steps=3"],
+            *(1, "['a', 'b'] {'Experiment.steps': 3}\n", "the disk is full"),
+        ),
+    ],
+)
+def test_a_program_from_its_command_line(program, arguments, code, output, error):
+    done = program(*arguments)
+    assert (done.returncode, done.stdout) == (code, output)
+    assert done.stderr.splitlines()[-1] == f"error: {error}"
+
+
+@pytest.mark.parametrize("tool", ["../launch/main.py", *TOOLS])
+def test_help_of_every_program_is_instant(tool):
+    command = [sys.executable, "-X", "importtime", ROOT / "tools" / tool, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "flags:" in done.stdout
+    assert done.returncode == 0 or tool == "compare_checkouts.py"  # stands alone, with absl's own code
+    assert " torch\n" not in done.stderr
+
+
+def test_the_bar_counts(capsys):
+    with command_line.progress_bar() as progress:
+        progress.update(progress.add_task("images", total=7), completed=3)
+    assert "images" in capsys.readouterr().err
+
+
+def test_verbose_errors_shows_the_traceback(capsys):
+    holder = flags.FlagValues()
+    flags.DEFINE_bool("verbose_errors", True, "", flag_values=holder)
+    holder.mark_as_parsed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line.flags, "FLAGS", holder)
+        assert call(raising(ValueError("two is odd")), []) == 1
+    assert "Traceback" in capsys.readouterr().err
