@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from ratiograph.algebra.rewards import BlackBoxReward, Reward, ScaledReward, SumReward
-from ratiograph.algebra.targets import RewardTilted, RewardTiltedCumulant
+from ratiograph.algebra.second_order_targets import RewardTiltedCumulant
+from ratiograph.algebra.targets import RewardTilted
 from ratiograph.core.contracts import Evaluation, Nodes
 from ratiograph.core.types import Condition, Noisy
 from ratiograph.data import captions

@@ -12,12 +12,11 @@ from exact import LOCATION, SCALE, TEACHER, evaluate, student_of
 from ratiograph.algebra.directions import RatioGradient, ScoreDifference
 from ratiograph.algebra.objective import AbsorbedTerm, Objective, Term
 from ratiograph.algebra.rewards import BlackBoxReward, ClassReward, LinearReward, QuadraticReward, Reward, ScaledReward
+from ratiograph.algebra.second_order_targets import RewardTiltedCumulant, RewardTiltedSecondOrder
 from ratiograph.algebra.targets import (
     MatchTeacher,
     RewardTilted,
-    RewardTiltedCumulant,
     RewardTiltedNoJacobian,
-    RewardTiltedSecondOrder,
     RewardWeighted,
     Target,
     log_mean_reward,

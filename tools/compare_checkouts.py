@@ -25,7 +25,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ratiograph import command_line  # of this checkout; nothing else of the package is imported here
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkout", str(Path(__file__).resolve().parents[1]), "record: the checkout's folder.")
@@ -334,17 +336,14 @@ def compare(before: dict, after: dict) -> bool:
     return equal
 
 
-def main(argv):
-    try:
-        if argv[1:2] == ["record"] and len(argv) == 3:
-            record(Path(argv[2]))
-        elif argv[1:2] == ["compare"] and len(argv) == 4:
-            sys.exit(0 if compare(*(json.loads(Path(path).read_text()) for path in argv[2:])) else 1)
-        else:
-            raise ValueError("give `record OUT.json` or `compare BEFORE.json AFTER.json`")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(arguments):
+    if arguments[:1] == ["record"] and len(arguments) == 2:
+        record(Path(arguments[1]))
+        return 0
+    if arguments[:1] == ["compare"] and len(arguments) == 3:
+        return 0 if compare(*(json.loads(Path(path).read_text()) for path in arguments[1:])) else 1
+    raise ValueError("give `record OUT.json` or `compare BEFORE.json AFTER.json`")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from paper_figures.drawing import PALETTE, columns, curves, new_figure, set_title
 from ratiograph.algebra.rewards import QuadraticReward
-from ratiograph.algebra.targets import RewardTilted, RewardTiltedCumulant, RewardTiltedSecondOrder
+from ratiograph.algebra.second_order_targets import RewardTiltedCumulant, RewardTiltedSecondOrder
+from ratiograph.algebra.targets import RewardTilted
 from ratiograph.core.contracts import Evaluation, Nodes
 from ratiograph.core.types import Condition, Noisy
 from ratiograph.networks.teachers.exact_tilting import ExactTilted

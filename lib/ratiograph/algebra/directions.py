@@ -40,7 +40,7 @@ class ScoreDifference(Direction):
 
 
 class RatioGradient(Direction):
-    """d = -grad_x l from the ratio estimator alone (Di-Bregman Eq. 37; training without distillation; GANs)."""
+    """d = -grad_x l from the ratio estimator alone (Di-Bregman Eq. 37; DiffRatio; GANs)."""
 
     needs = Needs(ratio_gradient=True)
     requires = ("ratio",)

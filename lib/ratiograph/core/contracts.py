@@ -21,7 +21,11 @@ __all__ = ["DataStream", "Denoiser", "Evaluation", "Needs", "Nodes", "RatioEstim
 
 
 class Denoiser(nn.Module):
-    """Base class: subclasses give ``encode`` and ``decode``."""
+    """Base class of mu(x_t) = E[x0 | x_t]: teacher, student score and the network inside a student.
+
+    A subclass defines ``encode`` and ``decode``, so that features and the denoised sample come from one pass, and who
+    needs only features stops at the encoder. It works under any noising process by ``noisy.rescaled()``.
+    """
 
     can_sample = False
     """Whether ``sample(n, generator)`` gives exact samples of the denoiser's own distribution."""
@@ -46,7 +50,10 @@ class Denoiser(nn.Module):
 
 
 class RatioEstimator(nn.Module):
-    """Base class of l = log p_t(x_t) / q_t(x_t). What trains it is a ``RatioLoss``."""
+    """Base class of l = log p_t(x_t) / q_t(x_t), the logit of a real-against-student classifier of noisy samples.
+
+    A subclass defines ``log_ratio``. What trains it is a `ratio_losses.RatioLoss`.
+    """
 
     on_teacher = False
     """Whether ``log_ratio`` reads the teacher's features."""

@@ -4,9 +4,9 @@ Statistics of a batch are statistics of the GLOBAL batch, so that one process wi
 compute the same numbers. Per-sample scalars are few, so they are gathered whole: no reduction order to worry about.
 Gradients are averaged once an update, after all backward passes, in buckets.
 
-Ranks that meet wait for the slowest of them, so they meet seldom: what is gathered at one place travels together, and
-an exchange whose result is not needed at once (`Gathering`, `Averaging`) is under way while the networks run. All ranks
-begin the same exchanges in the same order.
+Every exchange waits for the slowest rank, so there are few: what is gathered at one place is sent together, and an
+exchange whose result is not needed at once (`Gathering`, `Averaging`) runs beside the networks. All ranks must begin
+the same exchanges in the same order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,12 +42,14 @@ __all__ = [
     "wait_for_all",
 ]
 
+Value = TypeVar("Value")
+
 BUCKET = 32 * 2**20
 """Elements of a bucket of gradients: the latency of an exchange does not show, and the copy is small."""
 
 
 _hosts: dist.ProcessGroup | None = None
-"""Of the processes' hosts, where GPUs have a group of their own; the default group elsewhere."""
+"""The group for messages between hosts: gloo where GPUs use nccl; None, the default group, elsewhere."""
 
 
 def ranks() -> int:
@@ -79,9 +82,9 @@ def local_rank() -> int:
 
 
 def ranks_here() -> int:
-    """Number of processes on this machine, where every machine has as many; else, and where nothing tells, all."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    same = re.fullmatch(r"(\d+)(\(x\d+\))?", told)  # srun's '8(x2)' is 8 on each of 2 machines
+    """Number of processes on this machine; all processes where the machines differ or the launcher gives no count."""
+    counts = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    same = re.fullmatch(r"(\d+)(\(x\d+\))?", counts)  # srun's '8(x2)' is 8 on each of 2 machines
     return int(same[1]) if same else ranks()
 
 
@@ -126,16 +129,16 @@ def stop() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` holds on some rank; hosts agree on it without touching their GPUs."""
+    """Whether ``flag`` holds on some rank. The answer is exchanged between hosts, so that no GPU is synchronised."""
     if ranks() == 1:
         return flag
-    told = torch.tensor(int(flag))
-    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=_hosts)
-    return bool(told)
+    raised = torch.tensor(int(flag))
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=_hosts)
+    return bool(raised)
 
 
-def from_main(values: dict[str, float]) -> dict[str, float]:
-    """The main rank's ``values`` on every rank."""
+def from_main(values: Value) -> Value:
+    """The main rank's ``values`` on every rank: anything that can be pickled, sent from host to host."""
     if ranks() == 1:
         return values
     held = [values]
@@ -150,9 +153,9 @@ def wait_for_all() -> None:
 
 
 class Gathering:
-    """Tensors on their way to every rank, in one exchange that begins when this is made.
+    """Gathers tensors of every rank in one exchange in the background, from construction to ``finish``.
 
-    They travel as bytes, so their types may differ.
+    They are sent as bytes, so their types may differ.
 
     Args:
         values: [B] (or [B, ...]) each; every rank has as many samples. On one process they may have any shape.
@@ -200,17 +203,18 @@ def own_part(values: Tensor) -> Tensor:
 
 
 def is_sharded(value: object) -> bool:
-    """Whether this is a tensor of which each process holds a part; there is none before torch's module for them is."""
-    module = sys.modules.get("torch.distributed.tensor")  # importing it costs as much as all of ours
+    """Whether this is a tensor of which each process holds a part (a DTensor)."""
+    # Without that module there is no DTensor, and importing it takes as long as importing all of ours.
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 class Averaging:
-    """Gradients on their way to their means over the ranks, all buckets at once; begun when this is made.
+    """Averages gradients over the ranks in the background, all buckets at once, from construction to ``finish``.
 
-    From then on a gradient is a part of its bucket, a sum in the making: nothing reads or adds to ``p.grad`` until
-    ``finish``. Which parameters have a gradient must be the same on every rank, as it is for one graph. Gradients of
-    sharded weights (`parallel.Sharded`) are means already.
+    In between a gradient is a part of its bucket and holds a partial sum: nothing may read or add to ``p.grad``. Which
+    parameters have a gradient must be the same on every rank, as it is for one graph. Gradients of sharded weights
+    (`parallel.Sharded`) are means already.
 
     Args:
         parameters: whose gradients are averaged.
@@ -230,7 +234,7 @@ class Averaging:
         return bool(self._work)
 
     def finish(self) -> None:
-        """Returns when the gradients are means; on a GPU, when it is sure that what is asked of it next sees them."""
+        """Waits until the gradients are means; on a GPU, later work on the same stream waits for them instead."""
         for work in self._work:
             work.wait()
 
