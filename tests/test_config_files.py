@@ -41,7 +41,7 @@ def lines(cfg):
 
 def test_what_is_there_is_not_missed_and_not_read(there):
     assert lines(parsed(there)) == []  # empty files, which no reader would take
-    check_files(parsed(there), config._components)
+    check_files(parsed(there))
 
 
 def test_a_folder_that_is_not_there_is_told_once(there):
@@ -50,7 +50,7 @@ def test_a_folder_that_is_not_there_is_told_once(there):
     assert "no U-Net weights at /none/such" in line
     assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 unet/diffusion_pytorch_model.safetensors" in line
     with pytest.raises(FileNotFoundError) as caught:
-        check_files(parsed(there | {"TEACHER": "/none/such"}), config._components)
+        check_files(parsed(there | {"TEACHER": "/none/such"}))
     assert str(caught.value) == line
 
 
@@ -58,7 +58,7 @@ def test_each_missing_part_is_a_line_of_its_own(there):
     for part in ("unet", "vae"):
         (Path(there["TEACHER"]) / part / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError) as caught:
-        check_files(parsed(there), config._components)
+        check_files(parsed(there))
     head, *found = str(caught.value).splitlines()
     assert head == "2 things that this run reads are missing:"
     assert [("no U-Net weights at" in line, "no autoencoder at" in line) for line in found] == [
@@ -112,9 +112,9 @@ def test_a_gated_model_of_the_hub_is_told_before_anything_is_built(there, monkey
 def test_nothing_is_built_and_no_heavy_package_imported():
     """In CPU seconds, which other processes do not add to."""
     code = (
-        "import sys, time; from ratiograph import config, config_files; "
+        "import sys, time; from ratiograph import config; from ratiograph.config import locating; "
         f"cfg = config.parse(['{TILT}']); start = time.process_time(); "
-        "found = config_files.missing_files(cfg); "
+        "found = locating.missing_files(cfg); "
         "assert found and time.process_time() - start < 0.5, time.process_time() - start; "
         "assert not {'diffusers', 'transformers'} & set(sys.modules)"
     )
