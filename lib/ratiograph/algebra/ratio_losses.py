@@ -37,7 +37,7 @@ class RatioLoss:
 
 
 class LogisticLoss(RatioLoss):
-    """E_real[softplus(-l)] + E_student[softplus(l)]: the loss of Di-Bregman Eq. 5, f-distill and [S]."""
+    """E_real[softplus(-l)] + E_student[softplus(l)]: the loss of Di-Bregman Eq. 5, f-distill and DiffRatio."""
 
     def __call__(self, real, student, x_t, weight=None):
         positive = F.softplus(-real)

@@ -38,7 +38,7 @@ class Positives:
 
 
 class RealSamples(Positives):
-    """The data itself: p is the data, as in f-distill, [S] and Di-Bregman's Algorithm 1."""
+    """The data itself: p is the data, as in f-distill, DiffRatio and Di-Bregman's Algorithm 1."""
 
     needs_data = True
 
