@@ -22,7 +22,7 @@ __all__ = ["RatioDiagnostics", "bregman_divergence", "field_metrics", "ratio_met
 
 
 def ratio_metrics(real: Tensor, student: Tensor) -> dict[str, Tensor]:
-    """What to log of one critic update, from l [B] of either class: accuracy, both identities and KL(q||p)."""
+    """Metrics of one critic update, from l [B] of both classes: accuracy, both identities and KL(q||p)."""
     real, student = real.detach().float(), student.detach().float()
     return {
         "ratio/accuracy": ((real > 0).float().mean() + (student <= 0).float().mean()) / 2,
@@ -59,7 +59,7 @@ def field_metrics(fields: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class RatioDiagnostics(nn.Module):
-    """Running tables of a ratio estimator, by time and by confidence, that forget with a horizon of some updates.
+    """Running statistics of a ratio estimator by time and by confidence, with exponential forgetting.
 
     Buffers: ``by_time`` [bins, 6] sums over student count, real count, correct answers, e^l of students, e^-l of real
     samples, -l of students; ``calibration`` [levels, 3] sums of count, of D and of real samples. Bins are equal in the
@@ -68,7 +68,7 @@ class RatioDiagnostics(nn.Module):
     Args:
         bins: of time.
         levels: of D.
-        decay: share of the sums kept from update to update.
+        decay: factor on the sums at each update.
     """
 
     def __init__(self, *, bins: int = 8, levels: int = 10, decay: float = 0.98):
@@ -77,21 +77,21 @@ class RatioDiagnostics(nn.Module):
         # Statistics, not weights: on the CPU even when the graph is built on the meta device.
         self.register_buffer("by_time", torch.zeros(bins, 6, device="cpu"))
         self.register_buffer("calibration", torch.zeros(levels, 3, device="cpu"))
-        self._coming: list[Gathering] = []
+        self._pending: list[Gathering] = []
 
     def begin(self, real: Tensor, student: Tensor, real_quantile: Tensor, student_quantile: Tensor) -> None:
-        """Sends what ``update`` is to take in, of this rank's samples, on its way to every rank."""
-        self._coming.append(Gathering(real, student, real_quantile, student_quantile))
+        """Starts gathering, from all ranks, the arguments of ``update`` for this rank's samples."""
+        self._pending.append(Gathering(real, student, real_quantile, student_quantile))
 
     def finish(self) -> None:
-        """Takes in, from every rank, all that was begun."""
-        for values in self._coming:
+        """Waits for everything that ``begin`` started, and updates the statistics with it."""
+        for values in self._pending:
             self.update(*values.finish())
-        self._coming.clear()
+        self._pending.clear()
 
     @torch.no_grad()
     def update(self, real: Tensor, student: Tensor, real_quantile: Tensor, student_quantile: Tensor) -> None:
-        """Takes in l [B] of both classes, of the global batch, with the quantiles [B] in [0, 1] of their times."""
+        """Adds l [B] of both classes of the global batch, with the quantiles [B] in [0, 1] of their times."""
         real, student = real.detach().float(), student.detach().float()
         zero, one = torch.zeros_like, torch.ones_like
         columns = [

@@ -7,8 +7,8 @@ discriminator that is far ahead then still gives weights that differ. The usual 
 
     MeanNormalized(RatioNormalized(Clamped(JensenShannon())))
 
-Asked for weights of its own samples, the outermost wrapper gathers l, l* and t of all ranks once, lets those within it
-compute the weights of them all, numbers each, and keeps its rank's: one exchange however many there are.
+On several ranks the outermost wrapper gathers l, l* and t of all ranks in one exchange, the wrappers inside it compute
+the weights of the whole batch, and the outermost returns those of its own rank.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ratiograph.core.distributed import gather_together, own_part
 __all__ = ["Clamped", "MeanNormalized", "RatioNormalized", "TimeNormalized"]
 
 
-LEAST = 4
-"""Samples of a group whose mean weighs its times."""
+SMALLEST_GROUP = 4
+"""Fewest samples whose mean `TimeNormalized` divides by."""
 
 
 class _Wrapper(Weighting):
-    """Holds a weighting and hands on what it does not change.
+    """Base class of wrappers: forwards to the wrapped weighting what it does not change.
 
-    ``forward`` and ``pair`` are of this rank's samples; ``log_weight`` and ``log_pair`` of the global batch's where
-    ``pools``.
+    ``forward`` and ``pair`` take and return this rank's samples. Where ``pools`` is true, ``log_weight`` and
+    ``log_pair`` take and return the global batch.
     """
 
     def __init__(self, weighting: Weighting):
@@ -43,7 +43,7 @@ class _Wrapper(Weighting):
 
     @property
     def pools(self) -> bool:
-        """Whether a sample's weight depends on the other samples' too."""
+        """Whether a sample's weight depends on the other samples of the batch."""
         return isinstance(self.weighting, _Wrapper) and self.weighting.pools
 
     def forward(self, log_ratio: Tensor, t: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ class _Wrapper(Weighting):
 
 
 class Clamped(_Wrapper):
-    """The held weighting at l clamped to [-limit, limit], the only place where a ratio is clamped.
+    """The wrapped weighting at l clamped to [-limit, limit], the only place where a ratio is clamped.
 
-    Wrap it innermost: whoever normalises l must see it before the clamp.
+    Wrap it innermost, so that normalisers see l before the clamp.
 
     Args:
-        weighting: the weighting held.
+        weighting: the wrapped weighting.
         limit: bound on |l|, > 0; 5 lets rho range over [0.0067, 148].
     """
 
@@ -91,20 +91,20 @@ class Clamped(_Wrapper):
 
 
 class RatioNormalized(_Wrapper):
-    """The held weighting at l - log E_q[rho_t], the mean running over the steps, one for each bin of t (f-distill §4).
+    """The wrapped weighting at l - log E_q[rho_t], by a running mean in each bin of t (f-distill §4).
 
     The bins are equal in the quantile of the objective's p(t), so each gets as many samples whatever the schedule. A
     running mean is the decayed sum of rho over the decayed number of samples, which is exact from the first step on.
-    A bin whose samples count for less than two is filled up to two with the mean over the whole batch: alone, a sample
-    divided by itself would weigh the same whatever its ratio.
+    A bin with fewer than two samples is filled up to two with the mean over the whole batch: a sample divided by itself
+    alone would have the same weight whatever its ratio.
 
-    The running sums are buffers of the objective: part of a checkpoint, never of the student's weights. In evaluation
-    mode they stand still.
+    The running sums are buffers of the objective: saved in checkpoints, not in the student's weights. They do not
+    change in evaluation mode.
 
     Args:
-        weighting: the weighting held.
+        weighting: the wrapped weighting.
         bins: number of bins over t, at least 1; f-distill's code has 10.
-        decay: share of the sums kept from step to step, in [0, 1); 0 forgets, which needs many samples a bin.
+        decay: factor on the sums at each step, in [0, 1); 0 uses the present batch alone: take many samples a bin.
     """
 
     pools = True
@@ -124,12 +124,12 @@ class RatioNormalized(_Wrapper):
         self.noising, self.times = noising, times
 
     def log_means(self, log_ratio: Tensor, t: Tensor) -> Tensor:
-        """log E_q[rho_t] [B] of each sample's bin, after the bins have taken in this batch, the global one."""
+        """log E_q[rho_t] [B] of each sample's bin, after the bins were updated with this global batch."""
         if self.times is None:
             raise ValueError("RatioNormalized bins over p(t): call connect(noising, times) first, as Distillation does")
         bins = self._bin(t)
         if self.training:
-            self._take_in(log_ratio, bins)
+            self._update_bins(log_ratio, bins)
         pooled = torch.logsumexp(log_ratio, 0) - math.log(len(log_ratio))
         missing = (2 - self.count).clamp_min(0)
         log_mean = torch.logaddexp(self.log_sum, missing.log() + pooled) - (self.count + missing).log()
@@ -138,7 +138,7 @@ class RatioNormalized(_Wrapper):
     def _bin(self, t: Tensor) -> Tensor:
         return (self.times.quantile(self.noising, t) * self.bins).long().clamp(0, self.bins - 1)
 
-    def _take_in(self, log_ratio: Tensor, bins: Tensor) -> None:
+    def _update_bins(self, log_ratio: Tensor, bins: Tensor) -> None:
         inside = bins == torch.arange(self.bins, device=bins.device)[:, None]
         new = torch.where(inside, log_ratio.float(), -math.inf).logsumexp(1)
         kept = math.log(self.decay) if self.decay else -math.inf
@@ -176,7 +176,7 @@ class MeanNormalized(_Normalized):
     """omega divided by its mean over the global batch (f-distill §4): changing the divergence keeps the step size.
 
     Args:
-        weighting: the weighting held.
+        weighting: the wrapped weighting.
     """
 
     def __init__(self, *, weighting: Weighting):
@@ -193,7 +193,7 @@ class TimeNormalized(_Normalized):
     by a function of t only changes w(t), and leaves each divergence D_h(q_t || p_t) what it is.
 
     Args:
-        weighting: the weighting held.
+        weighting: the wrapped weighting.
         bins: groups of equal size that the global batch is sorted into by t, at least 1; fewer where a group would have
             less than four samples, as in groups of one every omega would be 1.
     """
@@ -206,6 +206,6 @@ class TimeNormalized(_Normalized):
 
     def log_mean(self, log_weight, t):
         means = torch.empty_like(log_weight)
-        for group in t.argsort().tensor_split(max(1, min(self.bins, len(t) // LEAST))):
+        for group in t.argsort().tensor_split(max(1, min(self.bins, len(t) // SMALLEST_GROUP))):
             means[group] = torch.logsumexp(log_weight[group], 0) - math.log(len(group))
         return means

@@ -4,8 +4,8 @@ Notation: v = omega(r) d - omega(r*) grad log r* is one term's vector field at x
 coefficient * w(t) * alpha * v, and the parameters' gradient is E[(dx0/dtheta)^T of that], so ``x0.backward(field)``
 is exact without a pseudo-loss.
 
-A term works in two parts. ``ask`` needs the networks and looks at each sample alone, so a batch may be asked piece by
-piece; ``combine`` makes the field of what was asked about the whole batch, which normalised weightings must see.
+A term works in two parts. ``ask`` reads the networks' outputs, sample by sample, so that a batch may come in
+micro-batches; ``combine`` computes the field from the outputs of the whole batch, which normalised weightings need.
 
 Two routes to p* proportional to R p with the weighting KL. Tilting at x_t, ``Term`` with a target r* = R_t/Z, descends
 E_t[w(t) KL(q_t || p*_t)]: at rest at q = p* for every w, if R_t is exact. Tilting at x0, ``Term`` without a target
@@ -45,33 +45,33 @@ __all__ = ["AbsorbedTerm", "BaseTerm", "Objective", "RewardAscent", "Term"]
 
 
 Answers = dict[str, Tensor]
-"""What a term has asked about noisy samples, [B, ...] each by name, without a graph."""
+"""The networks' outputs that a term uses, by name, [B, ...] each, without a graph."""
 
 
 class BaseTerm(nn.Module):
-    """Base class: what moves the student's samples."""
+    """Base class of terms: each gives a vector field that moves the student's samples."""
 
     needs = Needs()
     """Gradients the evaluation must be prepared to give."""
     weighting: Weighting | None
     """omega; None for a term that has none."""
     target: Target
-    """What the student is to match, as far as this term knows."""
+    """r*, what the student is to match by this term."""
 
     @property
     def requires(self) -> set[str]:
-        """Nodes of the graph this term asks."""
+        """Names of the nodes whose outputs this term uses: 'teacher', 'student_score', 'ratio'."""
         return set()
 
     def connect(self, noising: NoisingProcess, times: TimeSampler) -> None:
         """Called once by the root with the process and p(t) of the objective."""
 
     def ask(self, evaluation: Evaluation) -> Answers:
-        """All that the term wants to know of the networks, sample by sample."""
+        """The outputs that ``combine`` needs, each computed sample by sample."""
         raise NotImplementedError
 
     def combine(self, answers: Answers) -> Tensor:
-        """The field [B, ...] from the answers about a whole batch."""
+        """The field [B, ...] from the outputs ``ask`` returned for the whole batch."""
         raise NotImplementedError
 
     def field(self, evaluation: Evaluation) -> Tensor:
@@ -268,7 +268,7 @@ class Objective(nn.Module):
         return None
 
     def metrics(self) -> dict[str, Tensor]:
-        """``reward/NAME``: mean log R [] of each reward asked since the last time; NaN where the reward is at fault."""
+        """``reward/NAME``: mean log R [] of each reward since the last call, NaN or infinite only if the reward was."""
         return {f"reward/{name}": mean for name, mean in take_means(self).items()}
 
     @property
@@ -281,11 +281,11 @@ class Objective(nn.Module):
     @property
     def requires(self) -> dict[str, list[str]]:
         """For each node of the graph that some term needs, the names of those terms."""
-        asked: dict[str, list[str]] = {}
+        terms_of: dict[str, list[str]] = {}
         for name, term in self.terms.items():
             for node in term.requires:
-                asked.setdefault(node, []).append(name)
-        return asked
+                terms_of.setdefault(node, []).append(name)
+        return terms_of
 
     def connect(self, noising: NoisingProcess, times: TimeSampler) -> None:
         """Called once by the root with the process and p(t) of the objective."""
@@ -296,14 +296,14 @@ class Objective(nn.Module):
         """Each term's field [B, ...] by name.
 
         Args:
-            evaluations: of the batch, or of its pieces one after another; the activations of one are gone before the
-                next is asked.
+            evaluations: of the batch, or of its micro-batches; the activations of one are freed before the next is
+                evaluated.
         """
         evaluations = [evaluations] if isinstance(evaluations, Evaluation) else evaluations
-        asked: list[dict[str, Answers]] = []
+        answers: list[dict[str, Answers]] = []
         for evaluation in evaluations:
-            asked.append({name: term.ask(evaluation) for name, term in self.terms.items()})
-        return {name: term.combine(_joined([each[name] for each in asked])) for name, term in self.terms.items()}
+            answers.append({name: term.ask(evaluation) for name, term in self.terms.items()})
+        return {name: term.combine(_joined([each[name] for each in answers])) for name, term in self.terms.items()}
 
 
 def _joined(answers: list[Answers]) -> Answers:

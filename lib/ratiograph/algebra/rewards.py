@@ -29,11 +29,11 @@ __all__ = [
 
 
 class Reward(nn.Module):
-    """Base class: a reward gives ``log_reward``; calling it, ``reward(x0, condition)``, also notes its mean."""
+    """Base class: subclasses define ``log_reward``. Calling the reward also records the mean of log R for the log."""
 
     differentiable = True
     """Whether autograd gives grad log R with respect to x0; False for a black box."""
-    _noted: Tensor | None = None
+    _sums: Tensor | None = None
 
     def load(self) -> None:
         """Loads pretrained weights, if the reward has any. Never called in a dry run."""
@@ -43,24 +43,25 @@ class Reward(nn.Module):
         raise NotImplementedError
 
     def forward(self, x0: Tensor, condition: Condition) -> Tensor:
-        """``log_reward``, its mean over the samples whose x0 is finite noted for ``take_means``."""
+        """``log_reward``; its mean over the samples whose x0 is finite is recorded for ``take_means``."""
         log_reward = self.log_reward(x0, condition)
         finite = x0.detach().flatten(1).isfinite().all(1)
-        told = torch.where(finite, log_reward.detach().float(), 0.0)
-        noted = torch.stack([told.sum(), finite.sum()])
-        self._noted = noted if self._noted is None else self._noted + noted
+        values = torch.where(finite, log_reward.detach().float(), 0.0)
+        sums = torch.stack([values.sum(), finite.sum()])
+        self._sums = sums if self._sums is None else self._sums + sums
         return log_reward
 
     def take_mean(self) -> Tensor | None:
         """Mean log R [] of the calls since the last time, on the device; None if there were none."""
-        noted, self._noted = self._noted, None
-        return None if noted is None else noted[0] / noted[1].clamp_min(1)
+        sums, self._sums = self._sums, None
+        return None if sums is None else sums[0] / sums[1].clamp_min(1)
 
 
 def take_means(module: nn.Module) -> dict[str, Tensor]:
-    """{class of a leaf: its mean log R []} of the leaves in ``module`` called since the last time; alike ones numbered.
+    """Mean log R [] by class name of each reward in ``module`` that was called since the last time.
 
-    A mean is NaN or infinite only if that reward was so for a finite sample.
+    Rewards that hold other rewards are left out, and several of one class are numbered. A mean is NaN or infinite only
+    if that reward was so for a finite sample.
     """
     means: dict[str, Tensor] = {}
     for reward in module.modules():
@@ -75,10 +76,11 @@ def take_means(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_means(means: Mapping[str, Tensor], samples: str) -> None:
-    """Waits for ``means`` of ``take_means``.
+    """Raises a ValueError that names the rewards whose mean is NaN or infinite; synchronises the device.
 
-    Raises:
-        ValueError: one is NaN or infinite; names the reward, and ``samples``, what it was asked about.
+    Args:
+        means: of `take_means`.
+        samples: what the rewards were called on, for the message.
     """
     bad = [name for name, mean in means.items() if not bool(mean.isfinite())]
     if bad:

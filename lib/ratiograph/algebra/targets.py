@@ -193,7 +193,7 @@ class RewardTiltedNoJacobian(RewardTilted):
 class RewardWeighted(Tilted):
     """r* = R/Z as weights of the ratio's positives: the tilt of a black box, by the values of log R alone.
 
-    The ratio estimator learns l = log p*_t/q_t, p* standing where p stood, and the term matches it: its field is
+    The ratio estimator learns l = log p*_t/q_t, with p* in the place of p, and the term matches it: its field is
     omega(l) (-grad l), at rest at q = p* only (the module's docstring). Exact at every noise level, as no R_t is
     approximated. Every term that asks the ratio is about p* then; scores are not, and are refused beside it.
 

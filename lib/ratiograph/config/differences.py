@@ -92,8 +92,8 @@ def changes(cfg: Config, path: str | Path, *, ignore: Collection[str] = ()) -> l
         ConfigError: as ``read_bindings``.
     """
     found = differences({"there": full_bindings(Path(path), cfg.root), "here": bindings(cfg)})
-    told = [(d.name, *("absent" if value == ABSENT else value for value in d.values)) for d in found]
-    return [f"{name} is {there} there and {here} here" for name, there, here in told if name not in ignore]
+    rows = [(d.name, *("absent" if value == ABSENT else value for value in d.values)) for d in found]
+    return [f"{name} is {there} there and {here} here" for name, there, here in rows if name not in ignore]
 
 
 def differences(runs: Mapping[str, Bindings]) -> list[Difference]:

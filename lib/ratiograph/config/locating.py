@@ -1,4 +1,4 @@
-"""Whether the files that a configuration names are there, told in seconds, before anything is built.
+"""Checks, in milliseconds and before anything is built, that the files a configuration names exist.
 
 A component that reads files has a static or class method ``locate``, whose arguments are some of its constructor's. It
 looks for local files, fetches those of the Hugging Face hub, reads none, and raises where one cannot be had. A
@@ -35,7 +35,7 @@ def check_files(cfg: Config) -> None:
 
 
 def missing_files(cfg: Config) -> list[str]:
-    """A line for each file or folder that cannot be had; what several components miss is told once."""
+    """A line for each missing file or folder; one line where several components miss the same."""
     lines: dict[str, str] = {}
     for (scope, name), values in cfg.values().items():
         locate = getattr(components[name].make, "locate", None)
@@ -51,7 +51,7 @@ def missing_files(cfg: Config) -> list[str]:
 
 
 def _absent(source: str | None) -> bool:
-    """Whether nothing at all is at ``source``, so that whatever else it should hold need not be told."""
+    """Whether ``source`` itself is missing, so that one line covers all parts that it should hold."""
     return source is not None and "://" not in source and not Path(source).expanduser().exists()
 
 

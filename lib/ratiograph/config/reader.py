@@ -1,6 +1,6 @@
 """Reads gin files and lines into statements, each with the place where it stands.
 
-Gin's own parser does the reading; mistakes are told in our words, as a `ConfigError` that begins with file and line.
+Gin's own parser does the reading; mistakes become a `ConfigError` whose message begins with file and line.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def short(path: Path) -> str:
 
 
 def is_saved(name: str | Path) -> bool:
-    """By the name it is asked for: a link may lead to a file of another name."""
+    """Whether the path, as the user wrote it, names a saved configuration; links are not resolved."""
     return Path(name).name == SAVED
 
 

@@ -174,11 +174,11 @@ def _owned(component: object, package: str) -> Iterator[tuple[str, object]]:
 
 def _requires(component: object) -> tuple[str, ...]:
     """Siblings that a component says it asks: directions, targets and terms list them, the others set a flag."""
-    asked = set(getattr(component, "requires", ()))
-    asked |= {"ratio"} if getattr(component, "needs_ratio", False) else set()
-    asked |= {"teacher"} if getattr(component, "on_teacher", False) else set()
-    asked |= {"student_score"} if getattr(component, "on_student_score", False) else set()
-    return tuple(sorted(asked))
+    required = set(getattr(component, "requires", ()))
+    required |= {"ratio"} if getattr(component, "needs_ratio", False) else set()
+    required |= {"teacher"} if getattr(component, "on_teacher", False) else set()
+    required |= {"student_score"} if getattr(component, "on_student_score", False) else set()
+    return tuple(sorted(required))
 
 
 # --- nodes => text ----------------------------------------------------------------------------------------------------

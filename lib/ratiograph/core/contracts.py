@@ -130,16 +130,16 @@ class Needs:
 
 
 class Evaluation:
-    """All that is known about a batch of noisy student samples, computed when first asked for and then kept.
+    """The networks' outputs at a batch of noisy student samples, each computed at its first use and then kept.
 
     Each network runs at most once, whoever asks and in whatever order; no attribute carries a graph unless it says so.
 
     Args:
         noisy: the samples; ``x_t`` is detached here.
         x0: clean samples [B, ...] that ``noisy`` was made from, detached.
-        condition: what conditional networks are told.
+        condition: of the samples, for conditional networks.
         nodes: the networks.
-        needs: which gradients with respect to x_t will be asked for.
+        needs: which gradients with respect to x_t will be used.
     """
 
     def __init__(self, noisy: Noisy, x0: Tensor, condition: Condition, nodes: Nodes, needs: Needs = Needs()):

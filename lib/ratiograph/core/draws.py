@@ -23,7 +23,7 @@ __all__ = ["GeneratorDraws", "SampleDraws"]
 class SampleDraws:
     """Draws for the samples ``indices`` of ``seed``: row k of a result comes from the stream of sample indices[k].
 
-    The streams advance from draw to draw; two objects with the same arguments give the same numbers, asked alike.
+    The streams advance from draw to draw; two objects with the same arguments give the same numbers for the same calls.
     They are drawn on the CPU and moved.
 
     Args:

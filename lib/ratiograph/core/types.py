@@ -29,7 +29,7 @@ def _pieces(values: Tensor, pieces: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a conditional network is told; each part is None where it is not told.
+    """The conditions of a batch, as conditional networks take them; a part that a run does not have is None.
 
     ``labels`` [B] int64: class indices. ``augment`` [B, 9]: how each image was augmented (EDM, Appendix F), None for
     images as they are; networks without augmentation labels ignore it. ``text`` [B, L, E]: the text encoder's states of
