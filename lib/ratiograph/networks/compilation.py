@@ -24,6 +24,9 @@ DIFFUSERS = ("BasicTransformerBlock", "ResnetBlock2D")
 VARIANTS = 32
 """Graphs that one block may have: with and without gradients, in training or not, by type, by batch size."""
 
+OPTIONS = {"strict_output_strides": True}
+"""Of inductor: torch 2.14.1 otherwise sorts the strides of outputs, and fails where batch and image sizes vary."""
+
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Compiles each block of ``network`` in place; torch does so when the block first runs.
@@ -44,9 +47,9 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
             f"{type(network).__name__} has no blocks to compile: set compiled = False, or mark the class of its blocks "
             "with `compiles = True`"
         )
-    limits = _limits(len(blocks))
+    settings = _limits(len(blocks)) | ({"options": OPTIONS} if backend == "inductor" else {})
     for block in blocks:
-        block.compile(fullgraph=True, backend=backend, **limits)
+        block.compile(fullgraph=True, backend=backend, **settings)
 
 
 def _limits(blocks: int) -> dict[str, object]:
