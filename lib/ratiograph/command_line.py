@@ -6,6 +6,7 @@ imports torch inside its ``main``.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -63,6 +64,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         print(f"error: {error} (--help lists all)", file=sys.stderr)
         sys.exit(2)
     except SystemExit:  # --help, which absl ends with 1
+        sys.exit(0)
+    except BrokenPipeError:  # --help into a pipe whose reader has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's flush at exit fails too
         sys.exit(0)
 
 
