@@ -1,6 +1,6 @@
 """The only room that knows gin: files, flags and overrides become one checked configuration, and that a graph.
 
-Imports nothing of the other rooms; it finds their components by walking the packages (`components`). Read first:
+Imports `core` alone; it finds the components of other rooms by walking the packages (`components`). Read first:
 `configuration` (parse, build, save), then `values` and `usage` (what is checked), `tree` (a built graph as nodes).
 """
 

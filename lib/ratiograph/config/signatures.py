@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ratiograph.config.values import REQUIRED, ConfigError, Macro, Reference, Statement, expand, parts, suggest
+from ratiograph.core.domains import describe_domain, in_domain
 
 __all__ = ["Component", "Parameter", "accepts", "check_values", "describe_type"]
 
@@ -70,6 +71,8 @@ def _resolve(annotation: object, function: Callable) -> object:
 def describe_type(annotation: object) -> str:
     """An annotation in words: 'float', 'int or None', "'a' or 'b'", 'Sequence of Term'."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return f"{describe_type(arguments[0])} {describe_domain(arguments[1:])}".strip()
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if origin is typing.Literal:
@@ -85,12 +88,12 @@ def describe_type(annotation: object) -> str:
 
 
 def accepts(annotation: object, value: object, components: Mapping[str, Component]) -> bool:
-    """Whether ``value`` (macros expanded) may be passed for ``annotation``; an int is a fine float."""
+    """Whether ``value`` (macros expanded) may be passed for ``annotation`` and lies in its domain; an int is a float."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
         return True
     if origin is typing.Annotated:
-        return accepts(arguments[0], value, components)
+        return _accepts_marked(arguments[0], arguments[1:], value, components)
     if origin in (typing.Union, types.UnionType):
         return any(accepts(a, value, components) for a in arguments)
     if isinstance(value, Reference):
@@ -100,10 +103,20 @@ def accepts(annotation: object, value: object, components: Mapping[str, Componen
     if origin is typing.Literal:
         return any(type(a) is type(value) and a == value for a in arguments)
     if annotation in (int, float):
-        return isinstance(value, (int, float) if annotation is float else int) and not isinstance(value, bool)
+        return _is_number(annotation, value) and in_domain(value)
     if origin is None:
         return isinstance(value, annotation) if inspect.isclass(annotation) else True
     return _accepts_container(origin, arguments, value, components)
+
+
+def _accepts_marked(annotation: object, markers: tuple, value: object, components: Mapping[str, Component]) -> bool:
+    if annotation in (int, float):
+        return _is_number(annotation, value) and in_domain(value, markers)
+    return accepts(annotation, value, components) and in_domain(value, markers)
+
+
+def _is_number(annotation: type, value: object) -> bool:
+    return isinstance(value, (int, float) if annotation is float else int) and not isinstance(value, bool)
 
 
 def _accepts_container(origin: type, arguments: tuple, value: object, components: Mapping[str, Component]) -> bool:
