@@ -34,7 +34,6 @@ flags.DEFINE_string("parallel", "auto", "How processes share a run: auto, none, 
 flags.DEFINE_list("loggers", None, "Where metrics go beside the run's folder: tensorboard, wandb, trackio.")
 flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
 flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
-flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
 
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "trackio": "Trackio"}
 INTERRUPTED = "ended at once; the same command goes on from the last checkpoint"

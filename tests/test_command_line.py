@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from absl import flags
 
+import ratiograph
 from ratiograph import command_line
 from ratiograph.command_line import UsageError, call, configuration_code
 from ratiograph.config import ConfigError
@@ -61,9 +64,49 @@ def test_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "the same command continues\n"
 
 
-def test_any_other_error_is_a_bug_and_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a bug"):
-        call(raising(RuntimeError("a bug")), [])
+def test_any_other_error_is_a_fault_with_a_report(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert call(raising(KeyError("width")), []) == 1
+    line = capsys.readouterr().err
+    (report,) = tmp_path.iterdir()
+    assert line == (
+        f"error: this is a fault of ratiograph: KeyError: 'width'. Please report it with the file {report}\n"
+    )
+    text = report.read_text()
+    assert text.startswith(f"ratiograph {ratiograph.__version__}, Python 3")
+    assert "test_command_line.py" in text
+    assert text.rstrip().endswith("KeyError: 'width'")
+
+
+OWN = "def value(x):\n    return {}\n"
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("1 / x", "mine.py:2 (in value): ZeroDivisionError: division by zero"),
+        ("int('one')", "mine.py:2 (in value): invalid literal for int() with base 10: 'one'"),
+        ("__import__('json').loads('{')", "mine.py:2 (in value): Expecting property name"),
+    ],
+)
+def test_a_fault_in_a_module_of_ones_own_is_its_line(does, said, capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN.format(does))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import mine
+
+    assert call(lambda arguments: mine.value(0), []) == 1
+    sys.modules.pop("mine")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / said}")
+
+
+def test_memory_that_does_not_suffice_is_one_line_with_a_remedy(capsys):
+    assert call(lambda arguments: torch.empty(2**58, dtype=torch.uint8), []) == 1
+    assert call(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")), []) == 1
+    assert call(raising(MemoryError()), []) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:30] for line in lines] == 3 * ["error: memory does not suffice"]
+    assert "Tried to allocate 2 GiB.)" in lines[1]
+    assert all("Lower the batch size" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,10 @@ MISTAKES = {
     "dict with a list for a key": ("ToySource.folds = {[1]: 2}", "run.gin:1: unhashable type: 'list': a dict's keys"),
     "open string": ('A = """x', "run.gin:1: a bracket or a string is not closed."),
     "scope without a parameter": ("a/ToyNet = 3", "run.gin:1: 'a/ToyNet' names no parameter"),
-    "module that is not there": ("import no_such_module_here", "run.gin:1: cannot import no_such_module_here"),
+    "module that is not there": ("import no_such_module_here", "run.gin:1: the file asks to run code, import no_such"),
+    "brackets in brackets": ("A = " + 40 * "[" + 40 * "]", "run.gin:1: a value nests more than 32 brackets."),
+    "brackets without end": ("A = " + 3000 * "[" + 3000 * "]", "run.gin:1: a value nests too many brackets."),
+    "too long a number": ("A = 0x" + 5000 * "f", "run.gin:1: a whole number has more than 64 bits."),
     "constructor refuses": (
         BASE + "ToyPower.lam = -2",
         "run.gin:12: main/ToyTerm.weighting = @main/ToyPower(): lam=-2 must be",
@@ -386,7 +389,7 @@ def test_import_line_registers_a_module_of_ones_own(parse, tmp_path, monkeypatch
     source = "__all__ = ['ToyOwn', 'Path']\nfrom pathlib import Path\nclass ToyOwn:\n    pass\n"
     write(tmp_path, source, "toy_module.py")
     monkeypatch.syspath_prepend(str(tmp_path))
-    cfg = parse("import toy_module\nToyRun.steps = 1\nToyRun.factory = @ToyOwn\n")
+    cfg = parse("import toy_module\nToyRun.steps = 1\nToyRun.factory = @ToyOwn\n", "import toy_module")
     assert type(config.build(cfg).factory()).__name__ == "ToyOwn"
     assert "Path" not in components  # only what the module itself defines
     config.save(cfg, tmp_path / "config.gin")

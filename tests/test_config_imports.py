@@ -1,4 +1,4 @@
-"""The imports of a saved configuration."""
+"""What a gin file asks to run: imports of modules, and commands in the place of data."""
 
 import sys
 from pathlib import Path
@@ -35,31 +35,37 @@ def planted(tmp_path, monkeypatch):
     sys.modules.pop("planted", None)
 
 
-def test_a_saved_configuration_runs_no_code_of_its_own_choice(planted):
+def test_a_file_runs_no_code_of_its_own_choice(planted):
     for files in (["run/config.gin"], ["mine.gin"]):
         Path("mine.gin").write_text("include 'run/config.gin'\n")
-        with pytest.raises(config.ConfigError, match=r"run/config.gin:1: a saved.*--gin_param='import planted'"):
+        with pytest.raises(config.ConfigError, match=r"run/config.gin:1: the file asks.*--gin_param='import planted'"):
             config.parse(files)
-    Path("run/other.gin").write_text("import planted\n" + RUN)
-    Path("run/config.gin").write_text("include 'other.gin'\n")
-    with pytest.raises(config.ConfigError, match=r"run/other.gin:1: a saved configuration asks to run code"):
-        config.parse(["run/config.gin"])
-    Path("run/config.gin").unlink()
-    Path("run/config.gin").symlink_to("other.gin")
-    with pytest.raises(config.ConfigError, match=r"run/other.gin:1: a saved configuration asks to run code"):
-        config.parse(["run/config.gin"])
+    Path("flag --x").mkdir()  # a folder's name does not make its files the command line's
+    Path("run/config.gin").rename("flag --x/config.gin")
+    with pytest.raises(config.ConfigError, match=r"config.gin:?1?: the file asks to run code"):
+        config.parse(["flag --x/config.gin"])
+    assert not Path("trace").exists()
+
+
+@pytest.mark.parametrize("value", ["'pipe:touch trace'", "'x.tar::pipe:touch trace'", "'x.tar:: pipe:touch trace'"])
+@pytest.mark.parametrize("line", ["DATA = {}", "ShardStream.urls = {}"])
+def test_a_file_runs_no_command_unless_the_command_line_names_it(value, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("flag --x").mkdir()
+    saved = Path("flag --x/config.gin")
+    saved.write_text(f"include 'gin/mnist_sba.gin'\n{line.format(value)}\n")
+    Path("outer.gin").write_text(f"include '{saved}'\n")
+    for file in (saved, "outer.gin"):
+        with pytest.raises(config.ConfigError, match=r"the file asks to run a command, 'pipe:touch trace'"):
+            config.parse([str(file)])
+    config.parse([str(saved)], [line.format("'mnist'")])
+    config.parse([str(saved)], [line.format(value)])
     assert not Path("trace").exists()
 
 
 def test_what_the_command_line_names_is_imported(planted):
     cfg = config.parse(["run/config.gin"], ["import planted"])
     assert cfg.imports == ("planted",)
-    assert Path("trace").exists()
-
-
-def test_a_file_of_ones_own_may_import(planted):
-    Path("run/config.gin").rename("mine.gin")
-    config.parse(["mine.gin"])
     assert Path("trace").exists()
 
 
@@ -70,7 +76,7 @@ def test_comparing_with_a_folder_s_configuration_imports_nothing(planted):
     assert not Path("trace").exists()
 
 
-def test_a_saved_configuration_may_import_what_the_program_knows(planted):
+def test_a_file_may_import_what_the_program_knows(planted):
     Path("run/config.gin").write_text("import ratiograph.algebra.times\n" + RUN)
     config.parse(["run/config.gin"])
 
@@ -104,6 +110,23 @@ def test_a_component_of_ones_own_is_known_once_it_was_imported_and_drawn(tmp_pat
     assert "weighting: Tempered1  temperature=2.5" in text
     assert tree.describe(torch.nn.ReLU()).children == ()
     assert not config.is_component(torch.nn.ReLU)
+
+
+MISTAKES = {
+    "own_syntax": ("__all__ = [", r"own_syntax\.py:1: SyntaxError: '\[' was never closed"),
+    "own_name": ("__all__ = []\nx = undefined\n", r"own_name\.py:2: NameError: name 'undefined' is not defined"),
+    "own_exit": ("def f():\n    return 1 / 0\nf()\n", r"own_exit\.py:2 \(in f\): ZeroDivisionError: division by zero"),
+    "own_missing": ("__all__ = ['A']\n", r"own_missing lists 'A' in its __all__ and does not define it"),
+}
+
+
+@pytest.mark.parametrize("module", MISTAKES)
+def test_a_mistake_in_a_module_of_ones_own_is_one_line_with_its_place(module, tmp_path, monkeypatch):
+    text, message = MISTAKES[module]
+    module_of(tmp_path, monkeypatch, module, text)
+    with pytest.raises(config.ConfigError, match=message) as raised:
+        config.parse(["gin/mnist_sba.gin"], [f"import {module}"])
+    assert "\n" not in str(raised.value)
 
 
 def test_a_module_that_registers_nothing_or_a_taken_name_or_is_not_there_says_so(tmp_path, monkeypatch):

@@ -1,18 +1,26 @@
 """What the launcher and the tools have in common: the entry point, shared flags, checks of arguments, a progress bar.
 
-Only absl and the standard library are imported here, so that --help and a wrong flag are answered at once; a program
+Only absl and light modules are imported here, so that --help and a wrong flag are answered at once; a program
 imports torch inside its ``main``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import shlex
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import app, flags
+
+import ratiograph
+from ratiograph.core.tracebacks import described, own_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn  # imported where a bar is drawn: it takes a tenth of a second
@@ -26,6 +34,7 @@ __all__ = [
     "exactly",
     "needs_configuration",
     "no_arguments",
+    "out_of_memory",
     "overrides",
     "progress_bar",
     "run",
@@ -53,6 +62,7 @@ def run(main: Callable[[list[str]], int | None], **options: object) -> None:
 
     A wrong flag ends the program with 2, --help with 0.
     """
+    flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
     app.run(lambda argv: call(main, argv[1:], **options), flags_parser=parse_flags)
 
 
@@ -77,25 +87,69 @@ def call(
     code_of: Callable[[Exception], int] = lambda error: 1,
     interrupted: str = "interrupted",
 ) -> int:
-    """The exit code of ``main(arguments)``; an expected error becomes one line on stderr.
+    """The exit code of ``main(arguments)``; every error becomes one line on stderr.
+
+    ValueError and OSError are the user's to mend and say how. What a user's own module raises is told with its line,
+    and memory that does not suffice with what takes less. Anything else is a fault of ratiograph: the line names a file
+    with what its authors need to know. A flag --verbose_errors shows the traceback of each.
 
     Args:
         main: takes the arguments that are no flags; returns the exit code, or None for 0.
         arguments: of the command line, without the program's name.
-        code_of: the exit code for a ValueError or OSError that ``main`` raises. With a flag --verbose_errors its
-            traceback is shown too.
+        code_of: the exit code for a ValueError or OSError that ``main`` raises.
         interrupted: the line for Ctrl-C; the code is 130.
     """
     try:
         return main(arguments) or 0
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if "verbose_errors" in flags.FLAGS and flags.FLAGS["verbose_errors"].value:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(error, main.__code__.co_filename)}", file=sys.stderr)
         return code_of(error)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def _line(error: Exception, program: str) -> str:
+    """What to say of an error that ends a program, whose ``main`` is in the file ``program``."""
+    place, known = own_line(error, program), isinstance(error, ValueError | OSError)
+    if place and not isinstance(error, UsageError):
+        return f"{place}: {error if known else described(error)}"
+    if known:
+        return str(error)
+    if out_of_memory(error):
+        return (
+            f"memory does not suffice ({described(error)}). Lower the batch size or the number of samples, take fewer "
+            "processes, or use a machine with more"
+        )
+    return f"this is a fault of ratiograph: {described(error)}. Please report it with the file {_report(error)}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's CPU allocator or a GPU had no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error))
+    )
+
+
+def _report(error: Exception) -> Path:
+    """Writes what a report of a fault needs: versions, the command, the configuration's digest, the traceback."""
+    given = [Path(name) for name in flags.FLAGS["gin_file"].value] if "gin_file" in flags.FLAGS else []
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in given if path.is_file())).hexdigest()
+    torch = sys.modules.get("torch")
+    lines = [
+        f"ratiograph {ratiograph.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__ if torch else 'not imported'}",
+        f"command: {shlex.join(sys.argv)}",
+        f"SHA-256 of its gin files: {digest}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    with tempfile.NamedTemporaryFile("w", prefix="ratiograph-fault-", suffix=".txt", delete=False) as file:
+        file.write("\n".join(lines))
+    return Path(file.name)
 
 
 def configuration_code(error: Exception) -> int:

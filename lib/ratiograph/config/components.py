@@ -61,11 +61,14 @@ def register_module(module: str) -> None:
 
     Raises:
         ConfigError: it has no ``__all__``, or a component with the name of another module's.
-        ImportError: it cannot be imported.
+        Exception: whatever the module raises while it is imported.
     """
     imported = importlib.import_module(module)
     if not hasattr(imported, "__all__"):
         raise ConfigError(f"{module} has no __all__, the list of names that gin files may use: add it.")
+    absent = [name for name in imported.__all__ if not hasattr(imported, name)]
+    if absent:
+        raise ConfigError(f"{module} lists {absent[0]!r} in its __all__ and does not define it.")
     own = [o for o in _public(imported) if inspect.isclass(o) or inspect.isfunction(o)]
     for make in own:
         known = components.get(make.__name__)

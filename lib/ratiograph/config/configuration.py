@@ -8,8 +8,8 @@ file, line and the nearest valid name, before anything is built.
 Three rules differ from plain gin. A macro is its text: ``%NET`` stands for the value of the line
 ``NET = ...`` in the scope where it is *used*. A file that several files include is read once, at its
 first mention, so that a later include does not undo the lines in between. An ``import`` line registers
-the ``__all__`` of that module; in the ``config.gin`` that a run left, which may come from someone else, it must
-be one that this program knows or that the command line names: ``--gin_param='import my.module'``.
+the ``__all__`` of that module, which the command line has to name too, ``--gin_param='import my.module'``: a file may
+come from someone else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import gin.config
 
 from ratiograph.config import usage
 from ratiograph.config.components import components, known_modules, load_components, register_module
-from ratiograph.config.reader import Reader, find, imported, is_saved
+from ratiograph.config.reader import Reader, check_commands, find, imported
 from ratiograph.config.signatures import check_values
 from ratiograph.config.values import (
     ConfigError,
@@ -96,11 +96,12 @@ def parse(
     load_components()
     reader = Reader(register_module, imported(bindings) | known_modules())
     for name in gin_files:
-        reader.file(find(str(name), None, "flag --gin_file"), saved=is_saved(name))
+        reader.file(find(str(name), None, "flag --gin_file"))
     for line in bindings:
         reader.text(line, f"flag --gin_param '{line}'")
     for key, value in (overrides or {}).items():
         _override(reader, key, value)
+    check_commands({s.key: s for s in reader.statements}.values())
     check_values(reader.statements, components)
     graph = usage.check_use(root, reader.statements, components)
     macros = {s.parameter: s for s in reader.statements if s.parameter in graph.macros and not s.name}
@@ -115,7 +116,7 @@ def _override(reader: Reader, key: str, value: object) -> None:
             f"{where}: this configuration has no macro {key}, so the flag would change nothing. "
             f"Use %{key} in a gin file, or set the parameter itself with --gin_param."
         )
-    reader.statements.append(Statement("", name, parameter, value, where))
+    reader.statements.append(Statement("", name, parameter, value, where, typed=True))
 
 
 def build(cfg: Config) -> Any:

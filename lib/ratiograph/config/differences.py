@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ratiograph.config.configuration import Config, parse
-from ratiograph.config.reader import parse_text, short
+from ratiograph.config.reader import gin_text, parse_text, short
 from ratiograph.config.values import ConfigError, Statement, expand, literal, spell
 
 __all__ = ["ABSENT", "Difference", "bindings", "changes", "differences", "full_bindings", "read_bindings"]
@@ -42,11 +42,9 @@ def read_bindings(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: the file cannot be read, is not gin, or a macro is missing in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{short(path)}: cannot be read as text: {error}") from error
-    lines = [_statement(line, where) for line, where in parse_text(text, short(path)) if hasattr(line, "value")]
+    lines = [
+        _statement(line, where) for line, where in parse_text(gin_text(path), short(path)) if hasattr(line, "value")
+    ]
     macros = {line.parameter: line for line in lines if not line.name}
     return {str(line): expand(line.value, macros, line.where) for line in lines if line.name}
 

@@ -1,6 +1,8 @@
 """Reads gin files and lines into statements, each with the place where it stands.
 
-Gin's own parser does the reading; mistakes become a `ConfigError` whose message begins with file and line.
+Gin's own parser does the reading; mistakes become a `ConfigError` whose message begins with file and line. A file may
+come from somebody else, so it runs nothing: its ``import`` lines and ``pipe:`` commands have to be named on the command
+line too.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from typing import Any
 
 from gin import config_parser
 
-from ratiograph.config.values import ConfigError, Macro, Reference, Statement, spell, suggest
+from ratiograph.config.values import ConfigError, Macro, Reference, Statement, parts, spell, suggest
+from ratiograph.core.foreign import read_text, shown
+from ratiograph.core.tracebacks import described, own_line
 
-__all__ = ["SAVED", "Reader", "find", "imported", "is_saved", "parse_text", "short"]
+__all__ = ["Reader", "check_commands", "find", "gin_text", "imported", "parse_text", "short"]
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-
-SAVED = "config.gin"
-"""What runs leave is called so; such a file runs no code of its own choice."""
+DEEPEST = 32  # brackets inside brackets in a value
+COMMAND = re.compile(r"(?:^|::)\s*(pipe:.*)", re.DOTALL)  # as `data.remote` reads a list of shards
 
 
 class _Delegate(config_parser.ParserDelegate):
@@ -40,7 +43,7 @@ class _Delegate(config_parser.ParserDelegate):
 class Reader:
     """Collects the statements of files and flags in order. ``done`` files are not included again.
 
-    ``load`` imports a module and registers its components; ``known`` are those that a saved configuration may import.
+    ``load`` imports a module and registers its components; ``known`` are those that a file may import.
     """
 
     load: Callable[[str], None]
@@ -49,32 +52,23 @@ class Reader:
     imports: list[str] = field(default_factory=list)
     done: set[Path] = field(default_factory=set)
 
-    def file(self, path: Path, stack: tuple[Path, ...] = (), *, saved: bool) -> None:
+    def file(self, path: Path, stack: tuple[Path, ...] = ()) -> None:
         self.done.add(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{short(path)}: cannot be read as text: {error}") from error
-        for statement, where in parse_text(text, short(path)):
+        for statement, where in parse_text(gin_text(path), short(path)):
             if isinstance(statement, config_parser.IncludeStatement):
                 included = find(statement.filename, path, where)
                 if included in (*stack, path):
                     chain = " -> ".join(short(p) for p in (*stack, path, included))
                     raise ConfigError(f"{where}: files include each other in a circle: {chain}. Remove one include.")
                 if included not in self.done:
-                    self.file(included, (*stack, path), saved=saved or is_saved(statement.filename))
+                    self.file(included, (*stack, path))
+            elif isinstance(statement, config_parser.ImportStatement) and statement.module not in self.known:
+                raise ConfigError(
+                    f"{where}: the file asks to run code, import {shown(statement.module)}. If you know and trust that "
+                    f"module, name it: --gin_param='import {shown(statement.module)}'."
+                )
             else:
-                if saved:
-                    self.check_import(statement, where)
                 self.add(statement, where)
-
-    def check_import(self, statement: Any, where: str) -> None:
-        """Refuses an import that a saved file, or one that it includes, asks for on its own."""
-        if isinstance(statement, config_parser.ImportStatement) and statement.module not in self.known:
-            raise ConfigError(
-                f"{where}: a saved configuration asks to run code, import {statement.module}. If you know and trust "
-                f"that module, name it: --gin_param='import {statement.module}'."
-            )
 
     def text(self, text: str, where: str) -> None:
         found = list(parse_text(text, where))
@@ -83,26 +77,67 @@ class Reader:
         for statement, _ in found:
             if isinstance(statement, config_parser.IncludeStatement):
                 raise ConfigError(f"{where}: a flag cannot include a file; use --gin_file={statement.filename}.")
-            self.add(statement, where)
+            self.add(statement, where, typed=True)
 
-    def add(self, statement: Any, where: str) -> None:
+    def add(self, statement: Any, where: str, typed: bool = False) -> None:
         if isinstance(statement, config_parser.ImportStatement):
-            try:
-                self.load(statement.module)
-            except ModuleNotFoundError as error:
-                there = error.name is None or not f"{statement.module}.".startswith(f"{error.name}.")
-                remedy = "" if there else " Put the folder that it lies in on PYTHONPATH."
-                raise ConfigError(f"{where}: cannot import {statement.module}: {error}.{remedy}") from error
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from error
-            self.imports.append(statement.module)
+            self.imports.append(self.run_module(statement.module, where))
         elif isinstance(statement, config_parser.BindingStatement):
             if not statement.arg_name and statement.scope:
                 macro = spell(statement.scope, statement.selector)
                 raise ConfigError(f"{where}: '{macro}' names no parameter; write `{macro}.<parameter> = ...`.")
             name, parameter = statement.selector, statement.arg_name
             name, parameter = (name, parameter) if parameter else ("", name)
-            self.statements.append(Statement(statement.scope, name, parameter, statement.value, where))
+            self.statements.append(Statement(statement.scope, name, parameter, statement.value, where, typed))
+
+    def run_module(self, module: str, where: str) -> str:
+        """Imports ``module``, which runs a user's own code: whatever that raises becomes a `ConfigError`."""
+        try:
+            self.load(module)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        except ModuleNotFoundError as error:
+            there = error.name is None or not f"{module}.".startswith(f"{error.name}.")
+            remedy = "" if there else " Put the folder that it lies in on PYTHONPATH."
+            raise ConfigError(f"{where}: cannot import {module}: {error}.{remedy}") from error
+        except Exception as error:
+            place = own_line(error)
+            raise ConfigError(
+                f"{where}: cannot import {module}: {f'{place}: ' if place else ''}{described(error)}."
+            ) from error
+        return module
+
+
+def gin_text(path: Path) -> str:
+    """The text of a gin file; ConfigError where it cannot be read."""
+    try:
+        return read_text(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{short(path)}: cannot be read as text: {error}") from error
+
+
+def check_commands(statements: Iterable[Statement]) -> None:
+    """A command that a file names is named on the command line too, in the place of a list of shards or inside one.
+
+    Args:
+        statements: those whose values a run would use.
+
+    Raises:
+        ConfigError: a file asks to run a command of its own.
+    """
+    statements = list(statements)
+    typed = {command for s in statements if s.typed for command in _commands(s.value)}
+    for s in statements:
+        for command in () if s.typed else _commands(s.value):
+            if command not in typed:
+                raise ConfigError(
+                    f"{s.where}: the file asks to run a command, {shown(command)!r} in {s}. If you know and trust it, "
+                    f"give the value on the command line: --gin_param=\"{s} = '...'\"."
+                )
+
+
+def _commands(value: object) -> list[str]:
+    return [command for part in parts(value) if isinstance(part, str) for command in COMMAND.findall(part)]
 
 
 def parse_text(text: str, source: str) -> Iterator[tuple[Any, str]]:
@@ -115,7 +150,12 @@ def parse_text(text: str, source: str) -> Iterator[tuple[Any, str]]:
     try:
         parser = config_parser.ConfigParser(io.StringIO(text + "\n"), _Delegate())
         for statement in parser:
-            yield statement, at(statement.location.line_num)
+            where = at(statement.location.line_num)
+            if isinstance(statement, config_parser.BindingStatement):
+                _check_size(statement.value, where)
+            yield statement, where
+    except (RecursionError, MemoryError) as error:  # Python's own parser, in brackets thousands deep
+        raise ConfigError(f"{at(parser.current_token.start[0])}: a value nests too many brackets.") from error
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         message = "a bracket or a string is not closed" if message.startswith("EOF") else message
@@ -125,6 +165,18 @@ def parse_text(text: str, source: str) -> Iterator[tuple[Any, str]]:
         raise ConfigError(f"{at(line)}: {error}: a dict's keys are numbers or strings.") from error
     except SyntaxError as error:
         raise ConfigError(f"{at(error.lineno or 1)}: {_explain(error, text)}") from error
+
+
+def _check_size(value: object, where: str) -> None:
+    """ConfigError for a value that is nested too deep for Python's recursion, or an int too long to be written."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        if any(isinstance(part, int) and part.bit_length() > 64 for part in level):
+            raise ConfigError(f"{where}: a whole number has more than 64 bits.")
+        nested = [part for part in level if isinstance(part, dict | list | tuple)]
+        level = [item for part in nested for item in (part.items() if isinstance(part, dict) else part)]
+    if nested:
+        raise ConfigError(f"{where}: a value nests more than {DEEPEST} brackets.")
 
 
 PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None", "inf": "1e999", "-inf": "-1e999"}
@@ -174,11 +226,6 @@ def short(path: Path) -> str:
         if path.is_relative_to(base):
             return str(path.relative_to(base))
     return str(path)
-
-
-def is_saved(name: str | Path) -> bool:
-    """Whether the path, as the user wrote it, names a saved configuration; links are not resolved."""
-    return Path(name).name == SAVED
 
 
 def imported(bindings: Iterable[str]) -> frozenset[str]:

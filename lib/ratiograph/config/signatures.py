@@ -88,7 +88,7 @@ def describe_type(annotation: object) -> str:
 
 
 def accepts(annotation: object, value: object, components: Mapping[str, Component]) -> bool:
-    """Whether ``value`` (macros expanded) may be passed for ``annotation`` and lies in its domain; an int is a float."""
+    """Whether ``value`` (macros expanded) may be passed for ``annotation``, in its domain; an int is a fine float."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
         return True

@@ -57,13 +57,17 @@ class Macro:
 
 @dataclass(frozen=True)
 class Statement:
-    """One line. ``name`` is the component, '' for a macro; ``where`` is 'file:line' or 'flag --steps'."""
+    """One line. ``name`` is the component, '' for a macro; ``where`` is 'file:line' or 'flag --steps'.
+
+    ``typed`` says that it stands on the command line and not in a file, which somebody else may have written.
+    """
 
     scope: str
     name: str
     parameter: str
     value: object
     where: str
+    typed: bool = False
 
     @property
     def key(self) -> tuple[str, str, str]:
