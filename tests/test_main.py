@@ -206,7 +206,8 @@ def test_failed_run_is_exit_code_1_with_a_traceback_on_request(main, monkeypatch
 
     monkeypatch.setattr(trainer, "train", fail)
     assert main()[0] == 1
-    assert capsys.readouterr().err == "error: shard 3 is damaged\n"
+    line = fail.__code__.co_firstlineno + 1
+    assert capsys.readouterr().err == f"error: {__file__}:{line} (in fail): shard 3 is damaged\n"
     assert main("--verbose_errors")[0] == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 
 import ratiograph
-from ratiograph.core.tracebacks import described, own_line
+from ratiograph.core.tracebacks import described, out_of_memory, own_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn  # imported where a bar is drawn: it takes a tenth of a second
@@ -34,7 +34,6 @@ __all__ = [
     "exactly",
     "needs_configuration",
     "no_arguments",
-    "out_of_memory",
     "overrides",
     "progress_bar",
     "run",
@@ -124,14 +123,6 @@ def _line(error: Exception, program: str) -> str:
             "processes, or use a machine with more"
         )
     return f"this is a fault of ratiograph: {described(error)}. Please report it with the file {_report(error)}"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch's CPU allocator or a GPU had no memory left."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error))
-    )
 
 
 def _report(error: Exception) -> Path:

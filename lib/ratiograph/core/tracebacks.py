@@ -1,4 +1,4 @@
-"""Whose fault an exception is: the line of a user's own module that it passed through, if it did."""
+"""What an exception comes from: a user's own module, memory that does not suffice, or neither."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ratiograph
 
-__all__ = ["described", "own_line"]
+__all__ = ["described", "out_of_memory", "own_line"]
 
 _PACKAGE = Path(ratiograph.__file__).resolve().parent
 
@@ -18,6 +18,14 @@ def described(error: BaseException) -> str:
     """An exception on one line: 'NameError: name 'x' is not defined'."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's CPU allocator or a GPU had no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error))
+    )
 
 
 def own_line(error: BaseException, program: str | None = None) -> str:

@@ -10,7 +10,8 @@ context, workspaces and fragmentation come on top of these numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ratiograph.core.tracebacks import described, out_of_memory
 from ratiograph.core.types import Condition
 from ratiograph.networks.guidance import Guided
 from ratiograph.training.memory import available_memory
 from ratiograph.training.optim import Adam
 
-__all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "memory_plan", "render", "shortage"]
+__all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "explained", "memory_plan", "render", "shortage"]
 
 NODES = ("teacher", "student", "student_score", "ratio", "objective", "denoiser")
 AVERAGED = ("student", "denoiser")
@@ -235,6 +237,34 @@ def shortage(task: nn.Module, precision: str, device: torch.device, parts: int =
         f"{left:.1f} GB left: shard over several GPUs (--parallel=fsdp), train adapters (gin/base/sd15_lora.gin, "
         "sdxl_lora.gin), or hold moments in 8 bits (gin/base/adam_8bit.gin)"
     )
+
+
+@contextmanager
+def explained(task: nn.Module, precision: str, batch_size: int, accumulation: int) -> Iterator[None]:
+    """Turns an error of the body that says that memory does not suffice into one line with the plan and remedies.
+
+    Args:
+        task: the task that the body trains.
+        precision: "bf16" or "fp32".
+        batch_size: samples of a step.
+        accumulation: pieces in which a step's samples pass the networks.
+
+    Raises:
+        ValueError: the body had no memory left.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        finer = next((n for n in range(2 * accumulation, batch_size + 1) if batch_size % n == 0), None)
+        pieces = f"more pieces (--gin_param=Experiment.accumulation={finer}), " if finer else ""
+        held = memory_plan(task, precision).held() / 1e9
+        raise ValueError(
+            f"memory does not suffice for {batch_size} samples a step ({described(error)}); networks, gradients, "
+            f"optimisers and averages take {held:.2g} GB of it. Take {pieces}a smaller --batch_size, gradient "
+            "checkpointing, or moments in 8 bits (gin/base/adam_8bit.gin)"
+        ) from error
 
 
 def render(plan: MemoryPlan, batch_size: int, ranks: Sequence[int] = (1, 8)) -> str:
