@@ -11,7 +11,7 @@ from ratiograph.core.contracts import Needs
 from ratiograph.core.types import Condition
 from ratiograph.networks.architectures.stable_diffusion_unets import SD15UNet, SDXLUNet
 from ratiograph.networks.lora import LoRA, share_bases
-from ratiograph.training.memory_plan import activations, memory_plan, render, shortage
+from ratiograph.training.memory_plan import activations, explained, memory_plan, render, shortage
 
 UNET = {"resolution": 16, "block_out_channels": (32, 64), "cross_attention_dim": 12, "norm_groups": 4}
 SD15 = UNET | {"attention_heads": 4, "layers_per_block": 1}
@@ -191,3 +191,14 @@ def test_a_device_that_is_too_small_is_told(monkeypatch):
     assert "warning" in shortage(task, "fp32", cpu)
     assert f"about {needed:.1f} GB and cpu has {needed - 0.001:.1f} GB left" in shortage(task, "fp32", cpu)
     assert shortage(task, "fp32", cpu, parts=2) == ""
+
+
+def test_memory_that_does_not_suffice_names_what_takes_less():
+    task = built()
+    message = r"^memory does not suffice for 64 samples a step \(.*DefaultCPU"
+    with pytest.raises(ValueError, match=message) as raised, explained(task, "fp32", 64, 4):
+        torch.empty(2**58, dtype=torch.uint8)
+    assert "--gin_param=Experiment.accumulation=8" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(RuntimeError, match="shapes"), explained(task, "fp32", 64, 4):
+        torch.ones(2, 3) @ torch.ones(2, 3)

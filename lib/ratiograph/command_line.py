@@ -41,6 +41,8 @@ __all__ = [
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it, and to its --help
 
+flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
+
 OVERRIDES = {
     "steps": ("Experiment.steps", 1, "Optimisation steps of the whole run (Experiment.steps)."),
     "batch_size": ("Experiment.batch_size", 1, "Samples a step (Experiment.batch_size)."),
@@ -61,7 +63,7 @@ def run(main: Callable[[list[str]], int | None], **options: object) -> None:
 
     A wrong flag ends the program with 2, --help with 0.
     """
-    flags.DEFINE_bool("verbose_errors", False, "Show the traceback of an error too.")
+    flags.declare_key_flag("verbose_errors")
     app.run(lambda argv: call(main, argv[1:], **options), flags_parser=parse_flags)
 
 
@@ -101,7 +103,7 @@ def call(
     try:
         return main(arguments) or 0
     except Exception as error:
-        if "verbose_errors" in flags.FLAGS and flags.FLAGS["verbose_errors"].value:
+        if flags.FLAGS["verbose_errors"].value:
             traceback.print_exc()
         print(f"error: {_line(error, main.__code__.co_filename)}", file=sys.stderr)
         return code_of(error)
