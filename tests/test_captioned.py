@@ -284,17 +284,15 @@ def test_filters_that_leave_nothing_are_named(tmp_path):
             take(stream, 1, start=start)
 
 
-def test_img2datasets_statistics_count_samples(tmp_path):
+@pytest.mark.parametrize("said", [0, 3, 4, 9])
+def test_img2datasets_statistics_are_not_believed(tmp_path, said):
     urls = shards(tmp_path, {f"{k}": sample(k, f"{k}") for k in range(8)}, 2)
     (tmp_path / "set" / INDEX).unlink()
     whole = captions(take(CaptionStream(urls=urls, shuffle_buffer=3), 4, 6))
-    paths = sorted((tmp_path / "set").glob("*.tar"))
-    for path in paths:
+    for path in (tmp_path / "set").glob("*.tar"):
+        path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": 9, "successes": said}))
         assert count_samples(path) == 4
-        path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": 9, "successes": 4}))
     assert captions(take(CaptionStream(urls=urls, shuffle_buffer=3), 4, 2, start=16)) == whole[16:]
-    paths[0].with_name(f"{paths[0].stem}_stats.json").write_text(json.dumps({"count": 9, "successes": 7}))
-    assert [count_samples(path) for path in paths] == [7, 4]
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -304,8 +302,8 @@ BAD = {
     "no caption": ({"png": PNG}, {}, r"has no caption \('bad\.txt', or 'caption' in its \.json\)"),
     "caption of another kind": ({"png": PNG, "json": b'{"caption": [1]}'}, {}, "has no caption"),
     "caption that is no text": ({"png": PNG, "txt": b"\xff\xfe"}, {}, "caption is no UTF-8 text"),
-    "json cut short": ({"png": PNG, "json": b'{"caption": "a'}, {}, r"its \.json cannot be read"),
-    "json too deep": ({"png": PNG, "json": b"[" * 100_000}, {}, r"its \.json cannot be read"),
+    "json cut short": ({"png": PNG, "json": b'{"caption": "a'}, {}, r"its \.json is no JSON"),
+    "json too deep": ({"png": PNG, "json": b"[" * 100_000}, {}, r"its \.json is no JSON"),
     "json without names": ({"png": PNG, "json": b"[1, 2]"}, {}, r"its \.json is no object"),
     "no image": ({"txt": b"a"}, {}, r"has no image: its files end in \['txt'\]"),
     "image cut short": ({"png": PNG[:-30], "txt": b"a"}, {}, "cannot be decoded"),

@@ -25,6 +25,7 @@ __all__ = [
     "BadImage",
     "encode_png",
     "fitted",
+    "is_hidden",
     "on_white",
     "pixels_of",
     "read_image",
@@ -38,6 +39,14 @@ FILE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 DEEP = re.compile(r";16[BLN]")  # in Pillow's names of the bytes in a file: 16 bits a channel
 MOST_PIXELS = 2**26  # 8192 x 8192: a small file can claim, and cost, any number
 ORIENTATION = 0x0112  # EXIF tag
+
+
+HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?(?:/|$))|__MACOSX(?:/|$)|(?:Thumbs\.db|desktop\.ini)$)")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path with slashes is, or lies in, what systems and notebooks leave beside a user's files."""
+    return HIDDEN.search(name) is not None
 
 
 class BadImage(ValueError):
