@@ -209,8 +209,7 @@ def _packed(raw: Sequence[RawLatent], captions: Sequence[str | None]) -> Tensor 
     for sample, caption in zip(raw, captions, strict=True):
         if caption is None:
             raise ValueError(
-                f"{sample.place} has no caption ('{shown(sample.key)}.txt') and others have: write their shards "
-                "anew"
+                f"{sample.place} has no caption ('{shown(sample.key)}.txt') and others have: write their shards anew"
             )
     return pack(captions)
 

@@ -17,7 +17,16 @@ __all__ = ["DamagedSample", "RawImage", "RawSample", "decode", "decode_label", "
 
 
 class DamagedSample(ValueError):
-    """A sample or a shard that cannot be used; the message names it and the remedy."""
+    """A sample or a shard that cannot be used; the message names it and the remedy.
+
+    Args:
+        message: one line.
+        shard: the shard's path where a sample's bytes are damaged; None where they are sound, but not what is needed.
+    """
+
+    def __init__(self, message: str, shard: str | None = None):
+        super().__init__(message)
+        self.shard = shard
 
 
 @dataclass
@@ -34,7 +43,7 @@ class RawSample:
 
     def damaged(self, problem: object) -> DamagedSample:
         """The error for this sample; ``problem`` is a phrase to be put after the sample's name."""
-        return DamagedSample(f"{self.place} {problem}. {REMEDY}")
+        return DamagedSample(f"{self.place} {problem}. {REMEDY}", self.shard)
 
     def decoded_caption(self, caption: bytes) -> str:
         """``caption`` as text; DamagedSample where it is not UTF-8."""

@@ -130,8 +130,8 @@ def index_entry(path: Path) -> Mapping[str, object] | None:
         return None
     try:
         entry = _index(index, state.st_size, state.st_mtime_ns).get(path.name)
-        whole = entry is None or all(isinstance(entry[part], int) for part in ("samples", "bytes"))
-        assert whole and (entry is None or 0 <= entry["samples"] <= entry["bytes"]), path.name
+        assert entry is None or all(isinstance(entry[part], int) for part in ("samples", "bytes")), path.name
+        assert entry is None or 0 <= entry["samples"] <= entry["bytes"], path.name
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"The shard index {index} is damaged ({error}). Delete it (the shards can be read without one) or write "

@@ -8,6 +8,7 @@ workers, or on restarts (`sample_order`, `loader`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -242,7 +243,7 @@ class ShardStream(SampleStream):
     def collated(self, raw, prepared, positions, seed) -> Batch:
         """Images float32 [B, channels, H, W] in [-1, 1]; labels int64 [B], or None without ``labels``."""
         batch = _collated(raw, prepared, labels=self.labels)
-        return Batch(flipped(batch.images, positions, seed), batch.condition) if self.flip else batch
+        return replace(batch, images=flipped(batch.images, positions, seed)) if self.flip else batch
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""
@@ -260,7 +261,8 @@ def _collated(raw: Sequence[RawImage], prepared: Sequence[tuple[np.ndarray, int]
                 f"{pixels[0].shape[1]}x{pixels[0].shape[2]}: one data set needs one size. Set "
                 "ShardStream.resolution to be told which samples differ, and write their shards anew."
             )
-    return Batch(to_tensor(pixels), Condition(torch.tensor(classes) if labels else None))
+    places = tuple(sample.place for sample in raw) if labels else ()
+    return Batch(to_tensor(pixels), Condition(torch.tensor(classes) if labels else None), places)
 
 
 def flipped(images: Tensor, positions: Sequence[int], seed: int) -> Tensor:

@@ -11,6 +11,7 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import re
 import tarfile
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ class _BoundedFile:
     ``returned`` holds bytes that have been read and are to be read again; nothing is read past ``end``.
     """
 
-    def __init__(self, file: BinaryIO, end: int):
+    def __init__(self, file: BinaryIO, end: float):
         self.file, self.end, self.returned = file, end, b""
 
     def read(self, size: int) -> bytes:
@@ -102,7 +103,7 @@ class _Archive:
         self.open = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), open)
         packed = path.stat().st_size
         self.size = packed if self.open is open else None  # of the archive; unknown where compressed
-        self.end = packed if self.open is open else LARGEST_MEMBER + EXPANSION * packed
+        self.end = math.inf if self.open is open else LARGEST_MEMBER + EXPANSION * packed
         self.samples = 0  # number of samples so far, for the messages
         self.offset = 0  # where the next header is expected
         self.ended = False  # whether the blocks before the offset are zero, as they are after the last member
