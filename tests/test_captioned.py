@@ -295,6 +295,16 @@ def test_img2datasets_statistics_are_not_believed(tmp_path, said):
     assert captions(take(CaptionStream(urls=urls, shuffle_buffer=3), 4, 2, start=16)) == whole[16:]
 
 
+def test_byte_order_marks_are_no_part_of_captions(tmp_path):
+    png, mark = sample(0)["png"], "\ufeff"
+    members = {
+        "a": {"png": png, "txt": f"{mark}one\u2028two\r\n".encode()},
+        "b": {"png": png, "json": f'{mark}{{"caption": "{mark}three"}}'.encode()},
+    }
+    found = captions(take(CaptionedStream(urls=shards(tmp_path, members), resolution=8, shuffle_buffer=0), 2))
+    assert sorted(found) == ["one\u2028two", "three"]
+
+
 # ------------------------------------------------------------------------------------------------ damage
 
 PNG = sample(0)["png"]

@@ -158,12 +158,11 @@ class _Archive:
 
     def _check(self, member: tarfile.TarInfo, after: int) -> None:
         """Raises `_UnusableMember` for a member that is no plain file, and ReadError for an invalid header."""
-        known = self.size is not None and member.isreg()
         claim = f"its member '{shown(member.name)}' claims {member.size} bytes"
         if not 0 <= member.size <= LARGEST_MEMBER or after < member.offset_data:
             raise tarfile.ReadError(claim)
-        if known and member.offset_data + member.size > self.size:
-            raise tarfile.ReadError(f"{claim}, more than the archive has")
+        if member.isreg() and member.offset_data + member.size > (self.end if self.size is None else self.size):
+            raise tarfile.ReadError(f"{claim}, more than the archive can hold")
         if not member.name:
             raise _UnusableMember("a member has no name")
         if member.name.startswith("/") or ".." in member.name.split("/"):

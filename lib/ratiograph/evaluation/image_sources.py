@@ -221,7 +221,7 @@ def stream_size(stream: DataStream) -> int | None:
 
 
 class FolderStream:
-    """The images of a folder and its subfolders, by name, without hidden ones, or of an ``.npz``, repeated endlessly in that order.
+    """The images of a folder and its subfolders, by name, or of an ``.npz``; endlessly, without hidden files.
 
     Args:
         path: of image files; or an ``.npz`` whose first array is uint8 [N, H, W, C] or float in [-1, 1] [N, C, H, W].
