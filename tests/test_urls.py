@@ -152,7 +152,7 @@ def test_a_damaged_copy_leaves_the_cache(server, folder, cache, workers, start):
 
 
 def test_a_copy_that_is_not_what_was_asked_for_stays(server, cache):
-    with pytest.raises(ValueError, match="Set ShardStream.channels"):
+    with pytest.raises(ValueError, match=r"Set ShardStream\.channels"):
         labels(ShardStream(urls=f"{server.url}/set-000000.tar", channels=3), 8, 1)
     assert len(list(cache.glob("*/set*"))) == 1
 
