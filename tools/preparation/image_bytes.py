@@ -63,7 +63,10 @@ class ZipMember:
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            name, extra = struct.unpack("<26xHH", file.read(30))
+            header = file.read(30)
+            if len(header) < 30:
+                raise Damaged("the archive breaks off before it")
+            name, extra = struct.unpack("<26xHH", header)
             file.seek(name + extra, os.SEEK_CUR)
             data = _read(file, self.size)
         try:

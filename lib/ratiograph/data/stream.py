@@ -21,7 +21,7 @@ from ratiograph.data.embedded import check_local, resolve, sources
 from ratiograph.data.images import PILLOW_MODES, to_tensor
 from ratiograph.data.loader import Account, Batches, deliver
 from ratiograph.data.raw_samples import DamagedSample, RawImage, RawSample, decode, decode_label, raw_image
-from ratiograph.data.remote import samples_in
+from ratiograph.data.remote import forgetting, samples_in
 from ratiograph.data.sample_order import Order, mix
 from ratiograph.data.shards import count_items, count_samples, read_samples, read_shard
 
@@ -280,7 +280,10 @@ def load_all(urls: str, *, resolution: int | None = None, channels: int = 1) -> 
     Raises:
         ValueError: as ``ShardStream.batches``.
     """
-    raw = [sample for path in resolve(urls) for sample in read_shard(path)]
+    raw = []
+    for path in resolve(urls):
+        with forgetting(path):
+            raw += read_shard(path)
     prepared = [decode(sample, channels=channels, resolution=resolution, labels=True) for sample in raw]
     batch = _collated(raw, prepared, labels=True)
     return batch.images, batch.condition.labels
