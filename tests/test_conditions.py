@@ -1,5 +1,6 @@
 """What the student's samples are conditioned on, and that a run remembers it."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,12 +12,16 @@ from ratiograph.algebra.weightings import KL
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import unpack
+from ratiograph.data.images import encode_png
+from ratiograph.data.shards import write_shards
+from ratiograph.data.stream import ShardStream
 from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.conditions import BatchConditions, FixedLabels, Prompts, UniformLabels
 from ratiograph.networks.denoisers import EDM
 from ratiograph.networks.students import OneStep
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
+from ratiograph.training.experiment import Task
 from ratiograph.training.optim import EMA, Adam
 
 
@@ -186,3 +191,21 @@ def test_a_checkpoint_without_conditions_still_loads():
     del state["conditions"]
     task.load_training_state(state)
     assert task.preview(2, torch.Generator().manual_seed(0)).isfinite().all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_that_no_network_has_is_named_in_any_batch(tmp_path, workers):
+    image = encode_png(np.zeros((8, 8), np.uint8))
+    samples = [{"__key__": f"{k}", "png": image, "cls": b"%d" % (k + 1)} for k in range(10)]  # counted from 1
+    (path,) = write_shards(tmp_path / "s", "s", samples, 1)
+    network = UNet(resolution=8, channels=16, multipliers=(1,), classes=10)
+    task = Task()
+    task.denoiser = EDM(network=network)
+    batches = ShardStream(urls=str(path), shuffle_buffer=0, workers=workers).batches(5, 0)
+    task.check_samples(next(batches))
+    message = rf"sample '9' of shard {path} has the class label 10, and the networks know classes 0 to 9"
+    with pytest.raises(ValueError, match=message):
+        task.check_labels(next(batches))
+    batches.close()
+    task.check_labels(Batch(torch.zeros(2, 1, 8, 8), Condition(torch.tensor([-1, 9]))))
+    task.check_labels(Batch(torch.zeros(2, 1, 8, 8), Condition()))

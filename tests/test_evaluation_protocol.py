@@ -553,10 +553,20 @@ def test_folders_that_cannot_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
         next(FolderStream(path=str(tmp_path)).batches(1, 0))
+    (tmp_path / "a.png").write_bytes(encode_png(np.zeros((4, 4), np.uint16)))
+    with pytest.raises(ValueError, match=r"a\.png has more than 8 bits a channel"):
+        next(FolderStream(path=str(tmp_path)).batches(1, 0))
     for name, side in (("a", 4), ("b", 5)):
         (tmp_path / f"{name}.png").write_bytes(encode_png(np.zeros((side, side, 3), np.uint8)))
     with pytest.raises(ValueError, match=r"b\.png is 5x5, .*a\.png 4x4: give size"):
         next(FolderStream(path=str(tmp_path)).batches(2, 0))
+    for low, high in ((0, 1), (0, 255), (-128, 127)):
+        np.savez(tmp_path / "x.npz", np.linspace(low, high, 48, dtype=np.float32).reshape(1, 3, 4, 4))
+        with pytest.raises(ValueError, match=rf"holds floats from {low} to {high}, .* expected in \[-1, 1\], black"):
+            len(FolderStream(path=str(tmp_path / "x.npz")))
+    np.savez(tmp_path / "x.npz", np.zeros((1, 3, 4, 4), np.int64))
+    with pytest.raises(ValueError, match="holds int64"):
+        len(FolderStream(path=str(tmp_path / "x.npz")))
     np.savez(tmp_path / "x.npz", np.zeros(3))
     with pytest.raises(ValueError, match=r"holds float64 \(3,\)"):
         len(FolderStream(path=str(tmp_path / "x.npz")))

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import random
+import re
 import struct
 import tarfile
 import zlib
@@ -19,7 +20,7 @@ import pytest
 from ratiograph.data import images, tars
 from ratiograph.data.images import encode_png
 from ratiograph.data.loader import PATIENCE
-from ratiograph.data.raw_samples import DamagedSample, decode, raw_image
+from ratiograph.data.raw_samples import DamagedSample, RawImage, decode, decode_label, raw_image
 from ratiograph.data.shards import INDEX, count_items, read_shard, write_shards
 from ratiograph.data.stream import ShardStream
 from ratiograph.data.tars import Damage
@@ -262,6 +263,43 @@ def test_a_compressed_shard_that_grows_without_end_is_not_unpacked(shard, monkey
     assert used.keys() >= set(range(5))
 
 
+@pytest.mark.parametrize(
+    ("compress", "parts", "lost"),
+    [
+        (bytes, [entry(f"a.{k}", bytes(9000)) for k in range(3)], "its sample 'a' holds more than 10000 bytes"),
+        (
+            gzip.compress,
+            [entry(f"a.{k}", bytes(9000)) for k in range(30)],
+            r"its member 'a\.\d+' claims 9000 bytes, more than the",
+        ),
+        (gzip.compress, [bytes(300 * BLOCK)], "it unpacks to more than"),
+    ],
+)
+def test_many_members_and_zeros_that_make_much_of_little_are_refused(shard, monkeypatch, compress, parts, lost):
+    monkeypatch.setattr(tars, "LARGEST_MEMBER", 10_000)
+    path = shard(compress(tar([*sound(), *parts])))
+    used, messages = outcome(path)
+    assert used == {k: {k} for k in range(SAMPLES)}
+    assert re.search(lost, messages[0])
+    assert "max_damaged" in messages[0]
+    with pytest.raises(DamagedSample, match=lost):
+        strictly(path)
+
+
+def test_what_systems_leave_beside_files_is_no_sample(shard):
+    names = ["__MACOSX/a.png", "__MACOSX/._a.png", "._a.png", "x/.ipynb_checkpoints/a.png", "./.a/b.png"]
+    used, lost = outcome(shard(tar([*[entry(name, b"junk") for name in names], *sound(), entry("Thumbs.db", b"")])))
+    assert not lost
+    assert used == {k: {k} for k in range(SAMPLES)}
+
+
+@pytest.mark.parametrize("label", [b"-1", b"1_0", b"9" * 40, b"", b"7.0"])
+def test_a_label_is_a_whole_number_from_0_on(label):
+    with pytest.raises(DamagedSample, match=r"The class label of sample 'a'.*a whole number from 0 on was expected"):
+        decode_label(RawImage("s.tar", "a", b"", label))
+    assert decode_label(RawImage("s.tar", "a", b"", b"\xef\xbb\xbf7\n")) == 7
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, __import__("bz2").compress, __import__("lzma").compress])
 def test_compressed_shards_are_read(shard, compress):
     used, lost = outcome(shard(compress(tar(sound()))))
@@ -375,7 +413,9 @@ def test_a_shard_that_vanishes_is_named(mixed, tmp_path, workers):
         list(itertools.islice(batches, 12))
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"shards": {"shard-000000.tar": {"samples": "many", "bytes": 1}}}'])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"shards": {"shard-000000.tar": {"samples": "many", "bytes": 1}}}', "[" * 99999]
+)
 def test_a_senseless_index_is_named(tmp_path, index):
     (path,) = write_shards(tmp_path / "s", "shard", [{"__key__": "0", "png": png(0), "cls": b"0"}], 1)
     (path.parent / INDEX).write_text(index)

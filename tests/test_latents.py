@@ -148,6 +148,7 @@ def npy(value, **kwargs):
     [
         (npy(np.array([{"code": print}], dtype=object), allow_pickle=True), "is no npy array of numbers"),
         (b"not an array", "is no npy array of numbers"),
+        (npy(np.zeros((4, 8, 8), ">f8")).replace(b"(4, 8, 8), ", b"(99999999,)"), "is no npy array of numbers"),
         (npy(np.zeros((4, 8, 8), np.float16))[:-2], "is no npy array of numbers"),
         (npy(np.zeros((4, 8, 8), np.float16)).replace(b"(4, 8, 8)", b"(4, 8,9e)"), "is no npy array of numbers"),
         (npy(np.zeros((4, 8, 8), "f4,f4")), "is no npy array of numbers"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ratiograph.data.captions import pack
 from ratiograph.data.latents import LatentStream, write_latents
+from ratiograph.data.raw_samples import DamagedSample
 
 CAPTIONS = [f"caption {number}" for number in range(12)]
 
@@ -86,6 +87,22 @@ def test_errors_arrive_all_the_same(urls, workers, pinned):
     stream.prepared = lambda raw: (_ for _ in ()).throw(ValueError("no such sample"))
     with pytest.raises(ValueError, match="no such sample"):
         next(stream.batches(5, seed=3))
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [KeyError("a\nb"), RecursionError("deep"), DamagedSample("no such shard")])
+def test_any_error_is_one_line(urls, workers, start, error):
+    stream = LatentStream(urls=urls, pooled=True, workers=workers, prefetch=1)
+
+    def fail(*_):
+        raise error
+
+    stream.read = stream.count = fail
+    with pytest.raises(ValueError, match=str(error.args[0]).split("\n")[0]) as caught:
+        next(stream.batches(5, seed=3, start=start))
+    assert str(caught.value).isprintable()
+    assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

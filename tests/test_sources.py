@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from preparation import image_bytes
 from preparation.cifar import CIFAR10, CIFAR100
 from preparation.image_bytes import Damaged
 from preparation.sources import COCO, EDMZip, Folder, ImageNet
+from ratiograph.evaluation.image_sources import FolderStream
 
 
 def png(value: int, size=(4, 4)) -> bytes:
@@ -308,6 +310,44 @@ def test_folder_with_labels_of_every_kind(tmp_path):
     assert labels(Folder(path=folder, labels=document)) == ([b"0", b"5", b"2"], 6, None)
     lines = label_file(tmp_path, "labels.csv", "cats/a.png,tabby\ncats/more/b.PNG, siam\n\nDogs/c.png  tabby\n")
     assert labels(Folder(path=folder, labels=lines)) == ([b"1", b"1", b"0"], 2, ["siam", "tabby"])
+
+
+LEFT_BEHIND = (".ipynb_checkpoints/a.png", "__MACOSX/cats/a.png", "cats/._a.png", "cats/.git/a.png", ".a.png")
+
+
+def test_what_systems_and_notebooks_leave_behind_is_no_image_and_no_class(tmp_path):
+    files = FOLDER | dict.fromkeys(LEFT_BEHIND, png(9)) | dict.fromkeys(("cats/Thumbs.db", "desktop.ini"), b"")
+    folder = write_files(tmp_path / "images", files)
+    names = ["Dogs/c.png", "cats/a.png", "cats/more/b.PNG"]
+    source = Folder(path=folder, labels="folders")
+    assert [name for name, *_ in listed(source)] == names
+    assert source.listing().class_names == ["Dogs", "cats"]
+    assert [path.relative_to(folder).as_posix() for path in FolderStream(path=str(folder)).images] == names
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    assert [name for name, *_ in listed(EDMZip(path=tmp_path / "a.zip"))] == names
+    members = {f"n00000001/{name}": png(1) for name in ("a.png", "._a.png")} | {"__MACOSX/n00000002/a.png": png(2)}
+    write_tar(tmp_path / "a.tar", members)
+    assert [name for name, *_ in listed(ImageNet(path=tmp_path / "a.tar"))] == ["n00000001/a.png"]
+
+
+def test_byte_order_marks_and_separators_are_no_part_of_names_and_lines(tmp_path):
+    folder = write_files(tmp_path / "images", {"a\u2028b.png": png(1), "c.png": png(2)})
+    lines = label_file(tmp_path, "labels.csv", "\ufeffa\u2028b.png,1\r\nc.png,0\r\n")
+    assert [members["cls"] for _, _, members in listed(Folder(path=folder, labels=lines))] == [b"1", b"0"]
+    pairs = json.dumps({"labels": [["a\u2028b.png", 1], ["c.png", 0]]})
+    document = label_file(tmp_path, "dataset.json", f"\ufeff{pairs}")
+    assert [members["cls"] for _, _, members in listed(Folder(path=folder, labels=document))] == [b"1", b"0"]
+
+
+def test_a_member_of_a_zip_that_unpacks_to_too_much_is_one_damaged_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_bytes, "LARGEST_MEMBER", 1000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10**6))
+    (entry,) = EDMZip(path=tmp_path / "a.zip").listing().entries
+    with pytest.raises(Damaged, match="too many for an image"):
+        entry.image.read()
 
 
 # --- COCO -----------------------------------------------------------------------------------------------------

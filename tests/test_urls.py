@@ -135,6 +135,50 @@ def test_a_cut_transfer_is_tried_again_and_never_left_behind(server, cache):
     assert [path.name for path in resolve(f"{server.url}/set-000000.tar")] == ["set-000000.tar"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("start", [0, 8])
+def test_a_damaged_copy_leaves_the_cache(server, folder, cache, workers, start):
+    """A transfer that is cut where nobody can tell, with a middle or without an end: rerunning helps."""
+    (folder / INDEX).unlink()
+    stream = ShardStream(urls=f"{server.url}/set-000000.tar", workers=workers)
+    whole = (folder / "set-000000.tar").read_bytes()
+    for damaged in (whole[:9000], whole.replace(b"IDAT", b"JDAT")):
+        (folder / "set-000000.tar").write_bytes(damaged)
+        with pytest.raises(ValueError, match="This copy was removed from the cache"):
+            labels(stream, 8, 2, start)
+        assert not list(cache.glob("*/set*"))
+    (folder / "set-000000.tar").write_bytes(whole)
+    assert sorted(labels(stream, 10, 1)) == list(range(10))
+
+
+def test_a_copy_that_is_not_what_was_asked_for_stays(server, cache):
+    with pytest.raises(ValueError, match=r"Set ShardStream\.channels"):
+        labels(ShardStream(urls=f"{server.url}/set-000000.tar", channels=3), 8, 1)
+    assert len(list(cache.glob("*/set*"))) == 1
+
+
+@pytest.mark.parametrize("urls", ["{p,q}ipe:touch ran", "a.tar::{pipe:,}touch ran", "pip{e:touch ran,x}"])
+def test_braces_make_no_command(urls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="becomes a command by its braces: begin it with pipe:"):
+        resolve(urls)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "nan"])
+def test_a_size_of_the_cache_that_is_no_number_is_named(server, monkeypatch, value):
+    monkeypatch.setenv("RATIOGRAPH_CACHE_GIGABYTES", value)
+    with pytest.raises(ValueError, match=f"RATIOGRAPH_CACHE_GIGABYTES is '{value}': give a number of gigabytes"):
+        resolve(f"{server.url}/set-000000.tar")
+    assert server.asked == []
+
+
+def test_without_a_home_the_cache_must_be_named(monkeypatch):
+    monkeypatch.setenv("RATIOGRAPH_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(ValueError, match="set the environment variable RATIOGRAPH_CACHE"):
+        remote.cache_folder()
+
+
 def test_waits_double(monkeypatch):
     waits = []
     monkeypatch.setattr(remote, "FIRST_WAIT", 1.0)

@@ -41,6 +41,7 @@ FILTERS = ("minimum_aesthetic", "minimum_side", "maximum_watermark")
 def samples_and_settings(source, encoder, resolution, device):
     """What the cache will hold, and the settings that an interrupted command must repeat."""
     from preparation.latent_cache import CachedImages, CachedPrompts
+    from ratiograph.core.foreign import lines_of, read_text
     from ratiograph.data.captioned import CaptionedStream
     from ratiograph.data.embedded import resolve
     from ratiograph.networks.autoencoder import Autoencoder
@@ -49,7 +50,7 @@ def samples_and_settings(source, encoder, resolution, device):
     if FLAGS.caption_only:
         if not Path(source).is_file():
             raise ValueError(f"no file of prompts at {source}: with --caption_only, IN has a prompt a line")
-        prompts = Path(source).read_text(encoding="utf-8").splitlines()
+        prompts = lines_of(read_text(source))
         if not prompts:
             raise ValueError(f"{source} is empty: give a prompt a line")
         return CachedPrompts(prompts, encoder, FLAGS.shard_samples), settings | {"shard_samples": FLAGS.shard_samples}

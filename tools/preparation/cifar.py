@@ -20,6 +20,8 @@ import numpy as np
 from preparation.cropping import plain
 from preparation.image_bytes import Pixels, looks_like
 from preparation.sources import Entry, Listing, Source, class_member
+from ratiograph.data.images import is_hidden
+from ratiograph.data.tars import LARGEST_MEMBER
 from ratiograph.networks.weights.restricted_pickles import Array, DType, Function, Refused, Unpickler, numpy_names
 
 __all__ = ["CIFAR10", "CIFAR100"]
@@ -135,12 +137,18 @@ class CIFAR10(Source):
         known = {name for source in (CIFAR10, CIFAR100) for version in source.versions for name in _files_of(version)}
         if self.path.is_dir():
             paths = [path for pattern in ("*", "*/*") for path in sorted(self.path.glob(pattern))]
-            return {path.name: path.read_bytes() for path in paths if path.name in known and path.is_file()}
+            paths = [path for path in paths if path.name in known and path.is_file()]
+            paths = [path for path in paths if not is_hidden(path.relative_to(self.path).as_posix())]
+            return {path.name: _bounded(path.name, path.stat().st_size, path.read_bytes) for path in paths}
         try:
             with tarfile.open(self.path) as archive:
                 # in one pass: a compressed archive can only be read forward
                 members = ((Path(member.name).name, member) for member in archive if member.isreg())
-                return {name: archive.extractfile(member).read() for name, member in members if name in known}
+                return {
+                    name: _bounded(name, member.size, archive.extractfile(member).read)
+                    for name, member in members
+                    if name in known and not is_hidden(member.name)
+                }
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{self.path} is damaged or truncated ({error}): download it again") from error
         except tarfile.TarError as error:
@@ -176,6 +184,13 @@ class CIFAR10(Source):
         stem = name.removesuffix(".bin")
         for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             yield Entry(f"{stem}, image {number}", Pixels(image), class_member(label))
+
+
+def _bounded(name: str, size: int, read: Callable[[], bytes]) -> bytes:
+    """The bytes of a published file, which are at most 154 million."""
+    if size > LARGEST_MEMBER:
+        raise ValueError(f"{name} has {size:,} bytes, more than any file of CIFAR: download it again")
+    return read()
 
 
 def _files_of(version: _Version) -> tuple[str, ...]:

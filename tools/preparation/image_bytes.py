@@ -12,14 +12,28 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from ratiograph.data.tars import LARGEST_MEMBER
 
 __all__ = ["Damaged", "Pixels", "Slice", "ZipMember", "looks_like", "tar_members"]
 
 
 class Damaged(Exception):
     """An image cannot be read; the message is the reason."""
+
+
+TOO_LARGE = f"it holds more than {LARGEST_MEMBER:,} bytes, too many for an image"
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """``size`` bytes, or all for -1; Damaged where they are too many."""
+    data = file.read(LARGEST_MEMBER + 1 if size < 0 else min(size, LARGEST_MEMBER + 1))
+    if len(data) > LARGEST_MEMBER:
+        raise Damaged(TOO_LARGE)
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +47,7 @@ class Slice:
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            return _read(file, self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +63,19 @@ class ZipMember:
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            name, extra = struct.unpack("<26xHH", file.read(30))
+            header = file.read(30)
+            if len(header) < 30:
+                raise Damaged("the archive breaks off before it")
+            name, extra = struct.unpack("<26xHH", header)
             file.seek(name + extra, os.SEEK_CUR)
-            data = file.read(self.size)
+            data = _read(file, self.size)
         try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS) if self.deflated else data
+            if self.deflated:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, LARGEST_MEMBER + 1)
         except zlib.error as error:
             raise Damaged(f"its compressed bytes are damaged ({error})") from error
+        if len(data) > LARGEST_MEMBER:
+            raise Damaged(TOO_LARGE)
         if zlib.crc32(data) != self.checksum:
             raise Damaged("its bytes differ from the checksum in the archive")
         return data

@@ -27,7 +27,8 @@ from preparation.cropping import Preparation
 from preparation.parallel_map import in_order
 from preparation.sources import Entry, Listing, Source
 from preparation.tar_samples import Numbered, Prepared, Skipped, prepare_entries
-from ratiograph.core.files import write_atomically
+from ratiograph.core.files import Missing, write_atomically
+from ratiograph.core.foreign import read_json
 from ratiograph.data.shards import INDEX
 
 __all__ = ["Watch", "make_shards"]
@@ -129,7 +130,12 @@ class _Job:
                 "another folder, or delete this one"
             )
         else:
-            self.records = _records(self.folder, earlier)
+            try:
+                self.records = _records(self.folder, earlier)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"the index or the records in {self.folder} are damaged ({error!r}): delete the folder"
+                ) from error
 
     def run(self) -> None:
         paths = [self.path(number) for number in range(len(self.parts))]
@@ -210,12 +216,16 @@ def _json_bytes(document: Mapping) -> bytes:
 
 
 def _read_json(path: Path) -> dict | None:
+    """The object in one of the maker's own files; None without the file."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
+        found = read_json(path)
+    except Missing:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or give another folder") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it is no object with named fields): delete it, or give another folder")
+    return found
 
 
 def _others(folder: Path) -> str:

@@ -23,6 +23,8 @@ from PIL import Image
 
 from preparation.cropping import plain, upright
 from preparation.image_bytes import Pixels, Slice, ZipMember, looks_like, tar_members
+from ratiograph.core.foreign import LARGEST_TEXT, lines_of, parse_json, read_json, read_text, shown
+from ratiograph.data.images import is_hidden
 
 __all__ = ["COCO", "EDMZip", "Entry", "Folder", "ImageNet", "Listing", "Source"]
 
@@ -97,7 +99,8 @@ _CLASS_MEMBERS: dict[int, dict[str, bytes]] = {}
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not Path(name).name.startswith(".")
+    """Whether the file of a name relative to the source is one of its images."""
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,7 @@ class ImageNet(Source):
             begin, end = member.offset_data, member.offset_data + member.size
             if found := re.fullmatch(r"(?:.*/)?(n\d{8})\.tar", member.name):
                 yield from _class_archive(found[1], self.path, begin, end)
-            elif (found := re.fullmatch(r"(?:.*/)?(n\d{8})/([^/]+)", member.name)) and _is_image(found[2]):
+            elif (found := re.fullmatch(r"(?:.*/)?(n\d{8})/([^/]+)", member.name)) and _is_image(member.name):
                 yield found[1], found[2], Slice(str(self.path), begin, member.size)
 
 
@@ -167,12 +170,12 @@ def _numbered(labels: Mapping[str, int | str]) -> tuple[dict[str, int], Sequence
     return {name: numbers[str(label)] for name, label in labels.items()}, names
 
 
-def _labels_document(text: str, place: str) -> dict[str, int | str] | None:
+def _labels_document(document: bytes | str, place: str) -> dict[str, int | str] | None:
     """Labels by image name of EDM's dataset.json, ``{"labels": [[name, label], ...]}``; None where it has none."""
     try:
-        pairs = json.loads(text)["labels"]
+        pairs = parse_json(document, place)["labels"]
         labels = None if pairs is None else dict(pairs)
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{place} is not of the form {{"labels": [[name, label], ...]}} ({error!r})') from error
     if labels and not all(isinstance(label, int | str) for label in labels.values()):
         raise ValueError(f"{place}: labels must be class indices, one whole number an image")
@@ -206,7 +209,10 @@ class EDMZip(Source):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = {member.filename: member for member in archive.infolist() if _is_image(member.filename)}
-                document = archive.read("dataset.json").decode() if "dataset.json" in archive.namelist() else None
+                listed = [member for member in archive.infolist() if member.filename == "dataset.json"]
+                if listed and listed[0].file_size > LARGEST_TEXT:
+                    raise ValueError(f"dataset.json of {self.path} holds more than {LARGEST_TEXT:,} bytes")
+                document = archive.read(listed[0]) if listed else None
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             with open(self.path, "rb") as file:
                 if not file.read(4).startswith(b"PK"):
@@ -245,12 +251,12 @@ class Folder(Source):
 
     def listing(self) -> Listing:
         self.require(file=False)
-        names = sorted(
+        found = (
             (Path(folder) / name).relative_to(self.path).as_posix()
             for folder, _, files in os.walk(self.path, followlinks=True)
             for name in files
-            if _is_image(name)
         )
+        names = sorted(filter(_is_image, found))
         if not names:
             raise ValueError(f"{self.path} is {looks_like(self.path)} and holds no images ({', '.join(SUFFIXES)})")
         members, listing = _labelled(names, self._labels(names), str(self.labels))
@@ -270,13 +276,13 @@ class Folder(Source):
 def _labels_file(path: Path) -> Mapping[str, int | str]:
     if not path.is_file():
         raise ValueError(f"--labels={path}: no such file (or write --labels=folders)")
-    text = path.read_text()
+    text = read_text(path)
     if path.suffix == ".json":
         return _labels_document(text, str(path)) or {}
-    lines = [re.split(r"[\s,]+(?=[^\s,]+$)", line.strip()) for line in text.splitlines() if line.strip()]
+    lines = [re.split(r"[\s,]+(?=[^\s,]+$)", line.strip()) for line in lines_of(text) if line.strip()]
     for number, line in enumerate(lines, 1):
         if len(line) != 2:
-            raise ValueError(f"{path}: line {number} of its text is '{line[0]}', 'name label' was expected")
+            raise ValueError(f"{path}: line {number} of its text is '{shown(line[0])}', 'name label' was expected")
     return dict(lines)
 
 
@@ -318,8 +324,8 @@ class COCO(Source):
         file = Path(self.annotations) if self.annotations else self.path.resolve().parent / "annotations" / name
         if not file.is_file():
             raise ValueError(f"no captions file {file}: give it as --annotations. {self.where}")
+        document = read_json(file)
         try:
-            document = json.loads(file.read_text())
             captions = defaultdict(list)
             for annotation in sorted(document["annotations"], key=lambda annotation: annotation["id"]):
                 captions[annotation["image_id"]].append(annotation["caption"].strip())

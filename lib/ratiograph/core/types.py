@@ -77,16 +77,20 @@ class Condition:
 
 @dataclass(frozen=True)
 class Batch:
-    """Real samples. ``images`` [B, C, H, W] in [-1, 1], or latents; ``condition`` holds their labels or captions."""
+    """Real samples. ``images`` [B, C, H, W] in [-1, 1], or latents; ``condition`` holds their labels or captions.
+
+    ``places`` says for messages where each sample lies; it may be empty.
+    """
 
     images: Tensor
     condition: Condition
+    places: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.images.to(device, non_blocking=True), self.condition.to(device))
+        return Batch(self.images.to(device, non_blocking=True), self.condition.to(device), self.places)
 
     def split(self, pieces: int) -> list[Batch]:
         """The samples in ``pieces`` runs of equal length."""

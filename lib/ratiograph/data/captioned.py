@@ -6,7 +6,6 @@ fields. Without a ``.txt`` the caption is the ``caption`` of the ``.json``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +13,18 @@ from pathlib import Path
 
 import torch
 
+from ratiograph.core.foreign import parse_json, shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
 from ratiograph.data.filters import Filters
 from ratiograph.data.images import BadImage, fitted, to_tensor
 from ratiograph.data.raw_samples import DamagedSample, RawSample, image_member
 from ratiograph.data.stream import SampleStream
-from ratiograph.data.tars import printable
 
 __all__ = ["CaptionStream", "CaptionedStream"]
+
+LARGEST_JSON = 2**24
+"""Bytes of a sample's ``.json``, which holds some fields; parsed, it takes many times as much memory."""
 
 
 @dataclass
@@ -36,10 +38,12 @@ class RawCaptioned(RawSample):
     @cached_property
     def fields(self) -> Mapping[str, object]:
         """The fields of the ``.json``, by names in lower case; empty without one."""
+        if self.json and len(self.json) > LARGEST_JSON:
+            raise self.damaged(f"is damaged: its .json has {len(self.json)} bytes, more than {LARGEST_JSON}")
         try:
-            fields = json.loads(self.json or b"{}")
-        except (ValueError, RecursionError) as error:
-            raise self.damaged(f"is damaged: its .json cannot be read ({error})") from error
+            fields = parse_json(self.json or b"{}", "its .json")
+        except ValueError as error:
+            raise self.damaged(f"is damaged: {error}") from error
         if not isinstance(fields, dict):
             raise self.damaged("is damaged: its .json is no object with named fields")
         return {name.lower(): value for name, value in fields.items()}
@@ -49,11 +53,13 @@ class RawCaptioned(RawSample):
         """The caption without white space around it; DamagedSample where there is none."""
         if self.txt is None and not isinstance(self.fields.get("caption", 0), str | None):
             raise DamagedSample(
-                f"{self.place} has no caption ('{printable(self.key)}.txt', or 'caption' in its .json): write the "
+                f"{self.place} has no caption ('{shown(self.key)}.txt', or 'caption' in its .json): write the "
                 "captions into the shards, or read the images alone with ShardStream"
             )
         text = (self.fields["caption"] or "") if self.txt is None else self.decoded_caption(self.txt)
-        return text.encode(errors="replace").decode().strip()  # json can hold halves of characters
+        return (
+            text.encode(errors="replace").decode().removeprefix("\ufeff").strip()
+        )  # json can hold halves of characters
 
 
 class CaptionStream(SampleStream):

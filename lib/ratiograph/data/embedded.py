@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from ratiograph.core.foreign import shown
 from ratiograph.data.coloured_digits import coloured_digits_samples
 from ratiograph.data.images import encode_png
 from ratiograph.data.remote import RemoteShard, cache_folder, fetch_indexes, is_remote, local
@@ -94,8 +96,13 @@ def _intact(paths: list[Path]) -> bool:
 
 
 def _shards(urls: str) -> list[Path | RemoteShard]:
-    names = [name for part in urls.split("::") for name in braceexpand.braceexpand(part)]
-    return [RemoteShard(name) if is_remote(name) else Path(name).expanduser() for name in names]
+    names = []
+    for part in urls.split("::"):
+        found = list(braceexpand.braceexpand(part))
+        if not part.startswith("pipe:") and any(name.startswith("pipe:") for name in found):
+            raise ValueError(f"'{shown(part)}' becomes a command by its braces: begin it with pipe: if it is one")
+        names += found
+    return [RemoteShard(name) if is_remote(name) else Path(os.path.expanduser(name)) for name in names]
 
 
 def check_local(urls: str) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ratiograph.core.foreign import shown
 from ratiograph.data.raw_samples import DamagedSample
-from ratiograph.data.tars import printable
 
 __all__ = ["Filters"]
 
@@ -39,7 +39,7 @@ class _FieldFilter:
         try:
             return None if self.keep(self.limit, *values) else self.reason
         except (TypeError, ValueError, OverflowError) as error:
-            text = printable(" and ".join(map(str, values)))
+            text = shown(" and ".join(map(str, values)))
             raise DamagedSample(
                 f"{place} has '{text}' as its {self.reason}, which {self.argument} cannot judge"
             ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ratiograph.core.foreign import shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
 from ratiograph.data.raw_samples import DamagedSample, RawSample
 from ratiograph.data.shards import write_shards
 from ratiograph.data.stream import SampleStream
-from ratiograph.data.tars import printable
 
 __all__ = ["CachedCaptionStream", "LatentStream"]
 
@@ -46,7 +46,7 @@ class RawLatent(RawSample):
         """
         if part not in self.arrays:
             raise DamagedSample(
-                f"{self.place} has no {part} ('{printable(self.key)}.{part}.npy'): encode it into the shards, or read "
+                f"{self.place} has no {part} ('{shown(self.key)}.{part}.npy'): encode it into the shards, or read "
                 "them as what they hold (LatentStream.captions, LatentStream.pooled; CachedCaptionStream for no "
                 "latents)"
             )
@@ -61,19 +61,27 @@ class RawLatent(RawSample):
 
 def _array(data: bytes) -> np.ndarray:
     """An npy file's numbers; nothing in it is executed."""
-    start = 10 + int.from_bytes(data[8:10], "little")  # magic and version, the header's length, the header
-    if data[:8] != b"\x93NUMPY\x01\x00":
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    shape, fortran, dtype = _header(data[8:start])
-    if fortran or dtype.str not in ("<f2", "<f4", "<i4", "<i8"):
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
-            return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
-    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+    width, read = HEADERS[data[:8]]
+    start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")  # the magic, the header's length, the header
+    shape, fortran, dtype = _header(data[8:start], read)
+    # A view of the file's own bytes: numpy's reader makes room for all that a header claims.
+    array = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if fortran else "C")
+    if dtype.str in ("<f2", "<f4", "<i4", "<i8"):
+        return array
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return array.astype(np.float32)
+
+
+HEADERS = {
+    b"\x93NUMPY\x01\x00": (2, np.lib.format.read_array_header_1_0),
+    b"\x93NUMPY\x02\x00": (4, np.lib.format.read_array_header_2_0),
+}
+"""By a file's magic: bytes of the header's length, and numpy's reader of the header."""
 
 
 @functools.lru_cache(maxsize=64)  # thousands of samples have the same one
-def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(io.BytesIO(data))
+def _header(data: bytes, read: Callable) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return read(io.BytesIO(data))
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -201,8 +209,7 @@ def _packed(raw: Sequence[RawLatent], captions: Sequence[str | None]) -> Tensor 
     for sample, caption in zip(raw, captions, strict=True):
         if caption is None:
             raise ValueError(
-                f"{sample.place} has no caption ('{printable(sample.key)}.txt') and others have: write their shards "
-                "anew"
+                f"{sample.place} has no caption ('{shown(sample.key)}.txt') and others have: write their shards anew"
             )
     return pack(captions)
 

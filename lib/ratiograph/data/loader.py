@@ -24,8 +24,10 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ratiograph.core.foreign import shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.raw_samples import DamagedSample
+from ratiograph.data.remote import forget_fetched
 from ratiograph.data.sample_order import Order
 from ratiograph.data.tars import Damage
 
@@ -68,7 +70,7 @@ class Delivery:
         """The delivery with its tensors in pinned memory, except the caption, which tokenizers read on the CPU."""
         parts = self.batch.condition.parts()
         pinned = {name: value if name == "caption" else value.pin_memory() for name, value in parts.items()}
-        return replace(self, batch=Batch(self.batch.images.pin_memory(), Condition(**pinned)))
+        return replace(self, batch=Batch(self.batch.images.pin_memory(), Condition(**pinned), self.batch.places))
 
 
 @dataclass
@@ -137,8 +139,8 @@ class Batches(IterableDataset):
     def __iter__(self) -> Iterator[Delivery | Failure]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = _Lookahead(iter(self.order))
         try:
+            samples = _Lookahead(iter(self.order))
             for count in itertools.count():
                 if count % workers == number:
                     yield self._delivery(samples, count)
@@ -146,7 +148,9 @@ class Batches(IterableDataset):
         except ValueError as error:
             yield Failure(str(error))
         except OSError as error:
-            yield Failure(f"Reading the data failed: {error}. The same command continues the run.")
+            yield Failure(f"Reading the data failed: {shown(error, 1000)}. The same command continues the run.")
+        except Exception as error:  # what escapes from a worker process comes with its whole traceback as the message
+            yield _unforeseen(error)
 
     def _delivery(self, samples: _Lookahead, count: int) -> Delivery:
         first = self.rank * self.batch_size
@@ -160,18 +164,23 @@ class Batches(IterableDataset):
     def _sound(self, samples: _Lookahead, ahead: int, damaged: list[Damage]) -> tuple[object, object]:
         """The sample at a position, raw and decoded, or the next one that can be used."""
         for k in itertools.count(ahead):
+            sample = samples[k]
             try:
-                if isinstance(samples[k], Damage):
-                    raise DamagedSample(samples[k].message)
-                return samples[k], self.decoder.prepared(samples[k])
+                if isinstance(sample, Damage):
+                    raise DamagedSample(sample.message)
+                return sample, self.decoder.prepared(sample)
             except DamagedSample as error:
                 if not self.tolerant:
-                    raise
+                    raise DamagedSample(f"{error}{forget_fetched(error.shard) if error.shard else ''}") from error
                 if k - ahead >= PATIENCE:
                     raise ValueError(f"{PATIENCE} samples in a row are damaged, the last: {error}") from None
                 if k == ahead:  # a later sample is counted at its own position
-                    damaged.append(samples[k] if isinstance(samples[k], Damage) else Damage(str(error)))
+                    damaged.append(sample if isinstance(sample, Damage) else Damage(str(error)))
         raise AssertionError("the order has no end")
+
+
+def _unforeseen(error: BaseException) -> Failure:
+    return Failure(f"Reading the data failed: {type(error).__name__}: {shown(error, 1000)}")
 
 
 def _prefetch(source: Iterable[Delivery | Failure], ahead: int) -> Iterator[Delivery | Failure]:
@@ -193,7 +202,7 @@ def _prefetch(source: Iterable[Delivery | Failure], ahead: int) -> Iterator[Deli
                 if stopped.is_set():
                     return
         except BaseException as error:  # anything unforeseen must not leave the consumer waiting for ever
-            put(Failure(f"Reading the data failed: {type(error).__name__}: {error}"))
+            put(_unforeseen(error))
 
     thread = threading.Thread(target=run, name="ShardStream", daemon=True)
     thread.start()
@@ -218,12 +227,10 @@ def _from_workers(source: Batches, workers: int, ahead: int) -> Iterator[Deliver
             # torch's handler raises wherever the main thread is; without it the death shows here, some seconds later.
             signal.signal(signal.SIGCHLD, before)
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+    except (RuntimeError, OSError) as error:
         yield Failure(
-            f"A process that reads the data has died ({error}). Often the machine ran out of memory: lower the "
-            "stream's workers, prefetch or shuffle_buffer. The same command continues from the last checkpoint."
+            f"A process that reads the data has died ({shown(error, 1000)}). Often the machine ran out of memory: lower"
+            " the stream's workers, prefetch or shuffle_buffer. The same command continues from the last checkpoint."
         )
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ratiograph.core.foreign import shown, text_of
 from ratiograph.data.images import IMAGE_SUFFIXES, PILLOW_MODES, BadImage, pixels_of
-from ratiograph.data.tars import printable
+from ratiograph.data.tars import REMEDY
 
 __all__ = ["DamagedSample", "RawImage", "RawSample", "decode", "decode_label", "image_member", "raw_image"]
 
 
 class DamagedSample(ValueError):
-    """A sample or a shard that cannot be used; the message names it and the remedy."""
+    """A sample or a shard that cannot be used; the message names it and the remedy.
+
+    Args:
+        message: one line.
+        shard: the shard's path where a sample's bytes are damaged; None where they are sound, but not what is needed.
+    """
+
+    def __init__(self, message: str, shard: str | None = None):
+        super().__init__(message)
+        self.shard = shard
 
 
 @dataclass
@@ -28,18 +39,18 @@ class RawSample:
     @property
     def place(self) -> str:
         """How messages name the sample."""
-        return f"sample '{printable(self.key)}' of shard {self.shard}"
+        return f"sample '{shown(self.key)}' of shard {self.shard}"
 
     def damaged(self, problem: object) -> DamagedSample:
         """The error for this sample; ``problem`` is a phrase to be put after the sample's name."""
-        return DamagedSample(f"{self.place} {problem}. Write this shard anew, or leave it out of the data's URLs.")
+        return DamagedSample(f"{self.place} {problem}. {REMEDY}", self.shard)
 
     def decoded_caption(self, caption: bytes) -> str:
         """``caption`` as text; DamagedSample where it is not UTF-8."""
         try:
-            return caption.decode()
-        except UnicodeDecodeError as error:
-            raise self.damaged(f"is damaged: its caption is no UTF-8 text ({error.reason})") from error
+            return text_of(caption, "its caption")
+        except ValueError as error:
+            raise self.damaged(f"is damaged: {error}") from error
 
 
 @dataclass
@@ -62,8 +73,8 @@ def image_member(path: Path, members: Mapping[str, object]) -> bytes:
         if suffix in members:
             return members[suffix]
     raise DamagedSample(
-        f"Sample '{printable(members['__key__'])}' of shard {path} has no image: its files end in "
-        f"{sorted(printable(k) for k in members if not k.startswith('__'))}, an image must end in one of "
+        f"Sample '{shown(members['__key__'])}' of shard {path} has no image: its files end in "
+        f"{sorted(shown(k) for k in members if not k.startswith('__'))}, an image must end in one of "
         f"{list(IMAGE_SUFFIXES)}."
     )
 
@@ -111,12 +122,12 @@ def decode_label(sample: RawImage) -> int:
     """The sample's class index; DamagedSample where there is none, or no number."""
     if sample.label is None:
         raise DamagedSample(
-            f"{sample.place} has no class label ('{printable(sample.key)}.cls'). Add the labels to the shards, or set "
+            f"{sample.place} has no class label ('{shown(sample.key)}.cls'). Add the labels to the shards, or set "
             "ShardStream.labels = False to train without classes."
         )
-    try:
-        return int(sample.label)
-    except ValueError as error:
+    digits = sample.label.removeprefix(codecs.BOM_UTF8).strip()
+    if not digits.isdigit() or len(digits) > 18:  # what an int64 holds
         raise DamagedSample(
-            f"The class label of {sample.place} is {sample.label[:40]!r}, a whole number in digits was expected."
-        ) from error
+            f"The class label of {sample.place} is {sample.label[:40]!r}, a whole number from 0 on was expected."
+        )
+    return int(digits)

@@ -27,9 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ratiograph.core.foreign import shown
+from ratiograph.data.raw_samples import DamagedSample
 from ratiograph.data.shards import INDEX, index_entry
 
-__all__ = ["RemoteShard", "cache_folder", "fetch_ahead", "fetch_indexes", "is_remote", "local", "samples_in"]
+__all__ = [
+    "RemoteShard",
+    "cache_folder",
+    "fetch_ahead",
+    "fetch_indexes",
+    "forget_fetched",
+    "forgetting",
+    "is_remote",
+    "local",
+    "samples_in",
+]
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +56,31 @@ CHUNK = 2**20
 
 
 def cache_folder() -> Path:
-    """The folder of generated and fetched files: $RATIOGRAPH_CACHE, or ~/.cache/ratiograph."""
-    chosen = os.environ.get("RATIOGRAPH_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "ratiograph"
+    """The folder of generated and fetched files: $RATIOGRAPH_CACHE, or ~/.cache/ratiograph.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    chosen = os.environ.get("RATIOGRAPH_CACHE") or "~/.cache/ratiograph"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"There is no home folder for the cache {chosen}: set the environment variable RATIOGRAPH_CACHE to a folder"
+        ) from error
+
+
+def cache_bytes() -> float:
+    """Most bytes of the cache of shards: $RATIOGRAPH_CACHE_GIGABYTES, or 200e9.
+
+    Raises:
+        ValueError: the variable is no number of at least 0.
+    """
+    chosen = os.environ.get("RATIOGRAPH_CACHE_GIGABYTES") or "200"
+    with suppress(ValueError):
+        if float(chosen) >= 0:
+            return float(chosen) * 1e9
+    raise ValueError(f"RATIOGRAPH_CACHE_GIGABYTES is '{shown(chosen)}': give a number of gigabytes, such as 200")
 
 
 def is_remote(url: str) -> bool:
@@ -89,19 +123,12 @@ class RemoteShard:
             ValueError: it cannot be fetched after several tries, or the cache cannot be written.
         """
         path = self.path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_name(f".{path.name}.lock")):
-                entry = index_entry(path) or {}
-                if not path.is_file() or path.stat().st_size != entry.get("bytes", path.stat().st_size):
-                    _fetch(self, path, entry)
-                    _make_room(path)
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        except OSError as error:
-            raise ValueError(
-                f"Shard {self} cannot be kept in {path.parent}: {error.strerror or error}. Free some space, set "
-                "RATIOGRAPH_CACHE_GIGABYTES to what there is, or RATIOGRAPH_CACHE to another folder."
-            ) from error
+        with _kept(self, path):
+            entry = index_entry(path) or {}
+            if not path.is_file() or path.stat().st_size != entry.get("bytes", path.stat().st_size):
+                _fetch(self, path, entry)
+                _make_room(path)
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return path
 
 
@@ -113,7 +140,29 @@ def local(shard: Path | RemoteShard) -> Path:
 def samples_in(shard: Path | RemoteShard, count: Callable[[Path], int]) -> int:
     """The shard's number of samples: from a remote shard's index if there is one, else ``count(file)``."""
     entry = index_entry(shard.path) if isinstance(shard, RemoteShard) else None
-    return entry["samples"] if entry else count(local(shard))
+    if entry:
+        return entry["samples"]
+    path = local(shard)
+    with forgetting(path):
+        return count(path)
+
+
+def forget_fetched(path: Path | str) -> str:
+    """Removes a damaged shard from the cache, so that it is fetched again; says so, or "" if it lies elsewhere."""
+    with suppress(ValueError):  # there is no cache
+        if cache_folder() / "shards" in Path(path).parents:
+            Path(path).unlink(missing_ok=True)
+            return " This copy was removed from the cache: the same command fetches the shard again."
+    return ""
+
+
+@contextmanager
+def forgetting(path: Path) -> Iterator[None]:
+    """`forget_fetched` where the body, which reads ``path``, raises DamagedSample."""
+    try:
+        yield
+    except DamagedSample as error:
+        raise DamagedSample(f"{error}{forget_fetched(path)}") from error
 
 
 def fetch_ahead(shard: Path | RemoteShard) -> None:
@@ -134,12 +183,13 @@ def fetch_indexes(shards: Iterable[Path | RemoteShard]) -> None:
         ValueError: a server cannot be reached.
     """
     remote = {shard.path.parent: shard for shard in shards if isinstance(shard, RemoteShard)}
+    if remote:
+        cache_bytes()  # a mistake shows at the start
     for folder, shard in remote.items():
         if shard.url.startswith("pipe:"):
             continue
         index, place = folder / INDEX, shard.url.partition("?")[0].rpartition("/")[0]
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{INDEX}.lock"):
+        with _kept(shard, index):
             try:
                 _fetch(RemoteShard(f"{place}/{INDEX}"), index, {})
             except FileNotFoundError:
@@ -154,11 +204,22 @@ def fetch_indexes(shards: Iterable[Path | RemoteShard]) -> None:
 
 
 @contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Runs the body in one process at a time."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _kept(shard: RemoteShard, path: Path) -> Iterator[None]:
+    """Runs the body, which puts ``shard`` into the cache at ``path``, in one process at a time.
+
+    Raises:
+        ValueError: the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise ValueError(
+            f"Shard {shard} cannot be kept in {path.parent}: {error.strerror or error}. Free some space, set "
+            "RATIOGRAPH_CACHE_GIGABYTES to what there is, or RATIOGRAPH_CACHE to another folder."
+        ) from error
 
 
 def _fetch(shard: RemoteShard, path: Path, entry: dict) -> None:
@@ -264,8 +325,7 @@ def _output(command: Sequence[str]) -> Iterator[bytes]:
 
 def _make_room(newest: Path) -> None:
     """Removes cached shards, those used longest ago first, until the cache is within its size."""
-    limit = float(os.environ.get("RATIOGRAPH_CACHE_GIGABYTES", "200")) * 1e9
-    states = {}
+    limit, states = cache_bytes(), {}
     for path in (cache_folder() / "shards").glob("*/*"):
         with suppress(FileNotFoundError):  # another process may be making room too
             state = path.stat()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import webdataset as wds
 
-from ratiograph.data.remote import RemoteShard, fetch_ahead, local
+from ratiograph.data.remote import RemoteShard, fetch_ahead, forgetting, local
 from ratiograph.data.tars import Damage
 
 __all__ = ["Order", "mix"]
@@ -45,10 +45,14 @@ class _ShardReader:
             raise ValueError(f"Shard {path} has vanished: put it back; the same command continues the run.")
         size = path.stat().st_size
         if size > self.memory:
-            return self.read(path)
+            return self._read(path)
         self.memory -= size
-        self.held[shard] = list(self.read(path))
+        self.held[shard] = list(self._read(path))
         return iter(self.held[shard])
+
+    def _read(self, path: Path) -> Iterator:
+        with forgetting(path):
+            yield from self.read(path)
 
 
 class _Unread(NamedTuple):

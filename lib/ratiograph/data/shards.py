@@ -16,13 +16,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import webdataset as wds
 
+from ratiograph.core.foreign import read_json
 from ratiograph.data.raw_samples import DamagedSample, RawImage, raw_image
 from ratiograph.data.tars import Damage, read_groups, shard_damage
 
@@ -131,6 +131,7 @@ def index_entry(path: Path) -> Mapping[str, object] | None:
     try:
         entry = _index(index, state.st_size, state.st_mtime_ns).get(path.name)
         assert entry is None or all(isinstance(entry[part], int) for part in ("samples", "bytes")), path.name
+        assert entry is None or 0 <= entry["samples"] <= entry["bytes"], path.name
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"The shard index {index} is damaged ({error}). Delete it (the shards can be read without one) or write "
@@ -141,7 +142,7 @@ def index_entry(path: Path) -> Mapping[str, object] | None:
 
 @functools.lru_cache(maxsize=16)  # called for every shard of a folder; size and time change with the file
 def _index(path: Path, size: int, modified: int) -> dict:
-    return json.loads(path.read_text())["shards"]
+    return read_json(path)["shards"]
 
 
 def verify_shard(path: Path, *, contents: bool) -> bool:
@@ -168,7 +169,9 @@ def _indexed_count(path: Path) -> int | None:
 
 
 def count_samples(path: Path) -> int:
-    """Number of samples of one shard: from the index, else from img2dataset's ``<name>_stats.json``, else its headers.
+    """Number of samples of one shard: from the index, else its headers.
+
+    The counts that img2dataset writes beside its shards are not read: they still hold after samples were removed.
 
     Raises:
         DamagedSample: the shard is damaged.
@@ -176,8 +179,6 @@ def count_samples(path: Path) -> int:
     indexed = _indexed_count(path)
     if indexed is not None:
         return indexed
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads(path.with_name(f"{path.stem}_stats.json").read_text())["successes"])
     state = path.stat()
     return _count_in_headers(path, state.st_size, state.st_mtime_ns)
 
@@ -274,7 +275,7 @@ def _tolerant(path: Path, items: Iterator) -> Iterator:
     missing = (indexed or 0) - found
     message = _missing_samples(path, found, indexed)
     if entry and path.stat().st_size == entry["bytes"]:
-        yield from [*damaged, *itertools.repeat(Damage(message), max(0, missing - len(damaged)))][:missing]
+        yield from itertools.islice(itertools.chain(damaged, itertools.repeat(Damage(message))), max(0, missing))
     elif entry:
         yield Damage("; ".join([message, *(damage.message for damage in damaged[:1])]), max(1, missing))
     else:

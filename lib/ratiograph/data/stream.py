@@ -8,6 +8,7 @@ workers, or on restarts (`sample_order`, `loader`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ratiograph.data.embedded import check_local, resolve, sources
 from ratiograph.data.images import PILLOW_MODES, to_tensor
 from ratiograph.data.loader import Account, Batches, deliver
 from ratiograph.data.raw_samples import DamagedSample, RawImage, RawSample, decode, decode_label, raw_image
-from ratiograph.data.remote import samples_in
+from ratiograph.data.remote import forgetting, samples_in
 from ratiograph.data.sample_order import Order, mix
 from ratiograph.data.shards import count_items, count_samples, read_samples, read_shard
 
@@ -242,7 +243,7 @@ class ShardStream(SampleStream):
     def collated(self, raw, prepared, positions, seed) -> Batch:
         """Images float32 [B, channels, H, W] in [-1, 1]; labels int64 [B], or None without ``labels``."""
         batch = _collated(raw, prepared, labels=self.labels)
-        return Batch(flipped(batch.images, positions, seed), batch.condition) if self.flip else batch
+        return replace(batch, images=flipped(batch.images, positions, seed)) if self.flip else batch
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""
@@ -260,7 +261,8 @@ def _collated(raw: Sequence[RawImage], prepared: Sequence[tuple[np.ndarray, int]
                 f"{pixels[0].shape[1]}x{pixels[0].shape[2]}: one data set needs one size. Set "
                 "ShardStream.resolution to be told which samples differ, and write their shards anew."
             )
-    return Batch(to_tensor(pixels), Condition(torch.tensor(classes) if labels else None))
+    places = tuple(sample.place for sample in raw) if labels else ()
+    return Batch(to_tensor(pixels), Condition(torch.tensor(classes) if labels else None), places)
 
 
 def flipped(images: Tensor, positions: Sequence[int], seed: int) -> Tensor:
@@ -278,7 +280,10 @@ def load_all(urls: str, *, resolution: int | None = None, channels: int = 1) -> 
     Raises:
         ValueError: as ``ShardStream.batches``.
     """
-    raw = [sample for path in resolve(urls) for sample in read_shard(path)]
+    raw = []
+    for path in resolve(urls):
+        with forgetting(path):
+            raw += read_shard(path)
     prepared = [decode(sample, channels=channels, resolution=resolution, labels=True) for sample in raw]
     batch = _collated(raw, prepared, labels=True)
     return batch.images, batch.condition.labels

@@ -11,6 +11,7 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import re
 import tarfile
 from collections.abc import Iterator
@@ -21,16 +22,26 @@ from typing import BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
-__all__ = ["Damage", "printable", "read_groups", "shard_damage"]
+from ratiograph.core.foreign import shown
+from ratiograph.data.images import is_hidden
+
+__all__ = ["LARGEST_MEMBER", "REMEDY", "Damage", "read_groups", "shard_damage"]
 
 LARGEST_MEMBER = 2**28
-"""Bytes; no image or latent is nearly as large, so that a member that claims more is a mistake or an attack."""
+"""Bytes of a sample; no image or latent is nearly as large, so that one that claims more is a mistake or an attack."""
+
+EXPANSION = 32
+"""Bytes that a compressed archive may give for each of its own, beyond its first ``LARGEST_MEMBER``."""
 
 LONGEST_HEADER = 2**16
 """Bytes of an invalid header and its extensions up to which they are searched for the next header, block by block."""
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ZEROS = bytes(BLOCKSIZE)
+REMEDY = (
+    "Copy or write this shard anew, leave it out of the data's URLs, or have damaged samples skipped (max_damaged of "
+    "the stream, --max_damaged of tools/cache_latents.py)."
+)
 METADATA = re.compile(r"__[^/]*__($|/)")  # webdataset's names of members that belong to no sample
 
 
@@ -42,29 +53,25 @@ class Damage:
     lost: int = 1
 
 
-def printable(name: object) -> str:
-    """A name from an archive, for messages: without control characters and at most 200 characters long."""
-    text = str(name)
-    return text if text.isprintable() and len(text) <= 200 else ascii(text)[1:-1][:200]
-
-
 def shard_damage(path: str | Path, problem: str) -> str:
     """The message about a damaged shard, with the remedy."""
-    return f"Shard {path} is damaged: {problem}. Copy or write this shard anew, or leave it out of the data's URLs."
+    return f"Shard {path} is damaged: {problem}. {REMEDY}"
 
 
 class _BoundedFile:
     """A file from which one ``read`` gets at most one member's bytes, whatever a header claims.
 
-    ``returned`` holds bytes that have been read and are to be read again.
+    ``returned`` holds bytes that have been read and are to be read again; nothing is read past ``end``.
     """
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.returned = file, b""
+    def __init__(self, file: BinaryIO, end: float):
+        self.file, self.end, self.returned = file, end, b""
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= LARGEST_MEMBER + BLOCKSIZE:
             raise tarfile.ReadError(f"a header claims {size} bytes")
+        if self.file.tell() > self.end:
+            raise ValueError(f"it unpacks to more than {self.end} bytes")
         returned, self.returned = self.returned[:size], self.returned[size:]
         return returned + self.file.read(size - len(returned)) if returned else self.file.read(size)
 
@@ -94,7 +101,9 @@ class _Archive:
         with open(path, "rb") as file:
             start = file.read(6)
         self.open = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), open)
-        self.size = path.stat().st_size if self.open is open else None  # of the archive; unknown where compressed
+        packed = path.stat().st_size
+        self.size = packed if self.open is open else None  # of the archive; unknown where compressed
+        self.end = math.inf if self.open is open else LARGEST_MEMBER + EXPANSION * packed
         self.samples = 0  # number of samples so far, for the messages
         self.offset = 0  # where the next header is expected
         self.ended = False  # whether the blocks before the offset are zero, as they are after the last member
@@ -107,11 +116,11 @@ class _Archive:
         """(name, contents) of every file, and a `Damage` in the place of anything else."""
         try:
             with self.open(self.path, "rb") as file:
-                yield from self._members(_BoundedFile(file))
+                yield from self._members(_BoundedFile(file, self.end))
         except FileNotFoundError:
             raise
         except Exception as error:  # the decompressors have many errors of their own
-            yield self.damage(f"it cannot be read on ({printable(error)})")
+            yield self.damage(f"it cannot be read on ({shown(error)})")
 
     def _members(self, source: _BoundedFile) -> Iterator[tuple[str, bytes] | Damage]:
         archive = tarfile.TarFile(fileobj=io.BytesIO(bytes(BLOCKSIZE)))  # empty: ``fromtarfile`` needs a TarFile
@@ -124,14 +133,14 @@ class _Archive:
                 yield self.damage(error)
             except Exception as error:  # a hostile header makes the library raise anything
                 if not self.invalid:
-                    reason = "extensions without end" if isinstance(error, RecursionError) else printable(error)
+                    reason = "extensions without end" if isinstance(error, RecursionError) else shown(error)
                     yield self.damage(f"its bytes from {self.offset} on are no header of a file ({reason})")
                 if self.size is None:  # a compressed archive is not read again from an earlier offset
                     return
                 self._skip(source)
                 continue
             else:
-                if member.isreg() and not METADATA.match(member.name):
+                if member.isreg() and not (METADATA.match(member.name) or is_hidden(member.name)):
                     yield member.name, self._read(member, source)
             self.offset, self.invalid = archive.offset, False
         if not self.invalid and not self.ended:
@@ -149,17 +158,17 @@ class _Archive:
 
     def _check(self, member: tarfile.TarInfo, after: int) -> None:
         """Raises `_UnusableMember` for a member that is no plain file, and ReadError for an invalid header."""
-        known = self.size is not None and member.isreg()
+        claim = f"its member '{shown(member.name)}' claims {member.size} bytes"
         if not 0 <= member.size <= LARGEST_MEMBER or after < member.offset_data:
-            raise tarfile.ReadError(f"it claims {member.size} bytes")
-        if known and member.offset_data + member.size > self.size:
-            raise tarfile.ReadError(f"it claims {member.size} bytes, more than the archive has")
+            raise tarfile.ReadError(claim)
+        if member.isreg() and member.offset_data + member.size > (self.end if self.size is None else self.size):
+            raise tarfile.ReadError(f"{claim}, more than the archive can hold")
         if not member.name:
             raise _UnusableMember("a member has no name")
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise _UnusableMember(f"the name of its member '{printable(member.name)}' leads out of the archive")
+            raise _UnusableMember(f"the name of its member '{shown(member.name)}' leads out of the archive")
         if member.sparse is not None or not (member.isreg() or member.isdir()):
-            raise _UnusableMember(f"its member '{printable(member.name)}' is no file (a link, a device or the like)")
+            raise _UnusableMember(f"its member '{shown(member.name)}' is no file (a link, a device or the like)")
 
     def _skip(self, source: _BoundedFile) -> None:
         """Moves past an invalid header: by one block, or past all that was read where that is long."""
@@ -172,7 +181,7 @@ class _Archive:
             return b""
         data = source.read(member.size)
         if len(data) < member.size:
-            raise EOFError(f"it breaks off in the member '{printable(member.name)}'")
+            raise EOFError(f"it breaks off in the member '{shown(member.name)}'")
         return data
 
 
@@ -193,7 +202,7 @@ def read_groups(path: Path, *, contents: bool = True) -> Iterator[dict[str, obje
     """
     archive = _Archive(path, contents)
     sample: dict[str, object] = {}
-    keys = set()
+    keys, size = set(), 0
     for member in archive.members():
         if isinstance(member, Damage):
             yield member
@@ -205,16 +214,19 @@ def read_groups(path: Path, *, contents: bool = True) -> Iterator[dict[str, obje
             if sample:
                 yield _checked(path, sample)
                 archive.samples += 1
-            sample = {"__key__": key, "__twice__": key in keys}
+            sample, size = {"__key__": key, "__problem__": "is there twice" if key in keys else None}, 0
             keys.add(key)
-        sample["__twice__"] |= suffix.lower() in sample
-        sample[suffix.lower()] = member[1]
+        size += len(member[1])
+        if suffix.lower() in sample:
+            sample["__problem__"] = "is there twice"
+        elif size > LARGEST_MEMBER:
+            sample["__problem__"] = f"holds more than {LARGEST_MEMBER} bytes"
+        sample[suffix.lower()] = member[1] if sample["__problem__"] is None else b""
     if sample:
         yield _checked(path, sample)
 
 
 def _checked(path: Path, sample: dict[str, object]) -> dict[str, object] | Damage:
-    """``sample``, or a `Damage` if its key or one of its suffixes came twice."""
-    if sample.pop("__twice__"):
-        return Damage(shard_damage(path, f"its sample '{printable(sample['__key__'])}' is there twice"))
-    return sample
+    """``sample``, or a `Damage` if it has a problem: its key or a suffix came twice, or it is too large."""
+    problem = sample.pop("__problem__")
+    return Damage(shard_damage(path, f"its sample '{shown(sample['__key__'])}' {problem}")) if problem else sample

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+
+from ratiograph.core.foreign import read_json
 
 __all__ = ["cached_notes", "merged", "read_document", "shares_series", "without"]
 
@@ -39,9 +40,9 @@ def read_document(path: Path) -> dict:
     if not path.is_file():
         return dict(EMPTY)
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): delete it, or give --out") from error
+        raise ValueError(f"{error}; or delete it, or give --out") from error
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
         raise ValueError(f"{path} is no evaluation.json: give --out")
     return {**EMPTY, **document}

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
+import os
 import random
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
 from ratiograph.core.draws import SampleDraws
+from ratiograph.core.files import Missing
+from ratiograph.core.foreign import lines_of, parse_json, read_text, shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data import captions as captions_format
 from ratiograph.data.embedded import resolve
+from ratiograph.data.images import FILE_FORMATS, BadImage, is_hidden, read_image
 from ratiograph.data.stream import SampleStream
 from ratiograph.evaluation.candidates import Candidate
 from ratiograph.evaluation.features import resized, to_pixels
@@ -37,6 +38,10 @@ from ratiograph.tasks.distillation import Distillation
 __all__ = ["CaptionedSamples", "FolderStream", "StudentSamples"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+OVERSHOOT = 8
+"""Greatest absolute value of a float that can be a sample's: networks leave [-1, 1] a little, and are clipped."""
 
 
 @dataclass(frozen=True)
@@ -164,21 +169,24 @@ def coco_captions(path: Path, prompts: int, seed: int = 0) -> list[str]:
         ValueError: there is no such file, it is of another kind, or it has fewer captions.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"no captions at {path}: {error}") from error
+    except Missing as error:
         raise ValueError(
-            f"no captions at {path} ({type(error).__name__}). COCO's are annotations/captions_val2014.json (39 MB) in "
+            f"no captions at {path}. COCO's are annotations/captions_val2014.json (39 MB) in "
             "http://images.cocodataset.org/annotations/annotations_trainval2014.zip (253 MB)"
         ) from error
     if path.suffix == ".json":
+        document = parse_json(text, path)
         try:
-            annotations = sorted(json.loads(text)["annotations"], key=lambda annotation: annotation["id"])
+            annotations = sorted(document["annotations"], key=lambda annotation: annotation["id"])
             found = [annotation["caption"].strip() for annotation in annotations]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no captions file of COCO ({type(error).__name__}: {error})") from error
         random.Random(seed).shuffle(found)
     else:
-        found = [line.strip() for line in text.splitlines() if line.strip()]
+        found = [line.strip() for line in lines_of(text) if line.strip()]
     if len(found) < prompts:
         raise ValueError(f"{path} has {len(found):,} captions, fewer than prompts={prompts:,}")
     return found[:prompts]
@@ -213,7 +221,7 @@ def stream_size(stream: DataStream) -> int | None:
 
 
 class FolderStream:
-    """The images of a folder and its subfolders, by name, or of an ``.npz``, repeated endlessly in that order.
+    """The images of a folder and its subfolders, by name, or of an ``.npz``; endlessly, without hidden files.
 
     Args:
         path: of image files; or an ``.npz`` whose first array is uint8 [N, H, W, C] or float in [-1, 1] [N, C, H, W].
@@ -230,10 +238,11 @@ class FolderStream:
         Raises:
             ValueError: nothing is there, or it is of another kind.
         """
-        path = Path(self.path).expanduser()
+        path = Path(os.path.expanduser(self.path))
         if path.suffix == ".npz":
             return _array(path)
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) if path.is_dir() else []
+        found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) if path.is_dir() else []
+        files = [file for file in found if not is_hidden(file.relative_to(path).as_posix())]
         if not files:
             raise ValueError(f"{path} is neither a folder of images ({', '.join(SUFFIXES)}) nor an .npz of them")
         return files
@@ -274,20 +283,26 @@ def _array(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             array = file[file.files[0]]
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz of images ({error})") from error
-    if array.ndim != 4 or array.shape[-1 if array.dtype == np.uint8 else 1] not in (1, 3):
+    except Exception as error:  # damaged archives raise zlib.error, MemoryError, NotImplementedError, ...
+        raise ValueError(f"{path} is no .npz of images ({shown(error)})") from error
+    pixels, floats = array.dtype == np.uint8, array.dtype.kind == "f"
+    if not (pixels or floats) or array.ndim != 4 or array.shape[-1 if pixels else 1] not in (1, 3) or not array.size:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, not uint8 [N, H, W, C] or float [N, C, H, W]")
+    least, most = (None, None) if pixels else (float(array.min()), float(array.max()))
+    if floats and (least >= 0 or max(-least, most) > OVERSHOOT):
+        raise ValueError(
+            f"{path} holds floats from {least:.4g} to {most:.4g}, and images of floats are expected in [-1, 1], black "
+            "at -1: scale them, or save uint8 [N, H, W, C] from 0 to 255"
+        )
     return array
 
 
 def _image(file: Path, size: int | None) -> Tensor:
     """One image file, [3, H, W] in [-1, 1]."""
     try:
-        with Image.open(file) as image:
-            array = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} cannot be decoded ({error})") from error
+        array = np.asarray(read_image(file, FILE_FORMATS).convert("RGB"))
+    except BadImage as error:
+        raise ValueError(f"{file} {error}. Leave it out, or save it anew") from error
     pixels = torch.from_numpy(array.copy()).permute(2, 0, 1).float()  # HWC => CHW
     if size is not None:
         side = min(pixels.shape[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -53,7 +54,8 @@ class Task(nn.Module):
         return {}
 
     def check_samples(self, batch: Batch) -> None:
-        """Raises a ValueError if the data's samples do not have the shape of the denoisers' samples."""
+        """Raises a ValueError if the data's samples are not of the denoisers' shape, or of classes they don't know."""
+        self.check_labels(batch)
         found = tuple(batch.images.shape[1:])
         denoisers = [(name, module) for name, module in self.named_modules() if isinstance(module, Denoiser)]
         for name, module in denoisers if batch.images.numel() else ():
@@ -65,6 +67,25 @@ class Task(nn.Module):
                     f"the data's samples are {ours}, and {name} ({network}) is for {theirs}: configure the network for "
                     "them (resolution and channels), or give other --data"
                 )
+
+    @cached_property
+    def known_classes(self) -> int | None:
+        """The number of classes that every network with class labels knows; None without such a network."""
+        found = [getattr(module, "classes", None) for module in self.modules()]
+        return min((count for count in found if isinstance(count, int) and count), default=None)
+
+    def check_labels(self, batch: Batch) -> None:
+        """Raises a ValueError if a network does not know a sample's class; ``batch`` is not on a device yet."""
+        labels = batch.condition.labels
+        known = self.known_classes
+        if known is None or labels is None or not len(labels) or labels.max() < known:
+            return
+        row = int(labels.argmax())
+        place = batch.places[row] if batch.places else f"sample {row} of a batch"
+        raise ValueError(
+            f"{place} has the class label {int(labels[row])}, and the networks know classes 0 to {known - 1}: "
+            "count classes from 0, configure the networks' classes, or give other --data"
+        )
 
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """One optimisation step; returns detached 0-d tensors by name, without synchronising the device."""

@@ -177,10 +177,9 @@ class _Run:
         return self.on_device(data.batches(self.samples_here, seed, samples, distributed.rank(), distributed.ranks()))
 
     def on_device(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches on the device in the networks' precision, once the first one's shape has been checked."""
+        """The batches on the device in the networks' precision, once shape of the first and labels are checked."""
         for index, batch in enumerate(stream):
-            if not index:
-                self.task.check_samples(batch)
+            self.task.check_labels(batch) if index else self.task.check_samples(batch)
             batch = batch.to(self.device)
             yield replace(batch, images=batch.images.double()) if self.experiment.precision == "fp64" else batch
 

@@ -35,6 +35,8 @@ class DigitClassifier(nn.Module):
         weights: safetensors file that ``load`` reads; None is the one in the package, for the default sizes.
     """
 
+    classes = 10
+
     def __init__(self, *, width: int = 32, feature_size: int = 64, weights: str | None = None):
         super().__init__()
         if width < 8 or width % 8:
