@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ratiograph.data import remote
-from ratiograph.data.embedded import resolve
+from ratiograph.data.embedded import check_local, resolve
 from ratiograph.data.images import encode_png
 from ratiograph.data.remote import RemoteShard
 from ratiograph.data.shards import INDEX, write_shards
@@ -286,3 +286,8 @@ def test_places_do_not_share_a_folder_and_names_stay_inside_it(cache):
     assert all(path.parent.parent == cache and path.resolve().is_relative_to(cache.resolve()) for path in paths)
     signed = {RemoteShard(f"http://a/x/s.tar?signature={k}").path for k in range(3)}
     assert signed == {paths[0]}
+
+
+def test_braces_that_name_shards_without_end_are_refused():
+    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards"):
+        check_local("{0..99999999999}.tar")

@@ -7,6 +7,7 @@ digits take the same path through the code as any other collection of shards.
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from ratiograph.data.shards import read_shard, verify_shard, write_shards
 __all__ = ["EMBEDDED", "check_local", "resolve", "sources"]
 
 log = logging.getLogger(__name__)
+
+MOST_SHARDS = 10**6  # LAION-5B has 232,000; braces can name any number
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def _intact(paths: list[Path]) -> bool:
 def _shards(urls: str) -> list[Path | RemoteShard]:
     names = []
     for part in urls.split("::"):
-        found = list(braceexpand.braceexpand(part))
+        found = list(itertools.islice(braceexpand.braceexpand(part), MOST_SHARDS + 1))
+        if len(found) > MOST_SHARDS:
+            raise ValueError(f"'{shown(part)}' names more than {MOST_SHARDS:,} shards: check the numbers in its braces")
         if not part.startswith("pipe:") and any(name.startswith("pipe:") for name in found):
             raise ValueError(f"'{shown(part)}' becomes a command by its braces: begin it with pipe: if it is one")
         names += found
