@@ -6,6 +6,7 @@ E[ lambda(s) |mu(x_t) - x0|^2 ], mean over dimensions. With y = x_t / alpha the 
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Positive, Scale
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class EDMWeight(DenoisingWeight):
         sigma_data: standard deviation of the clean data, > 0.
     """
 
-    def __init__(self, *, sigma_data: float = 0.5):
+    def __init__(self, *, sigma_data: Scale = 0.5):
         if sigma_data <= 0:
             raise ValueError(f"EDMWeight.sigma_data={sigma_data} must be positive")
         self.sigma_data = sigma_data
@@ -73,7 +74,7 @@ class SNRClipped(DenoisingWeight):
         limit: gamma there, > 0; the paper takes 5.
     """
 
-    def __init__(self, *, limit: float = 5.0):
+    def __init__(self, *, limit: Positive = 5.0):
         if limit <= 0:
             raise ValueError(f"SNRClipped.limit={limit} must be positive")
         self.limit = limit

@@ -9,6 +9,7 @@ D = sigmoid(l). For the exact l = log p_t/q_t
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Depth, Fraction
 import math
 
 import torch
@@ -71,7 +72,7 @@ class RatioDiagnostics(nn.Module):
         decay: factor on the sums at each update.
     """
 
-    def __init__(self, *, bins: int = 8, levels: int = 10, decay: float = 0.98):
+    def __init__(self, *, bins: Depth = 8, levels: Depth = 10, decay: Fraction = 0.98):
         super().__init__()
         self.decay = decay
         # Statistics, not weights: on the CPU even when the graph is built on the meta device.

@@ -13,6 +13,7 @@ the weights of the whole batch, and the outermost returns those of its own rank.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Depth, Fraction, Positive
 import math
 
 import torch
@@ -80,7 +81,7 @@ class Clamped(_Wrapper):
         limit: bound on |l|, > 0; 5 lets rho range over [0.0067, 148].
     """
 
-    def __init__(self, *, weighting: Weighting, limit: float = 5.0):
+    def __init__(self, *, weighting: Weighting, limit: Positive = 5.0):
         super().__init__(weighting)
         if limit <= 0:
             raise ValueError(f"Clamped.limit={limit} must be positive")
@@ -109,7 +110,7 @@ class RatioNormalized(_Wrapper):
 
     pools = True
 
-    def __init__(self, *, weighting: Weighting, bins: int = 10, decay: float = 0.9):
+    def __init__(self, *, weighting: Weighting, bins: Depth = 10, decay: Fraction = 0.9):
         super().__init__(weighting)
         if bins < 1 or not 0 <= decay < 1:
             raise ValueError(f"RatioNormalized needs bins >= 1 and decay in [0, 1), got {bins} and {decay}")
@@ -198,7 +199,7 @@ class TimeNormalized(_Normalized):
             less than four samples, as in groups of one every omega would be 1.
     """
 
-    def __init__(self, *, weighting: Weighting, bins: int = 8):
+    def __init__(self, *, weighting: Weighting, bins: Depth = 8):
         super().__init__(weighting)
         if bins < 1:
             raise ValueError(f"TimeNormalized.bins={bins} must be at least 1")

@@ -6,6 +6,7 @@ logistic loss E_real[softplus(-l)] + E_student[softplus(l)], 2 log 2 at chance, 
 
 from __future__ import annotations
 
+from ratiograph.core.domains import NonNegative, Positive, PositiveInt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +60,7 @@ class R1Penalized(RatioLoss):
 
     needs_gradient = True
 
-    def __init__(self, *, loss: RatioLoss, weight: float = 1.0, every: int = 1):
+    def __init__(self, *, loss: RatioLoss, weight: NonNegative = 1.0, every: PositiveInt = 1):
         if weight < 0:
             raise ValueError(f"R1Penalized.weight={weight} must be >= 0")
         if every < 1:
@@ -86,7 +87,7 @@ class Scaled(RatioLoss):
         weight: its factor beside the denoising loss, > 0.
     """
 
-    def __init__(self, *, loss: RatioLoss, weight: float):
+    def __init__(self, *, loss: RatioLoss, weight: Positive):
         if weight <= 0:
             raise ValueError(f"Scaled.weight={weight} must be > 0")
         self.loss, self.weight, self.needs_gradient = loss, weight, loss.needs_gradient

@@ -10,6 +10,7 @@ the reward; where waiting costs nothing, ``check_means`` raises at once.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Positive
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -177,7 +178,7 @@ class ScaledReward(Reward):
         beta: temperature > 0; small ones tilt more.
     """
 
-    def __init__(self, *, reward: Reward, beta: float = 1.0):
+    def __init__(self, *, reward: Reward, beta: Positive = 1.0):
         super().__init__()
         if beta <= 0:
             raise ValueError(f"ScaledReward.beta={beta} must be positive; to suppress a reward use SumReward.weights")

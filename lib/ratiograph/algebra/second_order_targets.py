@@ -5,6 +5,7 @@ Notation as in `targets`: mu = mu_p(x_t) the teacher's denoiser, g = log R, Z = 
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Depth, PositiveInt
 from functools import partial
 
 import torch
@@ -75,8 +76,8 @@ class RewardTiltedSecondOrder(RewardTilted):
         self,
         *,
         reward: Reward,
-        probes: int = 1,
-        normalizer_samples: int = 4096,
+        probes: Depth = 1,
+        normalizer_samples: PositiveInt = 4096,
         log_normalizer: float | None = None,
     ):
         super().__init__(reward=reward, normalizer_samples=normalizer_samples, log_normalizer=log_normalizer)

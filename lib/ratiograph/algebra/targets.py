@@ -21,6 +21,7 @@ few, the share 1 / E_p[r*^2] of the positives.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import PositiveInt
 import math
 from collections.abc import Iterable
 
@@ -108,7 +109,7 @@ class Tilted(Target):
     needs_reward_gradient = False
     """Whether the gradient of log R is needed."""
 
-    def __init__(self, *, reward: Reward, normalizer_samples: int = 4096, log_normalizer: float | None = None):
+    def __init__(self, *, reward: Reward, normalizer_samples: PositiveInt = 4096, log_normalizer: float | None = None):
         super().__init__()
         if self.needs_reward_gradient:
             check_differentiable(self, reward)

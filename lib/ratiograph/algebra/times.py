@@ -7,6 +7,7 @@ the normaliser of DMD depends on the sample.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Exponent, Fraction, NonNegativeInt, Positive, Scale, UnitInterval
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class Uniform(TimeSampler):
         high: fraction in (0, 1] at which it ends.
     """
 
-    def __init__(self, *, low: float = 0.0, high: float = 1.0):
+    def __init__(self, *, low: Fraction = 0.0, high: UnitInterval = 1.0):
         _check_fractions(low, high)
         self.low, self.high = low, high
 
@@ -90,11 +91,11 @@ class KarrasIndex(TimeSampler):
     def __init__(
         self,
         *,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        low: float = 0.0,
-        high: float = 1.0,
+        sigma_min: Scale = 0.002,
+        sigma_max: Scale = 80.0,
+        rho: Exponent = 7.0,
+        low: Fraction = 0.0,
+        high: UnitInterval = 1.0,
     ):
         _check_fractions(low, high)
         if not 0 < sigma_min < sigma_max:
@@ -120,7 +121,7 @@ class LogNormalSigma(TimeSampler):
         std: standard deviation of log sigma, > 0.
     """
 
-    def __init__(self, *, mean: float = -1.2, std: float = 1.2):
+    def __init__(self, *, mean: float = -1.2, std: Positive = 1.2):
         if std <= 0:
             raise ValueError(f"std={std} must be positive")
         self.mean, self.std = mean, std
@@ -140,7 +141,7 @@ class FixedSigma(TimeSampler):
         sigma: the noise level, > 0.
     """
 
-    def __init__(self, *, sigma: float):
+    def __init__(self, *, sigma: Scale):
         if sigma <= 0:
             raise ValueError(f"FixedSigma.sigma={sigma} must be positive")
         self.sigma = sigma
@@ -160,7 +161,7 @@ class DDPMSteps(TimeSampler):
         high: last step, inclusive.
     """
 
-    def __init__(self, *, low: int = 20, high: int = 980):
+    def __init__(self, *, low: NonNegativeInt = 20, high: NonNegativeInt = 980):
         if not 0 <= low <= high:
             raise ValueError(f"low={low} and high={high} must satisfy 0 <= low <= high")
         self.low, self.high = low, high
@@ -186,7 +187,7 @@ class LogitNormal(TimeSampler):
         std: scale of the logit, > 0.
     """
 
-    def __init__(self, *, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, *, mean: float = 0.0, std: Positive = 1.0):
         if std <= 0:
             raise ValueError(f"std={std} must be positive")
         self.mean, self.std = mean, std
@@ -235,7 +236,7 @@ class InverseTeacherError(TimeWeight):
 
     requires = ("teacher",)
 
-    def __init__(self, *, floor: float = 1e-4):
+    def __init__(self, *, floor: Scale = 1e-4):
         self.floor = floor
 
     def __call__(self, evaluation):

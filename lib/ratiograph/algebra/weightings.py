@@ -8,6 +8,7 @@ computed from log omega, so that no ratio overflows before it is normalised.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import NonNegative
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -217,7 +218,7 @@ class CustomWeighting(Weighting):
         ValueError: for lists of different lengths, unordered l or negative omega.
     """
 
-    def __init__(self, *, log_ratios: Sequence[float], weights: Sequence[float]):
+    def __init__(self, *, log_ratios: Sequence[float], weights: Sequence[NonNegative]):
         super().__init__()
         if len(log_ratios) != len(weights) or len(log_ratios) < 2:
             raise ValueError(

@@ -7,6 +7,9 @@ workers, or on restarts (`sample_order`, `loader`).
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+from annotated_types import Interval, MinLen
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -202,16 +205,16 @@ class ShardStream(SampleStream):
         self,
         *,
         urls: str,
-        resolution: int | None = None,
-        channels: int = 1,
+        resolution: PositiveInt | None = None,
+        channels: Literal[1, 3] = 1,
         labels: bool = True,
-        classes: Sequence[int] | None = None,
+        classes: Annotated[Sequence[NonNegativeInt], MinLen(1)] | None = None,
         flip: bool = False,
-        shuffle_buffer: int = 5000,
-        workers: int = 0,
-        prefetch: int = 4,
-        memory_megabytes: int = 64,
-        max_damaged: float = 0.0,
+        shuffle_buffer: NonNegativeInt = 5000,
+        workers: Annotated[int, Interval(ge=0, le=1000)] = 0,
+        prefetch: PositiveInt = 4,
+        memory_megabytes: NonNegativeInt = 64,
+        max_damaged: Fraction = 0.0,
     ) -> None:
         if channels not in PILLOW_MODES:
             raise ValueError(f"ShardStream.channels is {channels}: choose 1 (grey) or 3 (RGB).")

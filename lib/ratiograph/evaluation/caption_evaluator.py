@@ -11,6 +11,9 @@ row does not depend on the batch size. Images are rounded to the 256 levels of a
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import Ge
+from ratiograph.core.domains import PositiveInt
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -88,10 +91,10 @@ class CaptionsEvaluator:
         reference: str = "coloured-digits",
         reward: Reward | None = None,
         classifier: DigitClassifier | None = None,
-        samples: int = 1000,
-        teacher_evaluations: Sequence[int] = (25,),
-        batch_size: int = 250,
-        during_samples: int = 400,
+        samples: Annotated[int, Ge(4)] = 1000,
+        teacher_evaluations: Sequence[PositiveInt] = (25,),
+        batch_size: PositiveInt = 250,
+        during_samples: Annotated[int, Ge(4)] = 400,
     ):
         check_sizes(self, samples, during_samples, batch_size, teacher_evaluations)
         self.encoder, self.reference, self.reward = encoder, reference, reward

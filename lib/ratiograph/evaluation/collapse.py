@@ -10,6 +10,7 @@ Notation: s_c are the shares of K classes among the samples, e_c the expected on
 
 from __future__ import annotations
 
+from ratiograph.core.domains import NonNegative, UnitInterval
 import math
 from collections.abc import Sequence
 
@@ -70,7 +71,7 @@ class Collapse:
         least_distance: threshold of in-batch distance.
     """
 
-    def __init__(self, *, least_coverage: float = 0.8, least_entropy: float = 0.7, least_distance: float = 0.5):
+    def __init__(self, *, least_coverage: UnitInterval = 0.8, least_entropy: NonNegative = 0.7, least_distance: NonNegative = 0.5):
         self.least_coverage, self.least_entropy, self.least_distance = least_coverage, least_entropy, least_distance
 
     def __call__(

@@ -9,6 +9,9 @@ the batch size alone. Images are rounded to the 256 levels of an image file, as 
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import Ge
+from ratiograph.core.domains import PositiveInt, UnitInterval
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -88,11 +91,11 @@ class DigitsEvaluator:
         *,
         reference: str = "mnist",
         classifier: DigitClassifier | None = None,
-        samples: int = 5000,
-        teacher_evaluations: Sequence[int] = (1, 5, 35),
-        batch_size: int = 500,
-        during_samples: int = 1000,
-        least_coverage: float = 0.1,
+        samples: Annotated[int, Ge(4)] = 5000,
+        teacher_evaluations: Sequence[PositiveInt] = (1, 5, 35),
+        batch_size: PositiveInt = 500,
+        during_samples: Annotated[int, Ge(4)] = 1000,
+        least_coverage: UnitInterval = 0.1,
     ):
         check_sizes(self, samples, during_samples, batch_size, teacher_evaluations)
         self.reference, self.samples, self.batch_size = reference, samples, batch_size

@@ -12,6 +12,7 @@ it.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import PositiveInt
 from pathlib import Path
 from typing import Self
 
@@ -143,7 +144,7 @@ class TimmFeatures(FeatureExtractor):
         *,
         model: str = "vit_large_patch14_dinov2.lvd142m",
         weights: str | None = None,
-        image_size: int | None = None,
+        image_size: PositiveInt | None = None,
     ):
         self.model, self.name = model, model
         self.weights = Path(weights).expanduser() if weights else cache_folder() / "weights" / f"{model}.safetensors"

@@ -6,6 +6,7 @@ batch, on every rank and device.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import PositiveInt
 import copy
 import hashlib
 import itertools
@@ -109,10 +110,10 @@ class CaptionedSamples(StudentSamples):
         captions: str,
         encoder: CaptionEncoder,
         autoencoder: Autoencoder | None = None,
-        prompts: int = 30_000,
-        repeats: int = 1,
+        prompts: PositiveInt = 30_000,
+        repeats: PositiveInt = 1,
         seed: int = 0,
-        size: int = 256,
+        size: PositiveInt = 256,
     ):
         super().__init__(autoencoder=autoencoder)
         if min(prompts, repeats, size) < 1:
@@ -220,7 +221,7 @@ class FolderStream:
         size: crops the middle square of image files and resizes it to so many pixels a side.
     """
 
-    def __init__(self, *, path: str, size: int | None = None):
+    def __init__(self, *, path: str, size: PositiveInt | None = None):
         self.path, self.size = path, size
 
     @cached_property

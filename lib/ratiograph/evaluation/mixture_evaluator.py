@@ -7,6 +7,9 @@ about 2 E|X - X'| / samples. That distance of fresh sets is the yardstick the st
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import Ge
+from ratiograph.core.domains import PositiveInt
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +43,7 @@ class MixtureEvaluator:
         repeats: pairs of sets that every distance is the mean of; shares are of all sets together.
     """
 
-    def __init__(self, *, samples: int = 1000, repeats: int = 16):
+    def __init__(self, *, samples: Annotated[int, Ge(2)] = 1000, repeats: PositiveInt = 16):
         if samples < 2 or repeats < 1:
             raise ValueError(f"MixtureEvaluator needs samples >= 2 and repeats >= 1, got {samples} and {repeats}")
         self.samples, self.repeats = samples, repeats

@@ -9,6 +9,7 @@ that were not augmented: the augmentation does not leak.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import NonNegative, UnitInterval
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -71,7 +72,7 @@ class Flips(Augmentation):
         probability: of flipping an image.
     """
 
-    def __init__(self, *, probability: float = 0.5):
+    def __init__(self, *, probability: UnitInterval = 0.5):
         self.probability = _checked(probability, "Flips")
 
     def __call__(self, images, generator):
@@ -124,7 +125,7 @@ class NonLeaky(Augmentation):
         shift_std: standard deviation of shifts, as a part of the image's size.
     """
 
-    def __init__(self, *, probability: float = 0.12, scale_std: float = 0.2, shift_std: float = 0.125):
+    def __init__(self, *, probability: UnitInterval = 0.12, scale_std: NonNegative = 0.2, shift_std: NonNegative = 0.125):
         if scale_std < 0 or shift_std < 0:
             raise ValueError(f"NonLeaky: scale_std={scale_std} and shift_std={shift_std} must be at least 0")
         self.probability = _checked(probability, "NonLeaky")

@@ -7,6 +7,7 @@ sample of it, times the scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL). d
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Positive, PositiveInt
 from pathlib import Path
 
 import torch
@@ -55,8 +56,8 @@ class Autoencoder(nn.Module):
         self,
         *,
         weights: str | None,
-        scaling_factor: float | None = None,
-        chunk: int = 4,
+        scaling_factor: Positive | None = None,
+        chunk: PositiveInt = 4,
         checkpointing: bool = True,
         double_backward: bool = False,
     ):

@@ -6,6 +6,9 @@ time; in an evaluation the condition of a sample depends on its index alone.
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import MinLen
+from ratiograph.core.domains import NonNegativeInt, PositiveInt
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -94,7 +97,7 @@ class FixedLabels(_Cycle):
         labels: the n classes, at least one.
     """
 
-    def __init__(self, *, labels: Sequence[int]):
+    def __init__(self, *, labels: Annotated[Sequence[NonNegativeInt], MinLen(1)]):
         assert labels, "list at least one class"
         self.labels = labels
 
@@ -142,7 +145,7 @@ class BatchConditions(_Cycle):
 
     needs_data = True
 
-    def __init__(self, *, kept: int = 64):
+    def __init__(self, *, kept: PositiveInt = 64):
         if kept < 1:
             raise ValueError(f"BatchConditions.kept={kept} must be at least 1")
         self.kept, self.remembered = kept, Condition()

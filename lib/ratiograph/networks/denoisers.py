@@ -7,6 +7,7 @@ features and the denoised sample come from one pass, and where only features are
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Scale
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -44,7 +45,7 @@ class EDM(Denoiser):
     autocast_dtype: torch.dtype | None = None
 
     def __init__(
-        self, *, network: nn.Module, sigma_data: float = 0.5, weights: str | None = None, compiled: bool = False
+        self, *, network: nn.Module, sigma_data: Scale = 0.5, weights: str | None = None, compiled: bool = False
     ):
         super().__init__()
         if sigma_data <= 0:

@@ -6,6 +6,7 @@ caption; an `Unconditional` gives the condition of the latter.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Positive
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,7 +207,7 @@ class Clipped(_Wrapper):
         limit: bound of |mu|, > 0; 1 for images in [-1, 1].
     """
 
-    def __init__(self, *, denoiser: Denoiser, limit: float = 1.0):
+    def __init__(self, *, denoiser: Denoiser, limit: Positive = 1.0):
         super().__init__(denoiser)
         if limit <= 0:
             raise ValueError(f"Clipped.limit={limit} must be positive")

@@ -6,6 +6,7 @@ first, so that the network begins as its *base*, the network without adapters. p
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Positive, PositiveInt
 import copy
 import json
 from collections.abc import Iterator, Sequence
@@ -47,8 +48,8 @@ class LoRA(nn.Module):
         self,
         *,
         network: nn.Module,
-        rank: int = 64,
-        alpha: float = 64.0,
+        rank: PositiveInt = 64,
+        alpha: Positive = 64.0,
         targets: Sequence[str] = (*ATTENTION, *REST, *SCALES),
     ):
         super().__init__()

@@ -6,6 +6,9 @@ Three sources of features: the frozen teacher's encoder, the student score's enc
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import MinLen
+from ratiograph.core.domains import PositiveInt, Scale
 from collections.abc import Sequence
 
 import torch
@@ -115,7 +118,7 @@ class TeacherFeatureRatio(_HeadsRatio):
 
     on_teacher = True
 
-    def __init__(self, *, feature_maps: Sequence[int] = (0, 1, 2), width: int = 64, weights: str | None = None):
+    def __init__(self, *, feature_maps: Annotated[Sequence[int], MinLen(1)] = (0, 1, 2), width: PositiveInt = 64, weights: str | None = None):
         super().__init__(feature_maps, width, weights)
 
     def connect(self, teacher, student_score):
@@ -136,7 +139,7 @@ class StudentScoreHeadRatio(_HeadsRatio):
 
     on_student_score = True
 
-    def __init__(self, *, feature_maps: Sequence[int] = (-1,), width: int = 64, weights: str | None = None):
+    def __init__(self, *, feature_maps: Annotated[Sequence[int], MinLen(1)] = (-1,), width: PositiveInt = 64, weights: str | None = None):
         super().__init__(feature_maps, width, weights)
 
     def connect(self, teacher, student_score):
@@ -186,7 +189,7 @@ class EncoderRatio(PretrainedRatio):
         self,
         *,
         network: nn.Module,
-        sigma_data: float = 0.5,
+        sigma_data: Scale = 0.5,
         encoder_weights: str | None = None,
         weights: str | None = None,
         compiled: bool = False,

@@ -6,6 +6,7 @@ vectors e(w_k). Rows after the last word are 0, and so is all of an empty captio
 
 from __future__ import annotations
 
+from ratiograph.core.domains import PositiveInt
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class WordEncoder(CaptionEncoder):
         ValueError: ``width`` or ``length`` is less than 1.
     """
 
-    def __init__(self, *, width: int = 32, length: int = 6):
+    def __init__(self, *, width: PositiveInt = 32, length: PositiveInt = 6):
         super().__init__(weights="")
         if min(width, length) < 1:
             raise ValueError(f"WordEncoder.width={width} and length={length} must be at least 1")

@@ -5,6 +5,7 @@ Loss: cross-entropy of the class label given an image moved by a small random ro
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Fraction, NonNegative
 import json
 import math
 from pathlib import Path
@@ -35,7 +36,7 @@ class RandomAffine:
         shift: pixels, in each direction.
     """
 
-    def __init__(self, *, rotation: float = 12.0, scaling: float = 0.12, shift: float = 2.0):
+    def __init__(self, *, rotation: NonNegative = 12.0, scaling: Fraction = 0.12, shift: NonNegative = 2.0):
         if min(rotation, scaling, shift) < 0 or scaling >= 1:
             raise ValueError(
                 f"RandomAffine: rotation={rotation} and shift={shift} must be >= 0 and scaling={scaling} in [0, 1)"

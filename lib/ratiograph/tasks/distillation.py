@@ -15,6 +15,7 @@ batch, so it is the same step.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Depth, NonNegativeInt
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -102,17 +103,17 @@ class Distillation(Task):
         student_score: EDM | None = None,
         student_score_times: TimeSampler | None = None,
         student_score_optimizer: Adam | None = None,
-        student_score_updates: int = 1,
+        student_score_updates: Depth = 1,
         student_score_weight: DenoisingWeight | None = None,
         ratio: RatioEstimator | None = None,
         ratio_times: TimeSampler | None = None,
         ratio_optimizer: Adam | None = None,
-        ratio_updates: int = 1,
+        ratio_updates: Depth = 1,
         fresh_samples: bool = True,
         ratio_loss: RatioLoss | None = None,
         positives: Positives | None = None,
         warm_start: WarmStart | None = None,
-        critic_steps: int = 0,
+        critic_steps: NonNegativeInt = 0,
         conditions: Conditions | None = None,
         augmentation: Augmentation | None = None,
         recompute: bool = False,

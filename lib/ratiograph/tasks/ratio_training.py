@@ -6,6 +6,9 @@ under p(t). An estimator that does not learn here, where p and q are fixed, will
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import Ge
+from ratiograph.core.domains import Depth
 from pathlib import Path
 
 import torch
@@ -109,7 +112,7 @@ class RatioEvaluator:
         bins: bins over t.
     """
 
-    def __init__(self, *, samples: int = 100_000, bins: int = 5):
+    def __init__(self, *, samples: Annotated[int, Ge(100)] = 100_000, bins: Depth = 5):
         if samples < 100 or bins < 1:
             raise ValueError(f"RatioEvaluator needs samples >= 100 and bins >= 1, got {samples} and {bins}")
         self.samples, self.bins = samples, bins

@@ -5,9 +5,11 @@ A ``Task`` owns every node of the graph and takes one optimisation step; the `tr
 
 from __future__ import annotations
 
+from annotated_types import Interval
+from ratiograph.core.domains import NonNegativeInt, Positive, PositiveInt
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -153,22 +155,22 @@ class Experiment:
     data: DataStream | None = None
     evaluator: Evaluator | None = None
     loggers: Sequence[Logger] | None = None
-    steps: int
-    batch_size: int
-    accumulation: int = 1
+    steps: PositiveInt
+    batch_size: PositiveInt
+    accumulation: PositiveInt = 1
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    log_every: int = 10
-    preview_every: int = 50
-    checkpoint_every: int = 100
-    keep_last: int = 2
-    keep_every: int = 0
+    log_every: PositiveInt = 10
+    preview_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     best_metric: str | None = None
-    evaluate_every: int = 0
-    preview_samples: int = 64
-    teacher_evaluations: int = 0
-    max_bad_steps: int = 10
-    hang_minutes: float = 15.0
+    evaluate_every: NonNegativeInt = 0
+    preview_samples: Annotated[int, Interval(ge=1, le=10_000)] = 64
+    teacher_evaluations: NonNegativeInt = 0
+    max_bad_steps: PositiveInt = 10
+    hang_minutes: Positive = 15.0
 
     def __post_init__(self):
         at_least_one = ("steps", "batch_size", "accumulation", "log_every", "preview_every", "checkpoint_every")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import MinLen
+from ratiograph.core.domains import Depth, Fraction, PositiveInt
 from collections.abc import Sequence
 
 import torch
@@ -35,16 +38,16 @@ class CaptionedUNet(UNet):
     def __init__(
         self,
         *,
-        resolution: int = 28,
-        image_channels: int = 3,
-        channels: int = 48,
-        multipliers: Sequence[int] = (1, 2),
-        blocks: int = 1,
-        patch_size: int = 2,
+        resolution: PositiveInt = 28,
+        image_channels: PositiveInt = 3,
+        channels: PositiveInt = 48,
+        multipliers: Annotated[Sequence[PositiveInt], MinLen(1)] = (1, 2),
+        blocks: Depth = 1,
+        patch_size: PositiveInt = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        text_width: int = 32,
-        caption_dropout: float = 0.0,
+        dropout: Fraction = 0.0,
+        text_width: PositiveInt = 32,
+        caption_dropout: Fraction = 0.0,
         checkpointing: Checkpointing | None = None,
     ):
         super().__init__(

@@ -5,6 +5,9 @@ Notation: images x [B, 1, 28, 28] in [-1, 1]; features f(x) [B, 64]; logits [B, 
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import Ge, MultipleOf
+from ratiograph.core.domains import PositiveInt
 from pathlib import Path
 
 import torch
@@ -35,7 +38,7 @@ class DigitClassifier(nn.Module):
         weights: safetensors file that ``load`` reads; None is the one in the package, for the default sizes.
     """
 
-    def __init__(self, *, width: int = 32, feature_size: int = 64, weights: str | None = None):
+    def __init__(self, *, width: Annotated[int, Ge(8), MultipleOf(8)] = 32, feature_size: PositiveInt = 64, weights: str | None = None):
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"DigitClassifier.width is {width}: it must be a multiple of 8")

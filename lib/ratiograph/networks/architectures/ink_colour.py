@@ -6,6 +6,7 @@ on brightness and shape; u_k the directions of the K colours.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Scale
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +28,7 @@ class InkColour(nn.Module):
         ValueError: ``width`` is not positive.
     """
 
-    def __init__(self, *, width: float = 0.15):
+    def __init__(self, *, width: Scale = 0.15):
         super().__init__()
         if width <= 0:
             raise ValueError(f"InkColour.width={width} must be positive")

@@ -6,6 +6,7 @@ network of one modality, its *embedding* a vector [E] for each image or caption.
 
 from __future__ import annotations
 
+from ratiograph.core.domains import PositiveInt
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -238,7 +239,7 @@ class DecodedReward(Reward):
         ValueError: ``chunk`` is less than 1.
     """
 
-    def __init__(self, *, reward: Reward, autoencoder: Autoencoder, chunk: int = 8, checkpointing: bool = True):
+    def __init__(self, *, reward: Reward, autoencoder: Autoencoder, chunk: PositiveInt = 8, checkpointing: bool = True):
         super().__init__()
         if chunk < 1:
             raise ValueError(f"DecodedReward.chunk={chunk} must be at least 1")

@@ -11,6 +11,9 @@ Samples are [B, D] (or [B, ...] of D numbers), j is [B, K]. Rewards that tilt a 
 
 from __future__ import annotations
 
+from typing import Annotated
+from annotated_types import Interval, MinLen
+from ratiograph.core.domains import NonNegative, NonNegativeInt, Positive, Scale
 import math
 from collections.abc import Sequence
 
@@ -46,11 +49,11 @@ class GaussianMixture(Denoiser):
     def __init__(
         self,
         *,
-        means: Sequence[Sequence[float]],
-        std: float | Sequence[float] | None = None,
+        means: Annotated[Sequence[Annotated[Sequence[float], MinLen(1)]], MinLen(1)],
+        std: Scale | Sequence[Scale] | None = None,
         covariances: Sequence[Sequence[Sequence[float]]] | None = None,
-        weights: Sequence[float] | None = None,
-        classes: Sequence[int] | None = None,
+        weights: Sequence[Positive] | None = None,
+        classes: Sequence[NonNegativeInt] | None = None,
     ):
         super().__init__()
         count = len(means)
@@ -197,11 +200,11 @@ class RingMixture(GaussianMixture):
     def __init__(
         self,
         *,
-        modes: int = 8,
-        radius: float = 1.0,
-        std: float = 0.1,
-        weights: Sequence[float] | None = None,
-        classes: Sequence[int] | None = None,
+        modes: Annotated[int, Interval(ge=1, le=10_000)] = 8,
+        radius: NonNegative = 1.0,
+        std: Scale = 0.1,
+        weights: Sequence[Positive] | None = None,
+        classes: Sequence[NonNegativeInt] | None = None,
     ):
         angles = [2 * math.pi * k / modes for k in range(modes)]
         means = [(radius * math.cos(a), radius * math.sin(a)) for a in angles]

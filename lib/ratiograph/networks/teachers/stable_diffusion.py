@@ -8,6 +8,7 @@ autoencoder's, times its scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL).
 
 from __future__ import annotations
 
+from ratiograph.core.domains import Scale
 from dataclasses import replace
 
 import torch
@@ -85,7 +86,7 @@ class StableDiffusion(EDM):
         prediction: Prediction | None = None,
         process: ScaledLinearDDPM | None = None,
         weights: str | None = None,
-        sigma_data: float = 1.0,
+        sigma_data: Scale = 1.0,
         compiled: bool = False,
     ):
         super().__init__(network=network, sigma_data=sigma_data, weights=weights, compiled=compiled)
