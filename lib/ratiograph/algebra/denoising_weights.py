@@ -6,10 +6,10 @@ E[ lambda(s) |mu(x_t) - x0|^2 ], mean over dimensions. With y = x_t / alpha the 
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Positive, Scale
 import torch
 from torch import Tensor
 
+from ratiograph.core.domains import Positive, Scale
 from ratiograph.core.types import Noisy
 
 __all__ = ["DenoisingWeight", "EDMWeight", "EpsilonWeight", "SNRClipped", "SampleWeight"]

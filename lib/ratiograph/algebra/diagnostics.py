@@ -9,7 +9,6 @@ D = sigmoid(l). For the exact l = log p_t/q_t
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Depth, Fraction
 import math
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.weightings import Weighting
 from ratiograph.core.distributed import Gathering
+from ratiograph.core.domains import Depth, Fraction
 
 __all__ = ["RatioDiagnostics", "bregman_divergence", "field_metrics", "ratio_metrics"]
 

@@ -8,11 +8,12 @@ which is why any denoiser works under any process here.
 from __future__ import annotations
 
 from typing import Annotated
-from annotated_types import Interval
-from ratiograph.core.domains import Scale
+
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from ratiograph.core.domains import Scale
 from ratiograph.core.types import Noisy, expand
 
 __all__ = ["NoisingProcess", "RectifiedFlow", "ScaledLinearDDPM", "VarianceExploding", "VariancePreserving"]
@@ -95,7 +96,13 @@ class ScaledLinearDDPM(NoisingProcess):
         beta_end: beta at the last index.
     """
 
-    def __init__(self, *, steps: Annotated[int, Interval(ge=2, le=1_000_000)] = 1000, beta_start: Annotated[float, Interval(gt=0, lt=1)] = 0.00085, beta_end: Annotated[float, Interval(gt=0, lt=1)] = 0.012):
+    def __init__(
+        self,
+        *,
+        steps: Annotated[int, Interval(ge=2, le=1_000_000)] = 1000,
+        beta_start: Annotated[float, Interval(gt=0, lt=1)] = 0.00085,
+        beta_end: Annotated[float, Interval(gt=0, lt=1)] = 0.012,
+    ):
         if not (steps >= 2 and 0 < beta_start < beta_end < 1):
             raise ValueError("ScaledLinearDDPM needs steps >= 2 and 0 < beta_start < beta_end < 1")
         self.t_range = (0.0, steps - 1.0)

@@ -13,7 +13,6 @@ the weights of the whole batch, and the outermost returns those of its own rank.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Depth, Fraction, Positive
 import math
 
 import torch
@@ -23,6 +22,7 @@ from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.algebra.times import TimeSampler
 from ratiograph.algebra.weightings import Weighting
 from ratiograph.core.distributed import gather_together, own_part
+from ratiograph.core.domains import Depth, Fraction, Positive
 
 __all__ = ["Clamped", "MeanNormalized", "RatioNormalized", "TimeNormalized"]
 

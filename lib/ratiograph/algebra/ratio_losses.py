@@ -6,10 +6,11 @@ logistic loss E_real[softplus(-l)] + E_student[softplus(l)], 2 log 2 at chance, 
 
 from __future__ import annotations
 
-from ratiograph.core.domains import NonNegative, Positive, PositiveInt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ratiograph.core.domains import NonNegative, Positive, PositiveInt
 
 __all__ = ["LogisticLoss", "R1Penalized", "RatioLoss", "Scaled"]
 

@@ -10,12 +10,12 @@ the reward; where waiting costs nothing, ``check_means`` raises at once.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Positive
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Positive
 from ratiograph.core.types import Condition
 
 __all__ = [

@@ -5,7 +5,6 @@ Notation as in `targets`: mu = mu_p(x_t) the teacher's denoiser, g = log R, Z = 
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Depth, PositiveInt
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from ratiograph.algebra.rewards import Reward
 from ratiograph.algebra.targets import RewardTilted
 from ratiograph.core.contracts import Needs
 from ratiograph.core.differentiation import twice_differentiable
+from ratiograph.core.domains import Depth, PositiveInt
 from ratiograph.core.types import expand
 
 __all__ = ["RewardTiltedCumulant", "RewardTiltedSecondOrder"]

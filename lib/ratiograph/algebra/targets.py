@@ -21,7 +21,6 @@ few, the share 1 / E_p[r*^2] of the positives.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import PositiveInt
 import math
 from collections.abc import Iterable
 
@@ -32,6 +31,7 @@ from ratiograph.algebra.directions import Direction
 from ratiograph.algebra.rewards import Reward, check_means, take_means
 from ratiograph.core.contracts import Evaluation, Needs
 from ratiograph.core.distributed import gather, ranks
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Batch, expand
 
 __all__ = [

@@ -7,13 +7,13 @@ the normaliser of DMD depends on the sample.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Exponent, Fraction, NonNegativeInt, Positive, Scale, UnitInterval
 import torch
 from torch import Tensor
 
 from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.core import randomness
 from ratiograph.core.contracts import Evaluation
+from ratiograph.core.domains import Exponent, Fraction, NonNegativeInt, Positive, Scale, UnitInterval
 
 __all__ = [
     "DDPMSteps",

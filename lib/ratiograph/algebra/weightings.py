@@ -8,7 +8,6 @@ computed from log omega, so that no ratio overflows before it is normalised.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import NonNegative
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.algebra.times import TimeSampler
+from ratiograph.core.domains import NonNegative
 
 __all__ = [
     "BE",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ratiograph.config.values import REQUIRED, ConfigError, Macro, Reference, Statement, expand, parts, suggest
-from ratiograph.core.domains import describe_domain, in_domain
+from ratiograph.core.domains import describe_domain, in_domain, unheld
 
 __all__ = ["Component", "Parameter", "accepts", "check_values", "describe_type"]
 
@@ -72,7 +72,8 @@ def describe_type(annotation: object) -> str:
     """An annotation in words: 'float', 'int or None', "'a' or 'b'", 'Sequence of Term'."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return f"{describe_type(arguments[0])} {describe_domain(arguments[1:])}".strip()
+        kind = {float: "a finite number", int: "a whole number"}.get(arguments[0]) or describe_type(arguments[0])
+        return f"{kind} {describe_domain(arguments[1:])}".strip()
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if origin is typing.Literal:
@@ -216,7 +217,9 @@ def _check_type(s: Statement, value: object, components: Mapping[str, Component]
         if not value.build and accepts(annotation, Reference(value.scope, value.name), components):
             got, remedy = f"the unbuilt {value}", f" Write `{value}()`."
     else:
-        got = f"{value!r} ({type(value).__name__})"
+        got = repr(value) if _is_number(float, value) else f"{value!r} ({type(value).__name__})"
+        why = next(filter(None, map(unheld, parts(value))), "")
+        got += f": {why}" if why else ""
         choices = [str(a) for a in typing.get_args(annotation) if isinstance(a, str)]
         remedy = suggest(value, choices) if isinstance(value, str) and choices else ""
     raise ConfigError(f"{s.where}: {s} takes {describe_type(annotation)}, not {got}.{remedy}{source}")

@@ -6,17 +6,17 @@ fields. Without a ``.txt`` the caption is the ``caption`` of the ``.json``.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Interval, Len
-from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt, UnitInterval
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Interval, Len
 
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt, UnitInterval
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
 from ratiograph.data.filters import Filters

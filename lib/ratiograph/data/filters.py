@@ -7,12 +7,13 @@ that does not exist is an error.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Len
-from ratiograph.core.domains import NonNegativeInt, UnitInterval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Len
+
+from ratiograph.core.domains import NonNegativeInt, UnitInterval
 from ratiograph.data.raw_samples import DamagedSample
 from ratiograph.data.tars import printable
 

@@ -8,20 +8,20 @@ hold all but the latent.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Interval
-from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
 from ratiograph.data.raw_samples import DamagedSample, RawSample

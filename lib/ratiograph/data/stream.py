@@ -7,17 +7,17 @@ workers, or on restarts (`sample_order`, `loader`).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-from annotated_types import Interval, MinLen
-from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.embedded import check_local, resolve, sources
 from ratiograph.data.images import PILLOW_MODES, to_tensor

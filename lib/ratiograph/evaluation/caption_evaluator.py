@@ -11,16 +11,16 @@ row does not depend on the batch size. Images are rounded to the 256 levels of a
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Ge
-from ratiograph.core.domains import PositiveInt
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ratiograph.algebra.rewards import ClassReward, Reward
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.files import write_atomically
 from ratiograph.core.types import Condition

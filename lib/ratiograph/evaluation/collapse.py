@@ -10,12 +10,13 @@ Notation: s_c are the shares of K classes among the samples, e_c the expected on
 
 from __future__ import annotations
 
-from ratiograph.core.domains import NonNegative, UnitInterval
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ratiograph.core.domains import NonNegative, UnitInterval
 
 __all__ = ["Collapse", "mean_pairwise_distance"]
 
@@ -71,7 +72,9 @@ class Collapse:
         least_distance: threshold of in-batch distance.
     """
 
-    def __init__(self, *, least_coverage: UnitInterval = 0.8, least_entropy: NonNegative = 0.7, least_distance: NonNegative = 0.5):
+    def __init__(
+        self, *, least_coverage: UnitInterval = 0.8, least_entropy: NonNegative = 0.7, least_distance: NonNegative = 0.5
+    ):
         self.least_coverage, self.least_entropy, self.least_distance = least_coverage, least_entropy, least_distance
 
     def __call__(

@@ -9,16 +9,16 @@ the batch size alone. Images are rounded to the 256 levels of an image file, as 
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Ge
-from ratiograph.core.domains import PositiveInt, UnitInterval
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from ratiograph.core.domains import PositiveInt, UnitInterval
 from ratiograph.data.embedded import resolve
 from ratiograph.data.shards import count_samples
 from ratiograph.data.stream import load_all

@@ -12,7 +12,6 @@ it.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import PositiveInt
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import PositiveInt
 from ratiograph.data.remote import cache_folder
 from ratiograph.evaluation.result_cache import file_identity
 from ratiograph.networks.architectures.classifier import DigitClassifier

@@ -14,19 +14,19 @@ Published protocols as arguments:
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Ge
-from ratiograph.core.domains import PositiveInt, UnitInterval
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
 from ratiograph.core.distributed import from_main, is_main
+from ratiograph.core.domains import PositiveInt, UnitInterval
 from ratiograph.core.draws import SampleDraws
 from ratiograph.evaluation.alignment import ImageScore
 from ratiograph.evaluation.candidates import AveragedStudent, Candidate, Teacher, marked_best, students_of

@@ -6,7 +6,6 @@ batch, on every rank and device.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import PositiveInt
 import copy
 import hashlib
 import itertools
@@ -24,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data import captions as captions_format

@@ -6,16 +6,16 @@ is the standard error of ``<name>``. ``lacks`` says in one line why a metric can
 
 from __future__ import annotations
 
-from annotated_types import Ge
-from ratiograph.core.domains import NonNegativeInt, PositiveInt
 import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional
 
+from ratiograph.core.domains import NonNegativeInt, PositiveInt
 from ratiograph.evaluation.feature_sets import FeatureSet
 from ratiograph.evaluation.frechet import frechet_with_error
 from ratiograph.evaluation.inception_score import inception_score

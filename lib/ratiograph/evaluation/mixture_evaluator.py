@@ -7,16 +7,16 @@ about 2 E|X - X'| / samples. That distance of fresh sets is the yardstick the st
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Ge
-from ratiograph.core.domains import PositiveInt
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Condition, Noisy
 from ratiograph.evaluation.candidates import marked_best, students_of
 from ratiograph.evaluation.sample_distances import class_histogram, energy_distance

@@ -9,7 +9,6 @@ that were not augmented: the augmentation does not leak.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import NonNegative, UnitInterval
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import NonNegative, UnitInterval
 from ratiograph.core.randomness import normal, uniform
 from ratiograph.core.types import Condition, expand
 
@@ -125,7 +125,9 @@ class NonLeaky(Augmentation):
         shift_std: standard deviation of shifts, as a part of the image's size.
     """
 
-    def __init__(self, *, probability: UnitInterval = 0.12, scale_std: NonNegative = 0.2, shift_std: NonNegative = 0.125):
+    def __init__(
+        self, *, probability: UnitInterval = 0.12, scale_std: NonNegative = 0.2, shift_std: NonNegative = 0.125
+    ):
         if scale_std < 0 or shift_std < 0:
             raise ValueError(f"NonLeaky: scale_std={scale_std} and shift_std={shift_std} must be at least 0")
         self.probability = _checked(probability, "NonLeaky")

@@ -7,12 +7,12 @@ sample of it, times the scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL). d
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Positive, PositiveInt
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Positive, PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.networks.checkpointing import directly, recomputed
 from ratiograph.networks.weights.frozen import save_only

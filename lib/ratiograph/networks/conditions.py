@@ -6,15 +6,15 @@ time; in an evaluation the condition of a sample depends on its index alone.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import MinLen
-from ratiograph.core.domains import NonNegativeInt, PositiveInt
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
+from ratiograph.core.domains import NonNegativeInt, PositiveInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack

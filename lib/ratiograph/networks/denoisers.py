@@ -7,7 +7,6 @@ features and the denoised sample come from one pass, and where only features are
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Scale
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
+from ratiograph.core.domains import Scale
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.compilation import compile_blocks

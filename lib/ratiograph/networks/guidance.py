@@ -6,7 +6,6 @@ caption; an `Unconditional` gives the condition of the latter.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Positive
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
+from ratiograph.core.domains import Positive
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition, Encoding, Noisy
 

@@ -6,7 +6,6 @@ first, so that the network begins as its *base*, the network without adapters. p
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Positive, PositiveInt
 import copy
 import json
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Positive, PositiveInt
 from ratiograph.core.types import Condition, Encoding
 from ratiograph.networks.architectures.text_unet import TextUNet, draw_weights
 from ratiograph.networks.teachers.stable_diffusion import StableDiffusion

@@ -6,15 +6,15 @@ mu = c_skip y + c_out F(c_in y, c_noise) with four functions of s. EDM's own cho
 
 from __future__ import annotations
 
-from annotated_types import Ge
-from ratiograph.core.domains import Scale
 from dataclasses import replace
 from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import VariancePreserving
+from ratiograph.core.domains import Scale
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
 

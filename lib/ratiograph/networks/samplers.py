@@ -8,18 +8,18 @@ the steps of a discrete process, where a network that was trained at whole steps
 
 from __future__ import annotations
 
-from annotated_types import Ge
-from ratiograph.core.domains import Exponent, NonNegative, NonNegativeInt, OrInfinite, PositiveInt, Scale
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Annotated, Protocol
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.contracts import Denoiser
+from ratiograph.core.domains import Exponent, NonNegative, NonNegativeInt, OrInfinite, PositiveInt, Scale
 from ratiograph.core.types import Condition, Noisy
 
 __all__ = [
@@ -72,7 +72,9 @@ class KarrasSampler(ManyStepSampler):
         rho: exponent of the schedule.
     """
 
-    def __init__(self, *, steps: PositiveInt = 18, sigma_min: Scale = 0.002, sigma_max: Scale = 80.0, rho: Exponent = 7.0):
+    def __init__(
+        self, *, steps: PositiveInt = 18, sigma_min: Scale = 0.002, sigma_max: Scale = 80.0, rho: Exponent = 7.0
+    ):
         if steps < 1:
             raise ValueError(f"{type(self).__name__}.steps={steps} must be at least 1")
         self.steps, self.sigma_min, self.sigma_max, self.rho = steps, sigma_min, sigma_max, rho
@@ -205,7 +207,12 @@ class DDIMSampler(ManyStepSampler):
     """
 
     def __init__(
-        self, *, steps: PositiveInt = 50, process: ScaledLinearDDPM | None = None, offset: NonNegativeInt = 1, clean_end: bool = False
+        self,
+        *,
+        steps: PositiveInt = 50,
+        process: ScaledLinearDDPM | None = None,
+        offset: NonNegativeInt = 1,
+        clean_end: bool = False,
     ):
         self.process = ScaledLinearDDPM() if process is None else process
         self.steps, self.offset, self.clean_end = steps, offset, clean_end

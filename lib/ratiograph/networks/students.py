@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ratiograph.core.domains import NonNegativeInt, Scale
 import torch
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.domains import NonNegativeInt, Scale
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.randomness import integers, normal
 from ratiograph.core.types import Condition, Noisy

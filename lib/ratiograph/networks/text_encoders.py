@@ -7,17 +7,17 @@ are cut at 77 tokens. transformers is imported by ``load``.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Len
-from ratiograph.core.domains import NonNegativeInt
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ratiograph.core.domains import NonNegativeInt
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
 from ratiograph.networks.weights.pipeline_files import folder_of, missing_package, weights_of
@@ -186,7 +186,9 @@ class SDXLCaptionEncoder(CaptionEncoder):
         ("CLIPTextModelWithProjection", "text_encoder_2", "tokenizer_2"),
     )
 
-    def __init__(self, *, weights: str, sizes: Annotated[Sequence[NonNegativeInt], Len(6, 6)] = (1024, 1024, 0, 0, 1024, 1024)):
+    def __init__(
+        self, *, weights: str, sizes: Annotated[Sequence[NonNegativeInt], Len(6, 6)] = (1024, 1024, 0, 0, 1024, 1024)
+    ):
         super().__init__(weights=weights)
         if len(sizes) != 6:
             raise ValueError(

@@ -6,7 +6,6 @@ vectors e(w_k). Rows after the last word are 0, and so is all of an empty captio
 
 from __future__ import annotations
 
-from ratiograph.core.domains import PositiveInt
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ratiograph.core.contracts import DataStream
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import unpack
 from ratiograph.networks.text_encoders import CaptionEncoder

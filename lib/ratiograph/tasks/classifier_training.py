@@ -5,7 +5,6 @@ Loss: cross-entropy of the class label given an image moved by a small random ro
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Fraction, NonNegative
 import json
 import math
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import Fraction, NonNegative
 from ratiograph.core.files import write_atomically
 from ratiograph.core.randomness import uniform
 from ratiograph.core.types import Batch

@@ -15,7 +15,6 @@ batch, so it is the same step.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Depth, NonNegativeInt
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -28,6 +27,7 @@ from ratiograph.algebra.objective import Objective
 from ratiograph.algebra.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.algebra.times import TimeSampler
 from ratiograph.core.contracts import Denoiser, Evaluation, Nodes, RatioEstimator
+from ratiograph.core.domains import Depth, NonNegativeInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.randomness import normal
 from ratiograph.core.types import Batch, Condition, NoisySamples

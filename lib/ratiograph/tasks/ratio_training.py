@@ -6,18 +6,18 @@ under p(t). An estimator that does not learn here, where p and q are fixed, will
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Ge
-from ratiograph.core.domains import Depth
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.algebra.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.algebra.times import TimeSampler
 from ratiograph.core.contracts import Evaluation, Needs, Nodes, RatioEstimator
+from ratiograph.core.domains import Depth
 from ratiograph.core.randomness import normal
 from ratiograph.core.types import Condition
 from ratiograph.networks.teachers.mixture import GaussianMixture

@@ -5,16 +5,16 @@ A ``Task`` owns every node of the graph and takes one optimisation step; the `tr
 
 from __future__ import annotations
 
-from annotated_types import Interval
-from ratiograph.core.domains import NonNegativeInt, Positive, PositiveInt
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import DataStream, Denoiser
+from ratiograph.core.domains import NonNegativeInt, Positive, PositiveInt
 from ratiograph.core.types import Batch
 from ratiograph.training.checkpoints import load_strict
 from ratiograph.training.loggers import Logger

@@ -6,18 +6,18 @@ at every batch size.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Len
-from ratiograph.core.domains import Fraction, NonNegative, NonNegativeInt, Positive
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ratiograph.core.distributed import Averaging, is_sharded, ranks
+from ratiograph.core.domains import Fraction, NonNegative, NonNegativeInt, Positive
 from ratiograph.training.parallel import spread
 
 __all__ = ["EMA", "Adam"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import MinLen
-from ratiograph.core.domains import Depth, Fraction, PositiveInt
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, Fraction, PositiveInt
 from ratiograph.core.types import Condition
 from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.checkpointing import Checkpointing

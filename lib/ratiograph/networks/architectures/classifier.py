@@ -5,15 +5,15 @@ Notation: images x [B, 1, 28, 28] in [-1, 1]; features f(x) [B, 64]; logits [B, 
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Ge, MultipleOf
-from ratiograph.core.domains import PositiveInt
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, MultipleOf
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import PositiveInt
 from ratiograph.networks.weights.weight_files import load_weights, shipped
 
 __all__ = ["DigitClassifier"]
@@ -38,7 +38,13 @@ class DigitClassifier(nn.Module):
         weights: safetensors file that ``load`` reads; None is the one in the package, for the default sizes.
     """
 
-    def __init__(self, *, width: Annotated[int, Ge(8), MultipleOf(8)] = 32, feature_size: PositiveInt = 64, weights: str | None = None):
+    def __init__(
+        self,
+        *,
+        width: Annotated[int, Ge(8), MultipleOf(8)] = 32,
+        feature_size: PositiveInt = 64,
+        weights: str | None = None,
+    ):
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"DigitClassifier.width is {width}: it must be a multiple of 8")

@@ -6,17 +6,17 @@ Shapes: x and F [B, C, H, W], c_noise [B]. Levels are numbered from the finest, 
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import MinLen
-from ratiograph.core.domains import Depth, Fraction, NonNegativeInt, PositiveInt
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Condition
 from ratiograph.networks.architectures.blocks import SkipEncoding, zero_
 from ratiograph.networks.architectures.edm_blocks import (

@@ -6,11 +6,11 @@ on brightness and shape; u_k the directions of the K colours.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Scale
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import Scale
 from ratiograph.data.coloured_digits import COLOURS
 
 __all__ = ["InkColour"]

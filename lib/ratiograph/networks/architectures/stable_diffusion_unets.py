@@ -5,11 +5,12 @@ Notation as in `text_unet`: x and F [B, 4, H, W] latents, c_noise [B] the step i
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import MinLen
-from ratiograph.core.domains import Depth, PositiveInt
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import MinLen
+
+from ratiograph.core.domains import Depth, PositiveInt
 from ratiograph.networks.architectures.text_unet import PART, WEIGHTS, TextUNet
 from ratiograph.networks.weights.pipeline_files import HUB, config_of, folder_of
 

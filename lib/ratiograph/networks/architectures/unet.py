@@ -6,15 +6,15 @@ skips the decoder. Shapes: x [B, C, H, W] (or [B, D]), c_noise [B], F like x.
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Interval, MinLen
-from ratiograph.core.domains import Depth, Fraction, NonNegativeInt, PositiveInt
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Condition, Encoding
 from ratiograph.networks.architectures.blocks import NoiseEmbedding, ResidualBlock, SelfAttention, group_norm, zero_
 from ratiograph.networks.checkpointing import Checkpointing
@@ -187,7 +187,13 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, *, dimension: PositiveInt = 2, width: PositiveInt = 128, layers: Annotated[int, Interval(ge=2, le=1000)] = 4, classes: NonNegativeInt = 0, label_dropout: Fraction = 0.0
+        self,
+        *,
+        dimension: PositiveInt = 2,
+        width: PositiveInt = 128,
+        layers: Annotated[int, Interval(ge=2, le=1000)] = 4,
+        classes: NonNegativeInt = 0,
+        label_dropout: Fraction = 0.0,
     ):
         super().__init__()
         if layers < 2:

@@ -6,7 +6,6 @@ network of one modality, its *embedding* a vector [E] for each image or caption.
 
 from __future__ import annotations
 
-from ratiograph.core.domains import PositiveInt
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratiograph.algebra.rewards import Reward
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
 from ratiograph.data import captions

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Depth, PositiveInt
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.networks.rewards.clip_rewards import score_head
 from ratiograph.networks.rewards.image_rewards import (

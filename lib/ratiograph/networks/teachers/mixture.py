@@ -11,16 +11,16 @@ Samples are [B, D] (or [B, ...] of D numbers), j is [B, K]. Rewards that tilt a 
 
 from __future__ import annotations
 
-from typing import Annotated
-from annotated_types import Interval, MinLen
-from ratiograph.core.domains import NonNegative, NonNegativeInt, Positive, Scale
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from ratiograph.core.contracts import Denoiser, Evaluation, RatioEstimator
+from ratiograph.core.domains import NonNegative, NonNegativeInt, Positive, Scale
 from ratiograph.core.randomness import normal, own_rows
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 

@@ -8,13 +8,13 @@ autoencoder's, times its scaling factor (0.18215 for SD 1.5, 0.13025 for SDXL).
 
 from __future__ import annotations
 
-from ratiograph.core.domains import Scale
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.domains import Scale
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
 
