@@ -73,7 +73,8 @@ def describe_type(annotation: object) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         kind = {float: "a finite number", int: "a whole number"}.get(arguments[0]) or describe_type(arguments[0])
-        return f"{kind} {describe_domain(arguments[1:])}".strip()
+        joint = " " if arguments[0] in (int, float) else ", "
+        return f"{kind}{joint}{describe_domain(arguments[1:])}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if origin is typing.Literal:
@@ -89,7 +90,7 @@ def describe_type(annotation: object) -> str:
 
 
 def accepts(annotation: object, value: object, components: Mapping[str, Component]) -> bool:
-    """Whether ``value`` (macros expanded) may be passed for ``annotation`` and lies in its domain; an int is a float."""
+    """Whether ``value`` (macros expanded) has the type and domain of ``annotation``; an int is a float."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
         return True

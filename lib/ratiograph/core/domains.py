@@ -53,13 +53,14 @@ Depth = Annotated[int, Interval(ge=1, le=1000)]
 """Layers, blocks, bins and updates a step, each of which costs memory or a pass."""
 
 _WORDS = {
-    Gt: ("gt", "above"),
-    Ge: ("ge", "at least"),
-    Lt: ("lt", "below"),
-    Le: ("le", "at most"),
-    MultipleOf: ("multiple_of", "a multiple of"),
-    MinLen: ("min_length", "with at least this many entries:"),
-    MaxLen: ("max_length", "with at most this many entries:"),
+    Gt: ("gt", "above {}"),
+    Ge: ("ge", "at least {}"),
+    Lt: ("lt", "below {}"),
+    Le: ("le", "at most {}"),
+    MultipleOf: ("multiple_of", "a multiple of {}"),
+    MinLen: ("min_length", "not fewer than {} entries"),
+    MaxLen: ("max_length", "not more than {} entries"),
+    OrInfinite: ("__class__", "or infinite"),
 }
 
 
@@ -121,9 +122,7 @@ def _fulfils(value: object, marker: object) -> bool:
 
 def describe_domain(markers: tuple) -> str:
     """The markers in words: 'above 0 and at most 1'; '' where there are none."""
-    words = []
-    for marker in _flat(markers):
-        for kind, (field, word) in _WORDS.items():
-            if isinstance(marker, kind):
-                words.append(f"{word} {getattr(marker, field)}")
-    return " and ".join(words) + (" or infinite" if any(isinstance(m, OrInfinite) for m in markers) else "")
+    found = [
+        (word, getattr(m, field)) for m in _flat(markers) for k, (field, word) in _WORDS.items() if isinstance(m, k)
+    ]
+    return " and ".join(word.format(bound) for word, bound in found).replace("and or", "or")
