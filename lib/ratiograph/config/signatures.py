@@ -218,9 +218,8 @@ def _check_type(s: Statement, value: object, components: Mapping[str, Component]
         if not value.build and accepts(annotation, Reference(value.scope, value.name), components):
             got, remedy = f"the unbuilt {value}", f" Write `{value}()`."
     else:
-        got = repr(value) if _is_number(float, value) else f"{value!r} ({type(value).__name__})"
         why = next(filter(None, map(unheld, parts(value))), "")
-        got += f": {why}" if why else ""
+        got = f"{value!r}: {why}" if why else f"{value!r} ({type(value).__name__})"
         choices = [str(a) for a in typing.get_args(annotation) if isinstance(a, str)]
         remedy = suggest(value, choices) if isinstance(value, str) and choices else ""
     raise ConfigError(f"{s.where}: {s} takes {describe_type(annotation)}, not {got}.{remedy}{source}")

@@ -120,9 +120,16 @@ def _fulfils(value: object, marker: object) -> bool:
     return True  # a marker of another library
 
 
+def _short(bound: object) -> object:
+    return f"{bound:g}" if isinstance(bound, float) else bound
+
+
 def describe_domain(markers: tuple) -> str:
     """The markers in words: 'above 0 and at most 1'; '' where there are none."""
-    found = [
-        (word, getattr(m, field)) for m in _flat(markers) for k, (field, word) in _WORDS.items() if isinstance(m, k)
-    ]
-    return " and ".join(word.format(bound) for word, bound in found).replace("and or", "or")
+    found = [(m, *words) for m in _flat(markers) for kind, words in _WORDS.items() if isinstance(m, kind)]
+    bounds = [word.format(_short(getattr(m, field))) for m, field, word in found]
+    return " and ".join(bounds).replace("and or", "or")
+
+
+def _short(bound: object) -> object:
+    return f"{bound:g}" if isinstance(bound, float) else bound

@@ -103,6 +103,11 @@ class EDM(Denoiser):
         return self.network.shape
 
     @property
+    def class_count(self) -> int:
+        """Number of classes of the network, 0 for an unconditional one."""
+        return self.network.classes
+
+    @property
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of each feature map, finest first."""
         return self.network.feature_channels

@@ -132,6 +132,11 @@ class _Wrapper(Denoiser):
         return self.denoiser.shape
 
     @property
+    def class_count(self) -> int:
+        """Number of classes that labels may name."""
+        return self.denoiser.class_count
+
+    @property
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of each feature map, finest first."""
         return self.denoiser.feature_channels

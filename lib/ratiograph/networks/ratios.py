@@ -213,6 +213,7 @@ class EncoderRatio(PretrainedRatio):
         if compiled:
             compile_blocks(network)
         self.out = zero_(nn.Linear(network.feature_channels[-1], 1))
+        self.shape, self.class_count = network.shape, network.classes
 
     def load(self) -> None:
         if self.encoder_weights is not None:

@@ -57,6 +57,7 @@ class RatioTraining(Task):
         self.teacher, self.student, self.ratio = teacher, student, ratio
         self.noising, self.times, self.optimizer = noising, times, optimizer
         self.loss = LogisticLoss() if loss is None else loss
+        self.check_shapes()
         ratio.connect(teacher, None)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from ratiograph.core.contracts import DataStream, Denoiser
+from ratiograph.core.contracts import DataStream, Denoiser, RatioEstimator
 from ratiograph.core.domains import NonNegativeInt, Positive, PositiveInt
 from ratiograph.core.types import Batch
 from ratiograph.training.checkpoints import load_strict
@@ -54,18 +54,25 @@ class Task(nn.Module):
         """Estimates constants that need data before step 1 (such as Z); returns what to log. Not called on resume."""
         return {}
 
+    def check_shapes(self) -> None:
+        """Raises a ValueError if two networks are for samples of different shapes."""
+        shaped = [(name, each) for name, each in _networks(self) if each.shape is not None]
+        for name, each in shaped[1:]:
+            if tuple(each.shape) != tuple(shaped[0][1].shape):
+                (a, b), first = (_by(each.shape) for each in (shaped[0][1], each)), shaped[0][0]
+                raise ValueError(
+                    f"{first} is for samples of {a}, and {name} for {b}: configure both for the same (dimension, or "
+                    "resolution and channels)"
+                )
+
     def check_samples(self, batch: Batch) -> None:
         """Raises a ValueError if the data's samples do not have the shape of the denoisers' samples."""
         found = tuple(batch.images.shape[1:])
-        denoisers = [(name, module) for name, module in self.named_modules() if isinstance(module, Denoiser)]
-        for name, module in denoisers if batch.images.numel() else ():
-            expected = tuple(getattr(module, "shape", found))
-            if expected != found:
-                network = type(getattr(module, "network", module)).__name__
-                theirs, ours = ("x".join(map(str, shape)) for shape in (expected, found))
+        for name, each in _networks(self) if batch.images.numel() else ():
+            if tuple(each.shape or found) != found:
                 raise ValueError(
-                    f"the data's samples are {ours}, and {name} ({network}) is for {theirs}: configure the network for "
-                    "them (resolution and channels), or give other --data"
+                    f"the data's samples are {_by(found)}, and {name} is for {_by(each.shape)}: configure the network "
+                    "for them (resolution and channels), or give other --data"
                 )
 
     def step(self, batch: Batch | None, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -101,6 +108,16 @@ class Task(nn.Module):
         load_strict(modules, {n: spread_like(modules[n], held) if n in modules else held for n, held in saved.items()})
         for name, updater in self.optimizers.items():
             updater.load_state_dict(state["optimizers"][name])
+
+
+def _networks(task: Task) -> list[tuple[str, Denoiser | RatioEstimator]]:
+    """The networks of the graph, each as ``student.denoiser (UNet)``."""
+    found = [(n, each) for n, each in task.named_modules() if isinstance(each, Denoiser | RatioEstimator)]
+    return [(f"{name} ({type(getattr(each, 'network', each)).__name__})", each) for name, each in found]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 @runtime_checkable

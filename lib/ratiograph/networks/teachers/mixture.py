@@ -65,7 +65,7 @@ class GaussianMixture(Denoiser):
         if weights is not None and min(weights) <= 0:
             raise ValueError(f"GaussianMixture.weights must be positive: {list(weights)}")
         classes = range(count) if classes is None else classes
-        if set(classes) != set(range(max(classes) + 1)):
+        if set(classes) != set(range(len(set(classes)))):
             raise ValueError(f"GaussianMixture.classes must use every class from 0 to the largest: {list(classes)}")
         # Constants, not weights: float64 on the CPU even when the graph is built on the meta device.
         centre = torch.tensor(means, dtype=torch.float64, device="cpu")
@@ -83,13 +83,18 @@ class GaussianMixture(Denoiser):
         return tuple(self.means.shape[1:])
 
     @property
+    def class_count(self) -> int:
+        """C."""
+        return int(self.classes.max()) + 1
+
+    @property
     def feature_channels(self) -> tuple[int, ...]:
         """(K,): the only feature is j [B, K]."""
         return tuple(self.means.shape[:1])
 
     def class_masses(self) -> Tensor:
         """p(y) [C] float64."""
-        masses = self.log_weights.new_zeros(int(self.classes.max()) + 1)
+        masses = self.log_weights.new_zeros(self.class_count)
         return masses.index_add(0, self.classes, self.log_weights.exp())
 
     def _log_masses(self, condition: Condition) -> Tensor:
