@@ -18,6 +18,7 @@ import torch
 from ratiograph import config
 from ratiograph.config.components import components, load_components
 from ratiograph.config.values import Reference, expand, literal, parts, spell
+from ratiograph.training import trainer
 
 ROOT = Path(__file__).parent.parent
 GIGABYTE = 2**20  # in the kilobytes of ru_maxrss
@@ -173,10 +174,9 @@ def outcome(files: list[str], lines: list[str], root: str = "Experiment") -> obj
         return str(error)
 
 
-def wrong(found: object) -> bool:
-    return isinstance(found, str) and (
-        "\n" in found or (not found.startswith("flag --gin_param") and ": " not in found)
-    )
+def is_fault(found: object, name: str) -> bool:
+    """Whether this is a message that is no line beginning with a place."""
+    return isinstance(found, str) and ("\n" in found or not found.startswith(("flag --gin_param", f"{name}: ")))
 
 
 @pytest.mark.parametrize("name", attacked())
@@ -194,7 +194,7 @@ def test_every_attack_builds_or_is_one_line(name):
                 found = outcome([], [*lines, line], root=name)
             except (Exception, Late) as error:
                 found = f"\n{type(error).__name__}: {error}"
-            if wrong(found):
+            if is_fault(found, name):
                 faults.append((line, found))
     assert not faults, "\n".join(f"{line} => {found!r}"[:300] for line, found in faults)
 
@@ -206,23 +206,41 @@ def test_there_are_a_thousand_attacks():
 
 
 RUNS = sorted(str(path) for path in (ROOT / "gin").glob("mixture2d_*.gin"))
-FEW = [
-    *("Experiment.batch_size = 16", "Experiment.evaluator = None", "Experiment.loggers = []", "Experiment.steps = 2"),
-    *("Experiment.preview_samples = 4", "Experiment.precision = 'fp32'"),
+TINY = [
+    *("Experiment.batch_size = 16", "Experiment.steps = 2", "Experiment.evaluator = None", "Experiment.loggers = []"),
+    *("Experiment.preview_samples = 4", "Experiment.precision = 'fp32'", "Experiment.teacher_evaluations = 0"),
 ]
-LONG = {"Experiment.steps", "Experiment.batch_size", "Distillation.critic_steps", "Tilted.normalizer_samples"}
-"""Amounts of work, of which any is right for somebody with the time or memory."""
-TRAINED = (1, 3, 0.5, 1e15, 1e-30, 3e38, -3e38, 2e-38, -1)
+LABOUR = {"steps", "batch_size", "critic_steps", "normalizer_samples", "half_life"}
+"""Amounts of work, of which any is right for somebody with the time and memory: attacked with small values alone."""
+TRAINED = (-1, 0, 1, 3, 0.5, 1e15, 1e-15, 3e38, -3e38, 2e-38)
 
 
-def run_attacks() -> list[tuple[str, str]]:
-    """(run, line) for every numeric parameter of each component of the small runs."""
+def run_attacks() -> dict[str, tuple[str, str, object]]:
+    """By parameter: the small run that has it, how a line names it there, and its value."""
     found = {}
     for file in RUNS:
-        cfg = config.parse([file], FEW)
-        given = {
-            f"{name}.{p}": spell(scope, name) for scope, name in cfg.graph.instances for p in attacked().get(name, ())
-        }
-        for parameter, node in given.items():
-            found.setdefault(parameter, (file, f"{node}.{parameter.rpartition('.')[2]}", cfg.values()))
+        cfg = config.parse([file], TINY)
+        for (scope, name), values in cfg.values().items():
+            for parameter in attacked().get(name, ()):
+                line = f"{spell(scope, name)}.{parameter}"
+                found.setdefault(f"{name}.{parameter}", (file, line, values.get(parameter)))
     return found
+
+
+@pytest.mark.parametrize("parameter", run_attacks())
+def test_a_run_never_ends_well_with_weights_that_are_not_finite(parameter, tmp_path, capsys):
+    file, spelled, value = run_attacks()[parameter]
+    for number, attack in enumerate(TRAINED):
+        if parameter.rpartition(".")[2] in LABOUR and abs(attack) > 16:
+            continue
+        try:
+            with budget():
+                experiment = config.build(
+                    config.parse([file], [*TINY, f"{spelled} = {literal(inserted(value, attack))}"])
+                )
+                trainer.train(experiment, workdir=tmp_path / str(number), device="cpu")
+        except ValueError as error:
+            assert "\n" not in str(error), attack
+        else:
+            for name, weights in experiment.task.named_parameters():
+                assert weights.isfinite().all(), (attack, name)

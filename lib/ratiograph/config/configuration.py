@@ -149,10 +149,9 @@ def build(cfg: Config) -> Any:
 def _refusal(cfg: Config, error: Exception) -> str:
     """A constructor's own message after the place that built it, without what gin adds to it per caller."""
     message, *callers = re.split(r"\n  In call to configurable '", str(error))
+    message = message.strip().partition("\n")[0]  # torch goes on with frames of C++
     if not isinstance(error, ValueError | OSError):  # of a library, in its own words
-        message = (
-            f"cannot be built with these values: {type(error).__name__}: {shown(message.strip().split(chr(10))[0])}"
-        )
+        message = f"cannot be built with these values: {type(error).__name__}: {shown(message)}"
     if not callers:
         return message
     found = re.match(r"(\w+)' .*?(?: in scope '(.*)')?$", callers[0])
