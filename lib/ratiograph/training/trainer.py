@@ -279,7 +279,7 @@ class _Run:
             return
         report = guard.report(bad)
         logger.message(f"step {step}: {faults.new} steps without a finite gradient since the last line; {report}")
-        if faults.longest >= self.experiment.max_bad_steps:
+        if faults.longest >= min(self.experiment.max_bad_steps, self.experiment.steps):
             raise self.diverged(f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}")
 
     def diverged(self, what: str) -> ValueError:
