@@ -111,6 +111,31 @@ def test_domain_in_words(annotation, words):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *("Adam.lr = 0.0", "Adam.clip_norm = -1.0", "Adam.betas = (0.9,)", "Adam.cooldown = (-1, 3)"),
+        *("EMA.half_life = 0", "EDMWeight.sigma_data = 0.0", "SNRClipped.limit = 0.0"),
+        *("CustomWeighting.weights = (-1, 1)", "EDM.sigma_data = 0", "LogNormalSigma.std = 0"),
+        *("LogitNormal.std = -1", "FixedSigma.sigma = 0.0", "R1Penalized.weight = -1.0", "R1Penalized.every = 0"),
+        *("Scaled.weight = 0.0", "ScaledReward.beta = 0.0", "DigitClassifier.width = 12"),
+        *("RandomAffine.scaling = 1.0", "CaptionedUNet.caption_dropout = 1.0", "NonLeaky.probability = -0.1"),
+        *("Flips.probability = 1.2", "NonLeaky.scale_std = -1.0", "BatchConditions.kept = 0", "Clamped.limit = 0"),
+        *("GaussianMixture.weights = (0.0,)", "Clipped.limit = 0.0", "LoRA.rank = 0"),
+        *("RewardTilted.normalizer_samples = 0", "StochasticHeunSampler.s_churn = -1.0", "MLP.layers = 1"),
+        *("RatioEvaluator.samples = 99", "WordEncoder.width = 0", "RewardTiltedSecondOrder.probes = 0"),
+        *("TimeNormalized.bins = 0", "RatioNormalized.decay = 1.0", "OneStep.sigma_init = 0", "InkColour.width = 0"),
+        *("MixtureEvaluator.samples = 1", "SDXLCaptionEncoder.sizes = (1,)", "ShardStream.channels = 2"),
+        *("ShardStream.workers = -1", "ShardStream.max_damaged = 1.0", "UNet.patch_size = 0"),
+    ],
+)
+def test_value_out_of_its_domain_is_refused(line):
+    load_components()
+    name = line.partition(".")[0]
+    with pytest.raises(config.ConfigError, match=f"^flag .*: {line.partition(' ')[0]} takes .*, not .*"):
+        config.parse([], [line], root=name)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("Adam.lr = 1e999", "Adam.lr takes a finite number above 0, not inf: numbers are finite."),

@@ -44,8 +44,6 @@ class EDMWeight(DenoisingWeight):
     """
 
     def __init__(self, *, sigma_data: Scale = 0.5):
-        if sigma_data <= 0:
-            raise ValueError(f"EDMWeight.sigma_data={sigma_data} must be positive")
         self.sigma_data = sigma_data
 
     def __call__(self, noisy):
@@ -75,8 +73,6 @@ class SNRClipped(DenoisingWeight):
     """
 
     def __init__(self, *, limit: Positive = 5.0):
-        if limit <= 0:
-            raise ValueError(f"SNRClipped.limit={limit} must be positive")
         self.limit = limit
 
     def __call__(self, noisy):

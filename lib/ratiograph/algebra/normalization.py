@@ -83,8 +83,6 @@ class Clamped(_Wrapper):
 
     def __init__(self, *, weighting: Weighting, limit: Positive = 5.0):
         super().__init__(weighting)
-        if limit <= 0:
-            raise ValueError(f"Clamped.limit={limit} must be positive")
         self.limit = limit
 
     def log_weight(self, log_ratio, t):
@@ -112,8 +110,6 @@ class RatioNormalized(_Wrapper):
 
     def __init__(self, *, weighting: Weighting, bins: Depth = 10, decay: Fraction = 0.9):
         super().__init__(weighting)
-        if bins < 1 or not 0 <= decay < 1:
-            raise ValueError(f"RatioNormalized needs bins >= 1 and decay in [0, 1), got {bins} and {decay}")
         self.bins, self.decay = bins, decay
         self.noising: NoisingProcess | None = None
         self.times: TimeSampler | None = None
@@ -201,8 +197,6 @@ class TimeNormalized(_Normalized):
 
     def __init__(self, *, weighting: Weighting, bins: Depth = 8):
         super().__init__(weighting)
-        if bins < 1:
-            raise ValueError(f"TimeNormalized.bins={bins} must be at least 1")
         self.bins = bins
 
     def log_mean(self, log_weight, t):

@@ -62,10 +62,6 @@ class R1Penalized(RatioLoss):
     needs_gradient = True
 
     def __init__(self, *, loss: RatioLoss, weight: NonNegative = 1.0, every: PositiveInt = 1):
-        if weight < 0:
-            raise ValueError(f"R1Penalized.weight={weight} must be >= 0")
-        if every < 1:
-            raise ValueError(f"R1Penalized.every={every} must be >= 1: every n-th update has the penalty")
         self.loss, self.weight, self.every = loss, weight, every
 
     def at(self, update):
@@ -89,8 +85,6 @@ class Scaled(RatioLoss):
     """
 
     def __init__(self, *, loss: RatioLoss, weight: Positive):
-        if weight <= 0:
-            raise ValueError(f"Scaled.weight={weight} must be > 0")
         self.loss, self.weight, self.needs_gradient = loss, weight, loss.needs_gradient
 
     def at(self, update):

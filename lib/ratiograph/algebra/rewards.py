@@ -193,8 +193,6 @@ class ScaledReward(Reward):
 
     def __init__(self, *, reward: Reward, beta: Positive = 1.0):
         super().__init__()
-        if beta <= 0:
-            raise ValueError(f"ScaledReward.beta={beta} must be positive; to suppress a reward use SumReward.weights")
         self.reward, self.beta = reward, beta
 
     @property

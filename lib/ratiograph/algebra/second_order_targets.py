@@ -65,9 +65,6 @@ class RewardTiltedSecondOrder(RewardTilted):
         probes: random vectors a sample, at least 1; the estimate is unbiased in c for any number.
         normalizer_samples: samples of p that log Z is estimated from.
         log_normalizer: log Z, if it is known.
-
-    Raises:
-        ValueError: for less than one probe.
     """
 
     needs = Needs(teacher_gradient=True, curvature=True)
@@ -81,8 +78,6 @@ class RewardTiltedSecondOrder(RewardTilted):
         log_normalizer: float | None = None,
     ):
         super().__init__(reward=reward, normalizer_samples=normalizer_samples, log_normalizer=log_normalizer)
-        if probes < 1:
-            raise ValueError(f"{type(self).__name__}.probes={probes} must be at least 1; RewardTilted needs none")
         self.probes = probes
         use_plain_layer_norms(reward)
 
@@ -127,9 +122,6 @@ class RewardTiltedCumulant(RewardTiltedSecondOrder):
         probes: random vectors a sample, at least 1.
         normalizer_samples: samples of p that log Z is estimated from.
         log_normalizer: log Z, if it is known.
-
-    Raises:
-        ValueError: for less than one probe.
     """
 
     def correction(self, half):

@@ -122,8 +122,6 @@ class LogNormalSigma(TimeSampler):
     """
 
     def __init__(self, *, mean: float = -1.2, std: Positive = 1.2):
-        if std <= 0:
-            raise ValueError(f"std={std} must be positive")
         self.mean, self.std = mean, std
 
     def __call__(self, noising, batch_size, generator):
@@ -142,8 +140,6 @@ class FixedSigma(TimeSampler):
     """
 
     def __init__(self, *, sigma: Scale):
-        if sigma <= 0:
-            raise ValueError(f"FixedSigma.sigma={sigma} must be positive")
         self.sigma = sigma
 
     def __call__(self, noising, batch_size, generator):
@@ -188,8 +184,6 @@ class LogitNormal(TimeSampler):
     """
 
     def __init__(self, *, mean: float = 0.0, std: Positive = 1.0):
-        if std <= 0:
-            raise ValueError(f"std={std} must be positive")
         self.mean, self.std = mean, std
 
     def __call__(self, noising, batch_size, generator):

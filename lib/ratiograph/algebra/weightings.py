@@ -227,8 +227,8 @@ class CustomWeighting(Weighting):
             )
         if any(b <= a for a, b in pairwise(log_ratios)):
             raise ValueError(f"CustomWeighting.log_ratios must increase: {list(log_ratios)}")
-        if min(weights) < 0 or max(weights) <= 0:
-            raise ValueError(f"CustomWeighting.weights must be >= 0 and not all zero: {list(weights)}")
+        if max(weights) <= 0:
+            raise ValueError(f"CustomWeighting.weights must not all be zero: {list(weights)}")
         self.log_ratios, self.weights = tuple(log_ratios), tuple(weights)
 
     def log_weight(self, log_ratio, t):

@@ -116,10 +116,6 @@ class CaptionedSamples(StudentSamples):
         size: PositiveInt = 256,
     ):
         super().__init__(autoencoder=autoencoder)
-        if min(prompts, repeats, size) < 1:
-            raise ValueError(
-                f"CaptionedSamples: prompts={prompts}, repeats={repeats} and size={size} must be at least 1"
-            )
         self.list, self.encoder, self.prompts, self.repeats = captions, encoder, prompts, repeats
         self.seed, self.size = seed, size
 

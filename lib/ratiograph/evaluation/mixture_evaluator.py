@@ -44,8 +44,6 @@ class MixtureEvaluator:
     """
 
     def __init__(self, *, samples: Annotated[int, Ge(2)] = 1000, repeats: PositiveInt = 16):
-        if samples < 2 or repeats < 1:
-            raise ValueError(f"MixtureEvaluator needs samples >= 2 and repeats >= 1, got {samples} and {repeats}")
         self.samples, self.repeats = samples, repeats
 
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:

@@ -73,17 +73,11 @@ class Flips(Augmentation):
     """
 
     def __init__(self, *, probability: UnitInterval = 0.5):
-        self.probability = _checked(probability, "Flips")
+        self.probability = probability
 
     def __call__(self, images, generator):
         chosen = uniform((len(images),), generator) < self.probability
         return torch.where(expand(chosen, images), images.flip(3), images), None
-
-
-def _checked(probability: float, name: str) -> float:
-    if not 0 <= probability <= 1:
-        raise ValueError(f"{name}.probability={probability} must be 0 to 1")
-    return probability
 
 
 @dataclass(frozen=True)
@@ -128,10 +122,7 @@ class NonLeaky(Augmentation):
     def __init__(
         self, *, probability: UnitInterval = 0.12, scale_std: NonNegative = 0.2, shift_std: NonNegative = 0.125
     ):
-        if scale_std < 0 or shift_std < 0:
-            raise ValueError(f"NonLeaky: scale_std={scale_std} and shift_std={shift_std} must be at least 0")
-        self.probability = _checked(probability, "NonLeaky")
-        self.scale_std, self.shift_std = scale_std, shift_std
+        self.probability, self.scale_std, self.shift_std = probability, scale_std, shift_std
 
     def check(self, *networks):
         for network in networks:

@@ -146,8 +146,6 @@ class BatchConditions(_Cycle):
     needs_data = True
 
     def __init__(self, *, kept: PositiveInt = 64):
-        if kept < 1:
-            raise ValueError(f"BatchConditions.kept={kept} must be at least 1")
         self.kept, self.remembered = kept, Condition()
 
     def draw(self, batch, samples, student, generator):

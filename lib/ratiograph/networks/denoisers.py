@@ -48,8 +48,6 @@ class EDM(Denoiser):
         self, *, network: nn.Module, sigma_data: Scale = 0.5, weights: str | None = None, compiled: bool = False
     ):
         super().__init__()
-        if sigma_data <= 0:
-            raise ValueError(f"sigma_data={sigma_data} must be positive")
         self.network, self.sigma_data, self.weights, self.compiled = network, sigma_data, weights, compiled
         if compiled:
             compile_blocks(network)

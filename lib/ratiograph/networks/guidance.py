@@ -214,8 +214,6 @@ class Clipped(_Wrapper):
 
     def __init__(self, *, denoiser: Denoiser, limit: Positive = 1.0):
         super().__init__(denoiser)
-        if limit <= 0:
-            raise ValueError(f"Clipped.limit={limit} must be positive")
         self.limit = limit
 
     @property

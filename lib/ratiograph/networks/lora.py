@@ -41,7 +41,7 @@ class LoRA(nn.Module):
         targets: the layers adapted, by the ends of their names; attention, feed-forward and convolutions by default.
 
     Raises:
-        ValueError: peft is not installed, a rank below 1, or targets that name no layer.
+        ValueError: peft is not installed, or targets that name no layer.
     """
 
     def __init__(
@@ -53,8 +53,6 @@ class LoRA(nn.Module):
         targets: Sequence[str] = (*ATTENTION, *REST, *SCALES),
     ):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"LoRA.rank={rank} must be at least 1")
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:

@@ -178,8 +178,6 @@ class StochasticHeunSampler(HeunSampler):
         rho: Exponent = 7.0,
     ):
         super().__init__(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        if s_churn < 0 or s_noise < 0:
-            raise ValueError(f"StochasticHeunSampler: s_churn={s_churn} and s_noise={s_noise} must be at least 0")
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
 
     def step(self, slope, x, sigma, following, draws):

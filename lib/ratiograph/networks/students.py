@@ -25,8 +25,6 @@ class OneStep(nn.Module):
 
     def __init__(self, *, denoiser: EDM, sigma_init: Scale = 2.5):
         super().__init__()
-        if sigma_init <= 0:
-            raise ValueError(f"OneStep.sigma_init={sigma_init} must be positive")
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
     @property

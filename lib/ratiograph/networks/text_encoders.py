@@ -176,9 +176,6 @@ class SDXLCaptionEncoder(CaptionEncoder):
         weights: a pipeline's folder in diffusers' format, with ``text_encoder``, ``tokenizer``, ``text_encoder_2`` and
             ``tokenizer_2`` in it, or ``hf://OWNER/NAME``.
         sizes: the ``sizes`` of every caption; by default an uncropped image of 1024 x 1024.
-
-    Raises:
-        ValueError: ``sizes`` are not six numbers.
     """
 
     parts = (
@@ -190,10 +187,6 @@ class SDXLCaptionEncoder(CaptionEncoder):
         self, *, weights: str, sizes: Annotated[Sequence[NonNegativeInt], Len(6, 6)] = (1024, 1024, 0, 0, 1024, 1024)
     ):
         super().__init__(weights=weights)
-        if len(sizes) != 6:
-            raise ValueError(
-                f"SDXLCaptionEncoder.sizes={tuple(sizes)} must be six numbers: original size, crop corner, target size"
-            )
         self.sizes = tuple(sizes)
 
     @torch.no_grad()

@@ -37,10 +37,6 @@ class RandomAffine:
     """
 
     def __init__(self, *, rotation: NonNegative = 12.0, scaling: Fraction = 0.12, shift: NonNegative = 2.0):
-        if min(rotation, scaling, shift) < 0 or scaling >= 1:
-            raise ValueError(
-                f"RandomAffine: rotation={rotation} and shift={shift} must be >= 0 and scaling={scaling} in [0, 1)"
-            )
         self.rotation, self.scaling, self.shift = rotation, scaling, shift
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -114,8 +114,6 @@ class RatioEvaluator:
     """
 
     def __init__(self, *, samples: Annotated[int, Ge(100)] = 100_000, bins: Depth = 5):
-        if samples < 100 or bins < 1:
-            raise ValueError(f"RatioEvaluator needs samples >= 100 and bins >= 1, got {samples} and {bins}")
         self.samples, self.bins = samples, bins
 
     def _compare(self, task: RatioTraining, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

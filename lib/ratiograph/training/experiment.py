@@ -190,25 +190,16 @@ class Experiment:
     hang_minutes: Positive = 15.0
 
     def __post_init__(self):
-        at_least_one = ("steps", "batch_size", "accumulation", "log_every", "preview_every", "checkpoint_every")
-        for name in (*at_least_one, "keep_last", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 1")
         if self.accumulation > 1 and not self.task.accumulates:
             raise ValueError(
                 f"Experiment.accumulation={self.accumulation}: {type(self.task).__name__} takes a step in one piece; "
                 "leave it at 1"
             )
-        for name in ("teacher_evaluations", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 0, which means none")
-        if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
+        if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"Experiment.keep_every={self.keep_every} must be 0 or a multiple of checkpoint_every="
                 f"{self.checkpoint_every}: other steps have no checkpoint"
             )
-        if self.hang_minutes <= 0:
-            raise ValueError(f"Experiment.hang_minutes={self.hang_minutes} must be positive")
         if self.best_metric is not None and not (self.evaluator and self.evaluate_every):
             raise ValueError(
                 f"Experiment.best_metric={self.best_metric!r} needs measurements: bind Experiment.evaluator and set "

@@ -47,10 +47,8 @@ class Adam:
         cooldown: Annotated[Sequence[NonNegativeInt], Len(2, 2)] | None = None,
         clip_norm: Positive = 10.0,
     ):
-        if lr <= 0 or clip_norm <= 0:
-            raise ValueError(f"Adam.lr={lr} and Adam.clip_norm={clip_norm} must be positive")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
-        if cooldown is not None and (len(cooldown) != 2 or not 0 <= cooldown[0] < cooldown[1]):
+        if cooldown is not None and cooldown[0] >= cooldown[1]:
             raise ValueError(f"Adam.cooldown={cooldown} must be two numbers of updates, 0 <= first < last")
         self.warmup_steps, self.cooldown, self.clip_norm = warmup_steps, cooldown, clip_norm
 
@@ -201,8 +199,6 @@ class EMA:
     """
 
     def __init__(self, *, half_life: Positive = 500_000, ramp_up: Positive = 0.05):
-        if half_life <= 0 or ramp_up <= 0:
-            raise ValueError(f"EMA.half_life={half_life} and EMA.ramp_up={ramp_up} must be positive")
         self.half_life, self.ramp_up = half_life, ramp_up
 
     def beta(self, batch_size: int, images: int) -> float:

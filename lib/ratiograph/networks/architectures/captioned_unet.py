@@ -61,8 +61,6 @@ class CaptionedUNet(UNet):
             dropout=dropout,
             checkpointing=checkpointing,
         )
-        if not 0 <= caption_dropout < 1:
-            raise ValueError(f"CaptionedUNet.caption_dropout={caption_dropout} must be in [0, 1)")
         self.text_width, self.caption_dropout = text_width, caption_dropout
         embedding = 4 * channels
         self.text_embedding = nn.Sequential(

@@ -46,8 +46,6 @@ class DigitClassifier(nn.Module):
         weights: str | None = None,
     ):
         super().__init__()
-        if width < 8 or width % 8:
-            raise ValueError(f"DigitClassifier.width is {width}: it must be a multiple of 8")
         self.weights = Path(weights) if weights else SHIPPED_WEIGHTS
         self.layers = nn.Sequential(
             _block(1, width, kernel=5, stride=2),  # 28 x 28 -> 14 x 14

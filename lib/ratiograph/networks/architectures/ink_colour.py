@@ -23,15 +23,10 @@ class InkColour(nn.Module):
 
     Args:
         width: standard deviation of a colour's directions about u_k; neighbouring u_k are about 0.55 apart.
-
-    Raises:
-        ValueError: ``width`` is not positive.
     """
 
     def __init__(self, *, width: Scale = 0.15):
         super().__init__()
-        if width <= 0:
-            raise ValueError(f"InkColour.width={width} must be positive")
         self.width = width
         palette = torch.tensor(list(COLOURS.values()), device="cpu")
         self.register_buffer("directions", functional.normalize(palette, dim=1), persistent=False)

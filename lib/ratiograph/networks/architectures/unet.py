@@ -196,8 +196,6 @@ class MLP(nn.Module):
         label_dropout: Fraction = 0.0,
     ):
         super().__init__()
-        if layers < 2:
-            raise ValueError(f"MLP.layers={layers} must be at least 2: one for the encoder, one for the decoder")
         self.feature_channels = (width,)
         self.width, self.layers, self.classes, self.shape = width, layers, classes, (dimension,)
         self.label_dropout = label_dropout

@@ -62,8 +62,6 @@ class GaussianMixture(Denoiser):
         for name, values in (("std", std), ("covariances", covariances), ("weights", weights), ("classes", classes)):
             if isinstance(values, Sequence) and len(values) != count:
                 raise ValueError(f"GaussianMixture.{name} has {len(values)} entries for {count} means")
-        if weights is not None and min(weights) <= 0:
-            raise ValueError(f"GaussianMixture.weights must be positive: {list(weights)}")
         classes = range(count) if classes is None else classes
         if set(classes) != set(range(len(set(classes)))):
             raise ValueError(f"GaussianMixture.classes must use every class from 0 to the largest: {list(classes)}")
