@@ -103,6 +103,7 @@ def test_domain(annotation, inside, outside):
         (Annotated[int, Interval(ge=2, le=1000)] | None, "a whole number at least 2 and at most 1000 or None"),
         (Scale, "a finite number at least 1e-15 and at most 1e+15"),
         (Annotated[float, Interval(ge=0), OrInfinite()], "a finite number at least 0 or infinite"),
+        (Annotated[Sequence[Fraction], Len(2, 2)], "list of a finite number at least 0 and below 1, 2 entries"),
         (Annotated[Sequence[PositiveInt], MinLen(1)], "list of a whole number at least 1, not fewer than 1 entries"),
     ],
 )

@@ -9,6 +9,7 @@ marker a ``float`` is 0 or a number that float32 holds, as networks compute in i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -128,7 +129,8 @@ def describe_domain(markers: tuple) -> str:
     """The markers in words: 'above 0 and at most 1'; '' where there are none."""
     found = [(m, *words) for m in _flat(markers) for kind, words in _WORDS.items() if isinstance(m, kind)]
     bounds = [word.format(_short(getattr(m, field))) for m, field, word in found]
-    return " and ".join(bounds).replace("and or", "or")
+    words = " and ".join(bounds).replace("and or", "or")
+    return re.sub(r"not fewer than (\d+) entries and not more than \1 entries", r"\1 entries", words)
 
 
 def _short(bound: object) -> object:
