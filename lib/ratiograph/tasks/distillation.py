@@ -8,9 +8,8 @@ One step, for z ~ N(0, I):
     x0.backward(field / batch size)                    exact gradient of the objective, no pseudo-loss
     student score: denoising loss on x0 at its own times;  ratio: loss of real against x0 at its own times
 
-When the backward runs, no graph but the student's exists, so the peak memory is one network's activations. A step may
-also be taken in micro-batches (``Experiment.accumulation``): random numbers and weights are still those of the whole
-batch, so it is the same step.
+When the backward runs, no graph but the student's exists, so the peak memory is one network's activations. A step in
+micro-batches (``Experiment.accumulation``) is the same step: random numbers and weights are those of the whole batch.
 """
 
 from __future__ import annotations
