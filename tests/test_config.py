@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import pytest
 from hypothesis import given
@@ -17,6 +17,7 @@ from ratiograph.config.components import components, load_components
 from ratiograph.config.reader import parse_text
 from ratiograph.config.signatures import accepts
 from ratiograph.config.values import Reference, literal, writable
+from ratiograph.core.domains import OrInfinite
 
 
 class ToyWeighting:
@@ -26,7 +27,7 @@ class ToyWeighting:
 @dataclass(kw_only=True)
 class ToyPower(ToyWeighting):
     lam: float
-    limit: float = float("inf")
+    limit: Annotated[float, OrInfinite()] = float("inf")
 
     def __post_init__(self):
         if self.lam < -1:

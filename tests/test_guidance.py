@@ -250,7 +250,6 @@ def test_load_reaches_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Clipped(denoiser=MIXTURE, limit=0.0), "positive"),
         (lambda: Guided(denoiser=MIXTURE, guidance_scale=2.0).denoise(noisy_points(), Condition()), "class labels"),
     ],
 )

@@ -304,7 +304,6 @@ class Quadratic(Reward):
         (lambda: GaussianMixture(means=[[0.0]], std=1.0, covariances=[[[1.0]]]), "exactly one"),
         (lambda: GaussianMixture(means=[[0.0], [1.0]], std=[1.0]), "std has 1 entries for 2"),
         (lambda: GaussianMixture(means=[[0.0]], std=-1.0), "positive"),
-        (lambda: GaussianMixture(means=[[0.0]], std=1.0, weights=[0.0]), "weights"),
         (lambda: GaussianMixture(means=[[0.0], [1.0]], std=1.0, classes=[0, 2]), "classes"),
         (lambda: GaussianMixture(means=[[0.0, 0.0]], covariances=[[[1.0, 0.5], [0.4, 1.0]]]), "symmetric"),
         (lambda: GaussianMixture(means=[[0.0, 0.0]], covariances=[[[1.0, 2.0], [2.0, 1.0]]]), "positive definite"),

@@ -136,7 +136,6 @@ def test_edm_preconditioning():
         lambda: VariancePreserving(beta_min=3, beta_max=2),
         lambda: ScaledLinearDDPM(steps=1),
         lambda: ScaledLinearDDPM(beta_end=1.5),
-        lambda: EDM(network=MLP(), sigma_data=0),
     ],
 )
 def test_refusals(make):

@@ -1,6 +1,5 @@
 """Optimiser recipe and weight averages, against their formulas and torch's own optimiser."""
 
-import math
 from copy import deepcopy
 
 import pytest
@@ -143,7 +142,7 @@ def test_the_rate_rises_stays_and_falls_to_zero():
     assert sizes == pytest.approx(expected, abs=1e-6)  # Adam's step under a constant gradient is its rate
 
 
-@pytest.mark.parametrize("cooldown", [(5,), (5, 5), (-1, 3)])
+@pytest.mark.parametrize("cooldown", [(5, 5), (6, 3)])
 def test_adam_refuses_a_cooldown_that_does_not_end(cooldown):
     with pytest.raises(ValueError, match="cooldown"):
         Adam(cooldown=cooldown)
@@ -153,14 +152,3 @@ def test_frozen_parameters_are_left_out():
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     assert len(Adam().build(module.parameters()).parameters) == 1
-
-
-@pytest.mark.parametrize("values", [{"lr": 0.0}, {"clip_norm": -1.0}])
-def test_adam_refuses_values_out_of_range(values):
-    with pytest.raises(ValueError, match="positive"):
-        Adam(**values)
-
-
-def test_ema_refuses_values_out_of_range():
-    with pytest.raises(ValueError, match="positive"):
-        EMA(half_life=math.copysign(0.0, -1))

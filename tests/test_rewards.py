@@ -125,7 +125,15 @@ def test_constants_survive_a_meta_build_and_stay_out_of_checkpoints():
         (lambda: QuadraticReward(curvature=[[1.0, 0.5], [0.4, 1.0]]), "symmetric"),
         (lambda: QuadraticReward(curvature=[[1.0, 0.5]]), "symmetric"),
         (lambda: QuadraticReward(curvature=CURVATURE, slope=[1.0]), "1 entries for a curvature of 2"),
-        (lambda: ScaledReward(reward=LinearReward(slope=SLOPE), beta=0.0), "positive"),
+        (lambda: LinearReward(slope=SLOPE)(torch.zeros(2, 3), FREE), "for samples of 2 numbers, and these have 3"),
+        (
+            lambda: QuadraticReward(curvature=1.0, slope=SLOPE)(torch.zeros(2, 3), FREE),
+            "for samples of 2",
+        ),
+        (
+            lambda: ClassReward(classifier=Logits(), log_rewards=[0.0])(points().float(), FREE),
+            "entries for 3",
+        ),
         (lambda: SumReward(rewards=[]), "at least 1"),
         (lambda: SumReward(rewards=[LinearReward(slope=SLOPE)], weights=[1.0, 2.0]), "2 weights for 1 rewards"),
     ],

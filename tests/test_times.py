@@ -138,14 +138,12 @@ def test_inverse_teacher_error_is_the_normaliser_of_dmd():
         lambda: Uniform(low=0.5, high=0.5),
         lambda: KarrasIndex(high=1.1),
         lambda: KarrasIndex(sigma_min=-1),
-        lambda: LogNormalSigma(std=0),
-        lambda: LogitNormal(std=-1),
         lambda: DDPMSteps(low=5, high=4),
         lambda: DDPMSteps()(VarianceExploding(), 2, torch.Generator()),
     ],
 )
 def test_refusals(make):
-    with pytest.raises(ValueError, match=r"low|std|sigma|last step"):
+    with pytest.raises(ValueError, match=r"low|sigma|last step"):
         make()
 
 
@@ -154,5 +152,3 @@ def test_fixed_sigma_is_one_noise_level_under_any_process():
         t = FixedSigma(sigma=2.5)(noising, 5, torch.Generator())
         alpha, sigma = noising.alpha_sigma(t)
         assert (sigma / alpha).tolist() == pytest.approx([2.5] * 5)
-    with pytest.raises(ValueError, match=r"FixedSigma\.sigma"):
-        FixedSigma(sigma=0.0)

@@ -279,8 +279,8 @@ def test_a_checkpoint_every_100_steps_costs_at_most_two_percent(tmp_path):
     [
         ("Experiment.keep_every = 4", "keep_every=4 must be 0 or a multiple of checkpoint_every=3"),
         ("Experiment.best_metric = 'evaluation/x'", "needs measurements: bind Experiment.evaluator"),
-        ("Experiment.max_bad_steps = 0", "max_bad_steps=0 must be at least 1"),
-        ("Experiment.hang_minutes = 0.0", "hang_minutes=0.0 must be positive"),
+        ("Experiment.max_bad_steps = 0", "max_bad_steps takes a whole number at least 1, not 0"),
+        ("Experiment.hang_minutes = 0.0", "hang_minutes takes a finite number above 0, not 0.0"),
     ],
 )
 def test_run_level_values_that_make_no_sense_are_refused(tmp_path, line, message):

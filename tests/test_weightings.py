@@ -195,7 +195,6 @@ def test_only_kl_runs_without_a_ratio(weighting: Weighting):
         lambda: CustomWeighting(log_ratios=[0], weights=[1]),
         lambda: CustomWeighting(log_ratios=[0, 1], weights=[1]),
         lambda: CustomWeighting(log_ratios=[1, 0], weights=[1, 1]),
-        lambda: CustomWeighting(log_ratios=[0, 1], weights=[-1, 1]),
         lambda: CustomWeighting(log_ratios=[0, 1], weights=[0, 0]),
     ],
 )

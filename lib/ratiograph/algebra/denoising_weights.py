@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ratiograph.core.domains import Positive, Scale
 from ratiograph.core.types import Noisy
 
 __all__ = ["DenoisingWeight", "EDMWeight", "EpsilonWeight", "SNRClipped", "SampleWeight"]
@@ -42,9 +43,7 @@ class EDMWeight(DenoisingWeight):
         sigma_data: standard deviation of the clean data, > 0.
     """
 
-    def __init__(self, *, sigma_data: float = 0.5):
-        if sigma_data <= 0:
-            raise ValueError(f"EDMWeight.sigma_data={sigma_data} must be positive")
+    def __init__(self, *, sigma_data: Scale = 0.5):
         self.sigma_data = sigma_data
 
     def __call__(self, noisy):
@@ -73,9 +72,7 @@ class SNRClipped(DenoisingWeight):
         limit: gamma there, > 0; the paper takes 5.
     """
 
-    def __init__(self, *, limit: float = 5.0):
-        if limit <= 0:
-            raise ValueError(f"SNRClipped.limit={limit} must be positive")
+    def __init__(self, *, limit: Positive = 5.0):
         self.limit = limit
 
     def __call__(self, noisy):

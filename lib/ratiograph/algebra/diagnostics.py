@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.weightings import Weighting
 from ratiograph.core.distributed import Gathering
+from ratiograph.core.domains import Depth, Fraction
 
 __all__ = ["RatioDiagnostics", "bregman_divergence", "field_metrics", "ratio_metrics"]
 
@@ -71,7 +72,7 @@ class RatioDiagnostics(nn.Module):
         decay: factor on the sums at each update.
     """
 
-    def __init__(self, *, bins: int = 8, levels: int = 10, decay: float = 0.98):
+    def __init__(self, *, bins: Depth = 8, levels: Depth = 10, decay: Fraction = 0.98):
         super().__init__()
         self.decay = decay
         # Statistics, not weights: on the CPU even when the graph is built on the meta device.

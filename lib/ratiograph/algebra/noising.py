@@ -7,9 +7,13 @@ which is why any denoiser works under any process here.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from ratiograph.core.domains import Scale
 from ratiograph.core.types import Noisy, expand
 
 __all__ = ["NoisingProcess", "RectifiedFlow", "ScaledLinearDDPM", "VarianceExploding", "VariancePreserving"]
@@ -44,7 +48,7 @@ class VarianceExploding(NoisingProcess):
         sigma_max: largest noise level.
     """
 
-    def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0):
+    def __init__(self, *, sigma_min: Scale = 0.002, sigma_max: Scale = 80.0):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min={sigma_min} and sigma_max={sigma_max} must satisfy 0 < sigma_min < sigma_max")
         self.t_range = (sigma_min, sigma_max)
@@ -66,7 +70,7 @@ class VariancePreserving(NoisingProcess):
 
     t_range = (1e-3, 1.0)
 
-    def __init__(self, *, beta_min: float = 0.1, beta_max: float = 20.0):
+    def __init__(self, *, beta_min: Scale = 0.1, beta_max: Scale = 20.0):
         if not 0 < beta_min < beta_max:
             raise ValueError(f"beta_min={beta_min} and beta_max={beta_max} must satisfy 0 < beta_min < beta_max")
         self.beta_min, self.beta_slope = beta_min, beta_max - beta_min
@@ -92,7 +96,13 @@ class ScaledLinearDDPM(NoisingProcess):
         beta_end: beta at the last index.
     """
 
-    def __init__(self, *, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
+    def __init__(
+        self,
+        *,
+        steps: Annotated[int, Interval(ge=2, le=1_000_000)] = 1000,
+        beta_start: Annotated[float, Interval(gt=0, lt=1)] = 0.00085,
+        beta_end: Annotated[float, Interval(gt=0, lt=1)] = 0.012,
+    ):
         if not (steps >= 2 and 0 < beta_start < beta_end < 1):
             raise ValueError("ScaledLinearDDPM needs steps >= 2 and 0 < beta_start < beta_end < 1")
         self.t_range = (0.0, steps - 1.0)

@@ -22,6 +22,7 @@ from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.algebra.times import TimeSampler
 from ratiograph.algebra.weightings import Weighting
 from ratiograph.core.distributed import gather_together, own_part
+from ratiograph.core.domains import Depth, Fraction, Positive
 
 __all__ = ["Clamped", "MeanNormalized", "RatioNormalized", "TimeNormalized"]
 
@@ -80,10 +81,8 @@ class Clamped(_Wrapper):
         limit: bound on |l|, > 0; 5 lets rho range over [0.0067, 148].
     """
 
-    def __init__(self, *, weighting: Weighting, limit: float = 5.0):
+    def __init__(self, *, weighting: Weighting, limit: Positive = 5.0):
         super().__init__(weighting)
-        if limit <= 0:
-            raise ValueError(f"Clamped.limit={limit} must be positive")
         self.limit = limit
 
     def log_weight(self, log_ratio, t):
@@ -109,10 +108,8 @@ class RatioNormalized(_Wrapper):
 
     pools = True
 
-    def __init__(self, *, weighting: Weighting, bins: int = 10, decay: float = 0.9):
+    def __init__(self, *, weighting: Weighting, bins: Depth = 10, decay: Fraction = 0.9):
         super().__init__(weighting)
-        if bins < 1 or not 0 <= decay < 1:
-            raise ValueError(f"RatioNormalized needs bins >= 1 and decay in [0, 1), got {bins} and {decay}")
         self.bins, self.decay = bins, decay
         self.noising: NoisingProcess | None = None
         self.times: TimeSampler | None = None
@@ -198,10 +195,8 @@ class TimeNormalized(_Normalized):
             less than four samples, as in groups of one every omega would be 1.
     """
 
-    def __init__(self, *, weighting: Weighting, bins: int = 8):
+    def __init__(self, *, weighting: Weighting, bins: Depth = 8):
         super().__init__(weighting)
-        if bins < 1:
-            raise ValueError(f"TimeNormalized.bins={bins} must be at least 1")
         self.bins = bins
 
     def log_mean(self, log_weight, t):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ratiograph.core.domains import NonNegative, Positive, PositiveInt
+
 __all__ = ["LogisticLoss", "R1Penalized", "RatioLoss", "Scaled"]
 
 
@@ -59,11 +61,7 @@ class R1Penalized(RatioLoss):
 
     needs_gradient = True
 
-    def __init__(self, *, loss: RatioLoss, weight: float = 1.0, every: int = 1):
-        if weight < 0:
-            raise ValueError(f"R1Penalized.weight={weight} must be >= 0")
-        if every < 1:
-            raise ValueError(f"R1Penalized.every={every} must be >= 1: every n-th update has the penalty")
+    def __init__(self, *, loss: RatioLoss, weight: NonNegative = 1.0, every: PositiveInt = 1):
         self.loss, self.weight, self.every = loss, weight, every
 
     def at(self, update):
@@ -86,9 +84,7 @@ class Scaled(RatioLoss):
         weight: its factor beside the denoising loss, > 0.
     """
 
-    def __init__(self, *, loss: RatioLoss, weight: float):
-        if weight <= 0:
-            raise ValueError(f"Scaled.weight={weight} must be > 0")
+    def __init__(self, *, loss: RatioLoss, weight: Positive):
         self.loss, self.weight, self.needs_gradient = loss, weight, loss.needs_gradient
 
     def at(self, update):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Positive
 from ratiograph.core.types import Condition
 
 __all__ = [
@@ -95,6 +96,14 @@ def _constant(values: Sequence) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
+def _vectors(x0: Tensor, reward: Reward, dimension: int | None) -> Tensor:
+    """``x0`` [B, ...] as [B, D]; a ValueError unless D is ``dimension`` (None: any)."""
+    x = x0.flatten(1)
+    if dimension not in (None, x.shape[1]):
+        raise ValueError(f"{type(reward).__name__} is for samples of {dimension} numbers, and these have {x.shape[1]}")
+    return x
+
+
 class LinearReward(Reward):
     """R(x0) = exp(<slope, x0>), under which a Gaussian mixture stays one: an exact oracle.
 
@@ -108,7 +117,7 @@ class LinearReward(Reward):
         self.register_buffer("slope_vector", _constant(self.slope), persistent=False)
 
     def log_reward(self, x0, condition):
-        return x0.flatten(1) @ self.slope_vector.to(x0.dtype)
+        return _vectors(x0, self, len(self.slope)) @ self.slope_vector.to(x0.dtype)
 
 
 class QuadraticReward(Reward):
@@ -133,11 +142,13 @@ class QuadraticReward(Reward):
             raise ValueError(f"QuadraticReward.curvature must be one number or a symmetric matrix: {self.curvature}")
         if matrix.ndim and slope is not None and len(self.slope) != len(matrix):
             raise ValueError(f"QuadraticReward.slope has {len(slope)} entries for a curvature of {len(matrix)} rows")
+        self.dimension = len(self.slope or ()) or (len(matrix) if matrix.ndim else None)
         self.register_buffer("curvature_matrix", matrix, persistent=False)
         self.register_buffer("slope_vector", _constant(self.slope or 0.0), persistent=False)
 
     def log_reward(self, x0, condition):
-        x, curvature, slope = x0.flatten(1), self.curvature_matrix.to(x0.dtype), self.slope_vector.to(x0.dtype)
+        x = _vectors(x0, self, self.dimension)
+        curvature, slope = self.curvature_matrix.to(x0.dtype), self.slope_vector.to(x0.dtype)
         bent = x @ curvature if curvature.ndim else curvature * x
         return ((bent / 2 + slope) * x).sum(1)
 
@@ -163,6 +174,9 @@ class ClassReward(Reward):
 
     def log_reward(self, x0, condition):
         logits = self.classifier(x0)
+        if logits.shape[1] != len(self.log_rewards):
+            count = len(self.log_rewards)
+            raise ValueError(f"ClassReward.log_rewards has {count} entries for {logits.shape[1]} classes: give as many")
         log_probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
         return torch.logsumexp(log_probability + self.log_reward_vector.to(log_probability.dtype), 1)
 
@@ -177,10 +191,8 @@ class ScaledReward(Reward):
         beta: temperature > 0; small ones tilt more.
     """
 
-    def __init__(self, *, reward: Reward, beta: float = 1.0):
+    def __init__(self, *, reward: Reward, beta: Positive = 1.0):
         super().__init__()
-        if beta <= 0:
-            raise ValueError(f"ScaledReward.beta={beta} must be positive; to suppress a reward use SumReward.weights")
         self.reward, self.beta = reward, beta
 
     @property

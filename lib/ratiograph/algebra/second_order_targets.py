@@ -14,6 +14,7 @@ from ratiograph.algebra.rewards import Reward
 from ratiograph.algebra.targets import RewardTilted
 from ratiograph.core.contracts import Needs
 from ratiograph.core.differentiation import twice_differentiable
+from ratiograph.core.domains import Depth, PositiveInt
 from ratiograph.core.types import expand
 
 __all__ = ["RewardTiltedCumulant", "RewardTiltedSecondOrder"]
@@ -64,9 +65,6 @@ class RewardTiltedSecondOrder(RewardTilted):
         probes: random vectors a sample, at least 1; the estimate is unbiased in c for any number.
         normalizer_samples: samples of p that log Z is estimated from.
         log_normalizer: log Z, if it is known.
-
-    Raises:
-        ValueError: for less than one probe.
     """
 
     needs = Needs(teacher_gradient=True, curvature=True)
@@ -75,13 +73,11 @@ class RewardTiltedSecondOrder(RewardTilted):
         self,
         *,
         reward: Reward,
-        probes: int = 1,
-        normalizer_samples: int = 4096,
+        probes: Depth = 1,
+        normalizer_samples: PositiveInt = 4096,
         log_normalizer: float | None = None,
     ):
         super().__init__(reward=reward, normalizer_samples=normalizer_samples, log_normalizer=log_normalizer)
-        if probes < 1:
-            raise ValueError(f"{type(self).__name__}.probes={probes} must be at least 1; RewardTilted needs none")
         self.probes = probes
         use_plain_layer_norms(reward)
 
@@ -126,9 +122,6 @@ class RewardTiltedCumulant(RewardTiltedSecondOrder):
         probes: random vectors a sample, at least 1.
         normalizer_samples: samples of p that log Z is estimated from.
         log_normalizer: log Z, if it is known.
-
-    Raises:
-        ValueError: for less than one probe.
     """
 
     def correction(self, half):

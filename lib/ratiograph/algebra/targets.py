@@ -31,6 +31,7 @@ from ratiograph.algebra.directions import Direction
 from ratiograph.algebra.rewards import Reward, check_means, take_means
 from ratiograph.core.contracts import Evaluation, Needs
 from ratiograph.core.distributed import gather, ranks
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Batch, expand
 
 __all__ = [
@@ -108,7 +109,7 @@ class Tilted(Target):
     needs_reward_gradient = False
     """Whether the gradient of log R is needed."""
 
-    def __init__(self, *, reward: Reward, normalizer_samples: int = 4096, log_normalizer: float | None = None):
+    def __init__(self, *, reward: Reward, normalizer_samples: PositiveInt = 4096, log_normalizer: float | None = None):
         super().__init__()
         if self.needs_reward_gradient:
             check_differentiable(self, reward)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.core import randomness
 from ratiograph.core.contracts import Evaluation
+from ratiograph.core.domains import Exponent, Fraction, NonNegativeInt, Positive, Scale, UnitInterval
 
 __all__ = [
     "DDPMSteps",
@@ -59,7 +60,7 @@ class Uniform(TimeSampler):
         high: fraction in (0, 1] at which it ends.
     """
 
-    def __init__(self, *, low: float = 0.0, high: float = 1.0):
+    def __init__(self, *, low: Fraction = 0.0, high: UnitInterval = 1.0):
         _check_fractions(low, high)
         self.low, self.high = low, high
 
@@ -90,11 +91,11 @@ class KarrasIndex(TimeSampler):
     def __init__(
         self,
         *,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        low: float = 0.0,
-        high: float = 1.0,
+        sigma_min: Scale = 0.002,
+        sigma_max: Scale = 80.0,
+        rho: Exponent = 7.0,
+        low: Fraction = 0.0,
+        high: UnitInterval = 1.0,
     ):
         _check_fractions(low, high)
         if not 0 < sigma_min < sigma_max:
@@ -120,9 +121,7 @@ class LogNormalSigma(TimeSampler):
         std: standard deviation of log sigma, > 0.
     """
 
-    def __init__(self, *, mean: float = -1.2, std: float = 1.2):
-        if std <= 0:
-            raise ValueError(f"std={std} must be positive")
+    def __init__(self, *, mean: float = -1.2, std: Positive = 1.2):
         self.mean, self.std = mean, std
 
     def __call__(self, noising, batch_size, generator):
@@ -140,9 +139,7 @@ class FixedSigma(TimeSampler):
         sigma: the noise level, > 0.
     """
 
-    def __init__(self, *, sigma: float):
-        if sigma <= 0:
-            raise ValueError(f"FixedSigma.sigma={sigma} must be positive")
+    def __init__(self, *, sigma: Scale):
         self.sigma = sigma
 
     def __call__(self, noising, batch_size, generator):
@@ -160,7 +157,7 @@ class DDPMSteps(TimeSampler):
         high: last step, inclusive.
     """
 
-    def __init__(self, *, low: int = 20, high: int = 980):
+    def __init__(self, *, low: NonNegativeInt = 20, high: NonNegativeInt = 980):
         if not 0 <= low <= high:
             raise ValueError(f"low={low} and high={high} must satisfy 0 <= low <= high")
         self.low, self.high = low, high
@@ -186,9 +183,7 @@ class LogitNormal(TimeSampler):
         std: scale of the logit, > 0.
     """
 
-    def __init__(self, *, mean: float = 0.0, std: float = 1.0):
-        if std <= 0:
-            raise ValueError(f"std={std} must be positive")
+    def __init__(self, *, mean: float = 0.0, std: Positive = 1.0):
         self.mean, self.std = mean, std
 
     def __call__(self, noising, batch_size, generator):
@@ -235,7 +230,7 @@ class InverseTeacherError(TimeWeight):
 
     requires = ("teacher",)
 
-    def __init__(self, *, floor: float = 1e-4):
+    def __init__(self, *, floor: Scale = 1e-4):
         self.floor = floor
 
     def __call__(self, evaluation):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.algebra.times import TimeSampler
+from ratiograph.core.domains import NonNegative
 
 __all__ = [
     "BE",
@@ -217,7 +218,7 @@ class CustomWeighting(Weighting):
         ValueError: for lists of different lengths, unordered l or negative omega.
     """
 
-    def __init__(self, *, log_ratios: Sequence[float], weights: Sequence[float]):
+    def __init__(self, *, log_ratios: Sequence[float], weights: Sequence[NonNegative]):
         super().__init__()
         if len(log_ratios) != len(weights) or len(log_ratios) < 2:
             raise ValueError(
@@ -226,8 +227,8 @@ class CustomWeighting(Weighting):
             )
         if any(b <= a for a, b in pairwise(log_ratios)):
             raise ValueError(f"CustomWeighting.log_ratios must increase: {list(log_ratios)}")
-        if min(weights) < 0 or max(weights) <= 0:
-            raise ValueError(f"CustomWeighting.weights must be >= 0 and not all zero: {list(weights)}")
+        if max(weights) <= 0:
+            raise ValueError(f"CustomWeighting.weights must not all be zero: {list(weights)}")
         self.log_ratios, self.weights = tuple(log_ratios), tuple(weights)
 
     def log_weight(self, log_ratio, t):

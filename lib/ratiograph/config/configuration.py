@@ -38,8 +38,12 @@ from ratiograph.config.values import (
     spell,
     writable,
 )
+from ratiograph.core.foreign import shown
 
 __all__ = ["Config", "build", "parse", "save", "to_dict"]
+
+REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError, MemoryError, OSError)
+"""What constructors, torch's included, raise for values that they cannot work with."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def build(cfg: Config) -> Any:
     """Builds the root with everything below it.
 
     Raises:
-        ConfigError: a component refuses its values (with its own message), or a configured one was not built.
+        ConfigError: a component, or a library that it calls, cannot be made of its values (with its own message; the
+            exception is the cause), or a configured one was not built.
     """
     gin.clear_config()
     for (scope, name), values in cfg.values().items():
@@ -132,7 +137,7 @@ def build(cfg: Config) -> Any:
             gin.bind_parameter((scope, name, parameter), gin.config.parse_value(text))
     try:
         built = gin.get_configurable(cfg.root)()
-    except (ValueError, FileNotFoundError) as error:
+    except REFUSALS as error:
         raise ConfigError(_refusal(cfg, error)) from error
     operative = {(scope, selector.rpartition(".")[2]) for scope, selector in gin.config._OPERATIVE_CONFIG}
     for node, given in cfg.graph.instances.items():
@@ -145,6 +150,9 @@ def build(cfg: Config) -> Any:
 def _refusal(cfg: Config, error: Exception) -> str:
     """A constructor's own message after the place that built it, without what gin adds to it per caller."""
     message, *callers = re.split(r"\n  In call to configurable '", str(error))
+    message = message.strip().partition("\n")[0]  # torch goes on with frames of C++
+    if not isinstance(error, ValueError | OSError):  # of a library, in its own words
+        message = f"cannot be built with these values: {type(error).__name__}: {shown(message)}"
     if not callers:
         return message
     found = re.match(r"(\w+)' .*?(?: in scope '(.*)')?$", callers[0])

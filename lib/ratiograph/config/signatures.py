@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ratiograph.config.values import REQUIRED, ConfigError, Macro, Reference, Statement, expand, parts, suggest
-from ratiograph.core.domains import describe_domain, in_domain
+from ratiograph.core.domains import describe_domain, in_domain, unheld
 
 __all__ = ["Component", "Parameter", "accepts", "check_values", "describe_type"]
 
@@ -72,7 +72,9 @@ def describe_type(annotation: object) -> str:
     """An annotation in words: 'float', 'int or None', "'a' or 'b'", 'Sequence of Term'."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return f"{describe_type(arguments[0])} {describe_domain(arguments[1:])}".strip()
+        kind = {float: "a finite number", int: "a whole number"}.get(arguments[0]) or describe_type(arguments[0])
+        joint = " " if arguments[0] in (int, float) else ", "
+        return f"{kind}{joint}{describe_domain(arguments[1:])}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if origin is typing.Literal:
@@ -88,7 +90,7 @@ def describe_type(annotation: object) -> str:
 
 
 def accepts(annotation: object, value: object, components: Mapping[str, Component]) -> bool:
-    """Whether ``value`` (macros expanded) may be passed for ``annotation``, in its domain; an int is a fine float."""
+    """Whether ``value`` (macros expanded) has the type and domain of ``annotation``; an int is a float."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
         return True
@@ -216,7 +218,8 @@ def _check_type(s: Statement, value: object, components: Mapping[str, Component]
         if not value.build and accepts(annotation, Reference(value.scope, value.name), components):
             got, remedy = f"the unbuilt {value}", f" Write `{value}()`."
     else:
-        got = f"{value!r} ({type(value).__name__})"
+        why = next(filter(None, map(unheld, parts(value))), "")
+        got = f"{value!r}: {why}" if why else f"{value!r} ({type(value).__name__})"
         choices = [str(a) for a in typing.get_args(annotation) if isinstance(a, str)]
         remedy = suggest(value, choices) if isinstance(value, str) and choices else ""
     raise ConfigError(f"{s.where}: {s} takes {describe_type(annotation)}, not {got}.{remedy}{source}")

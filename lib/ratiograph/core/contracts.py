@@ -27,6 +27,10 @@ class Denoiser(nn.Module):
     needs only features stops at the encoder. It works under any noising process by ``noisy.rescaled()``.
     """
 
+    shape: tuple[int, ...] | None = None
+    """Shape of one sample; None where any will do."""
+    class_count = 0
+    """Number of classes that labels may name, 0 for a network without labels."""
     can_sample = False
     """Whether ``sample(n, generator)`` gives exact samples of the denoiser's own distribution."""
 
@@ -55,6 +59,10 @@ class RatioEstimator(nn.Module):
     A subclass defines ``log_ratio``. What trains it is a `ratio_losses.RatioLoss`.
     """
 
+    shape: tuple[int, ...] | None = None
+    """Shape of one sample; None where it reads another node's features."""
+    class_count = 0
+    """Number of classes that labels may name, 0 for an estimator without labels."""
     on_teacher = False
     """Whether ``log_ratio`` reads the teacher's features."""
     on_student_score = False

@@ -1,30 +1,35 @@
 """Domains of numbers, declared beside a component's annotations and checked when a configuration is read.
 
-A parameter ``lr: Positive`` takes finite numbers above 0; ``betas: tuple[Fraction, Fraction]`` two in [0, 1);
-``share: Annotated[float, Interval(gt=0, le=1)]`` is a domain of one's own. The markers ``Gt, Ge, Lt, Le, Interval,
-MinLen`` are those of the package annotated-types; components of a user's own may use them alike. Without a marker a
-``float`` is any finite number, and an ``int`` any that fits into 64 bits.
+A parameter ``lr: Positive`` takes numbers above 0; ``betas: Annotated[Sequence[Fraction], Len(2, 2)]`` two in [0, 1);
+``share: Annotated[float, Interval(gt=0, le=1)]`` is a domain of one's own. The markers ``Gt, Ge, Lt, Le, Interval, Len,
+MultipleOf`` are those of the package annotated-types; components of a user's own may use them alike. With or without a
+marker a ``float`` is 0 or a number that float32 holds, as networks compute in it, and an ``int`` has 64 bits.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen, MultipleOf
 
 __all__ = [
+    "Depth",
+    "Exponent",
     "Fraction",
     "NonNegative",
     "NonNegativeInt",
     "OrInfinite",
     "Positive",
     "PositiveInt",
+    "Scale",
     "UnitInterval",
     "describe_domain",
     "in_domain",
+    "unheld",
 ]
 
 
@@ -39,10 +44,25 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 """[0, 1): decays, dropout, shares that must leave something."""
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
 """[0, 1]: probabilities."""
+Scale = Annotated[float, Interval(ge=1e-15, le=1e15)]
+"""Noise levels and standard deviations: above 0, and float32 holds their squares."""
+Exponent = Annotated[float, Interval(ge=0.1, le=100)]
+"""EDM's rho: x^rho and x^(1/rho) of a `Scale` are numbers."""
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
+Depth = Annotated[int, Interval(ge=1, le=1000)]
+"""Layers, blocks, bins and updates a step, each of which costs memory or a pass."""
 
-_WORDS = {Gt: ("gt", "above"), Ge: ("ge", "at least"), Lt: ("lt", "below"), Le: ("le", "at most")}
+_WORDS = {
+    Gt: ("gt", "above {}"),
+    Ge: ("ge", "at least {}"),
+    Lt: ("lt", "below {}"),
+    Le: ("le", "at most {}"),
+    MultipleOf: ("multiple_of", "a multiple of {}"),
+    MinLen: ("min_length", "not fewer than {} entries"),
+    MaxLen: ("max_length", "not more than {} entries"),
+    OrInfinite: ("__class__", "or infinite"),
+}
 
 
 def _flat(markers: tuple) -> Iterator[object]:
@@ -53,6 +73,24 @@ def _flat(markers: tuple) -> Iterator[object]:
             yield marker
 
 
+def unheld(value: object, markers: tuple = ()) -> str:
+    """Why no parameter may have the number ``value``, whatever its bounds; '' where one may, and for what is no number.
+
+    Args:
+        value: of a configuration.
+        markers: as for `in_domain`; `OrInfinite` allows infinity.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**63 else "whole numbers have 64 bits"
+    if math.isinf(value) and any(isinstance(m, OrInfinite) for m in markers):
+        return ""
+    if not math.isfinite(value):
+        return "numbers are finite"
+    return "" if value == 0 or 1.2e-38 < abs(value) < 3.4e38 else "float32 holds 0 and sizes from 1.2e-38 to 3.4e38"
+
+
 def in_domain(value: object, markers: tuple = ()) -> bool:
     """Whether ``value`` fulfils the markers of its annotation; what is no number is only measured by its length.
 
@@ -60,13 +98,7 @@ def in_domain(value: object, markers: tuple = ()) -> bool:
         value: of a configuration.
         markers: what follows the type in ``Annotated[...]``; none for a plain ``int`` or ``float``.
     """
-    markers = tuple(_flat(markers))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return False
-        if math.isnan(value) or (math.isinf(value) and not any(isinstance(m, OrInfinite) for m in markers)):
-            return False
-    return all(_fulfils(value, marker) for marker in markers)
+    return not unheld(value, markers) and all(_fulfils(value, marker) for marker in _flat(markers))
 
 
 def _fulfils(value: object, marker: object) -> bool:
@@ -80,6 +112,8 @@ def _fulfils(value: object, marker: object) -> bool:
             return not number or value < bound
         case Le(le=bound):
             return not number or value <= bound
+        case MultipleOf(multiple_of=unit):
+            return not number or value % unit == 0
         case MinLen(min_length=least):
             return not hasattr(value, "__len__") or len(value) >= least
         case MaxLen(max_length=most):
@@ -87,17 +121,17 @@ def _fulfils(value: object, marker: object) -> bool:
     return True  # a marker of another library
 
 
+def _short(bound: object) -> object:
+    return f"{bound:g}" if isinstance(bound, float) else bound
+
+
 def describe_domain(markers: tuple) -> str:
     """The markers in words: 'above 0 and at most 1'; '' where there are none."""
-    words = []
-    for marker in _flat(markers):
-        for kind, (field, word) in _WORDS.items():
-            if isinstance(marker, kind):
-                words.append(f"{word} {getattr(marker, field):g}")
-        if isinstance(marker, MinLen):
-            words.append(f"with at least {marker.min_length} entries")
-        if isinstance(marker, MaxLen):
-            words.append(f"with at most {marker.max_length} entries")
-        if isinstance(marker, OrInfinite):
-            words.append("possibly infinite")
-    return " and ".join(words)
+    found = [(m, *words) for m in _flat(markers) for kind, words in _WORDS.items() if isinstance(m, kind)]
+    bounds = [word.format(_short(getattr(m, field))) for m, field, word in found]
+    words = " and ".join(bounds).replace("and or", "or")
+    return re.sub(r"not fewer than (\d+) entries and not more than \1 entries", r"\1 entries", words)
+
+
+def _short(bound: object) -> object:
+    return f"{bound:g}" if isinstance(bound, float) else bound

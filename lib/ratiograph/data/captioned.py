@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Interval, Len
 
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt, UnitInterval
 from ratiograph.core.foreign import parse_json, shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
@@ -76,15 +79,15 @@ class CaptionStream(SampleStream):
         *,
         urls: str,
         minimum_aesthetic: float | None = None,
-        minimum_side: int | None = None,
-        maximum_watermark: float | None = None,
-        maximum_nsfw: str | float | None = None,
-        caption_length: Sequence[int] | None = None,
-        shuffle_buffer: int = 5000,
-        workers: int = 0,
-        prefetch: int = 4,
-        memory_megabytes: int = 64,
-        max_damaged: float = 0.0,
+        minimum_side: NonNegativeInt | None = None,
+        maximum_watermark: UnitInterval | None = None,
+        maximum_nsfw: str | UnitInterval | None = None,
+        caption_length: Annotated[Sequence[NonNegativeInt], Len(2, 2)] | None = None,
+        shuffle_buffer: NonNegativeInt = 5000,
+        workers: Annotated[int, Interval(ge=0, le=1000)] = 0,
+        prefetch: PositiveInt = 4,
+        memory_megabytes: NonNegativeInt = 64,
+        max_damaged: Fraction = 0.0,
     ) -> None:
         super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
         self.minimum_aesthetic, self.minimum_side = minimum_aesthetic, minimum_side
@@ -154,18 +157,18 @@ class CaptionedStream(CaptionStream):
         self,
         *,
         urls: str,
-        resolution: int = 512,
+        resolution: PositiveInt = 512,
         sizes: bool = False,
         minimum_aesthetic: float | None = None,
-        minimum_side: int | None = None,
-        maximum_watermark: float | None = None,
-        maximum_nsfw: str | float | None = None,
-        caption_length: Sequence[int] | None = None,
-        shuffle_buffer: int = 1000,
-        workers: int = 0,
-        prefetch: int = 4,
-        memory_megabytes: int = 64,
-        max_damaged: float = 0.0,
+        minimum_side: NonNegativeInt | None = None,
+        maximum_watermark: UnitInterval | None = None,
+        maximum_nsfw: str | UnitInterval | None = None,
+        caption_length: Annotated[Sequence[NonNegativeInt], Len(2, 2)] | None = None,
+        shuffle_buffer: NonNegativeInt = 1000,
+        workers: Annotated[int, Interval(ge=0, le=1000)] = 0,
+        prefetch: PositiveInt = 4,
+        memory_megabytes: NonNegativeInt = 64,
+        max_damaged: Fraction = 0.0,
     ) -> None:
         if resolution < 1:
             raise ValueError(f"CaptionedStream.resolution is {resolution}: give pixels.")

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Len
+
+from ratiograph.core.domains import NonNegativeInt, UnitInterval
 from ratiograph.core.foreign import shown
 from ratiograph.data.raw_samples import DamagedSample
 
@@ -84,10 +88,10 @@ class Filters:
         *,
         stream: str,
         minimum_aesthetic: float | None,
-        minimum_side: int | None,
-        maximum_watermark: float | None,
-        maximum_nsfw: str | float | None,
-        caption_length: Sequence[int] | None,
+        minimum_side: NonNegativeInt | None,
+        maximum_watermark: UnitInterval | None,
+        maximum_nsfw: str | UnitInterval | None,
+        caption_length: Annotated[Sequence[NonNegativeInt], Len(2, 2)] | None,
     ):
         if isinstance(maximum_nsfw, str) and maximum_nsfw not in NSFW_LEVELS:
             raise ValueError(f"{stream}.maximum_nsfw is '{maximum_nsfw}': choose of {NSFW_LEVELS}, or a probability.")

@@ -14,11 +14,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.foreign import shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
@@ -110,11 +113,11 @@ class CachedCaptionStream(SampleStream):
         *,
         urls: str,
         pooled: bool = False,
-        shuffle_buffer: int = 1000,
-        workers: int = 0,
-        prefetch: int = 4,
-        memory_megabytes: int = 64,
-        max_damaged: float = 0.0,
+        shuffle_buffer: NonNegativeInt = 1000,
+        workers: Annotated[int, Interval(ge=0, le=1000)] = 0,
+        prefetch: PositiveInt = 4,
+        memory_megabytes: NonNegativeInt = 64,
+        max_damaged: Fraction = 0.0,
     ) -> None:
         super().__init__(urls, shuffle_buffer, workers, prefetch, memory_megabytes, max_damaged)
         self.pooled = pooled
@@ -165,11 +168,11 @@ class LatentStream(CachedCaptionStream):
         urls: str,
         captions: bool = True,
         pooled: bool = False,
-        shuffle_buffer: int = 1000,
-        workers: int = 0,
-        prefetch: int = 4,
-        memory_megabytes: int = 64,
-        max_damaged: float = 0.0,
+        shuffle_buffer: NonNegativeInt = 1000,
+        workers: Annotated[int, Interval(ge=0, le=1000)] = 0,
+        prefetch: PositiveInt = 4,
+        memory_megabytes: NonNegativeInt = 64,
+        max_damaged: Fraction = 0.0,
     ) -> None:
         if pooled and not captions:
             raise ValueError("LatentStream.pooled is part of the caption: set LatentStream.captions = True too")

@@ -11,11 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 
+from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.embedded import check_local, resolve, sources
 from ratiograph.data.images import PILLOW_MODES, to_tensor
@@ -203,16 +206,16 @@ class ShardStream(SampleStream):
         self,
         *,
         urls: str,
-        resolution: int | None = None,
-        channels: int = 1,
+        resolution: PositiveInt | None = None,
+        channels: Literal[1, 3] = 1,
         labels: bool = True,
-        classes: Sequence[int] | None = None,
+        classes: Annotated[Sequence[NonNegativeInt], MinLen(1)] | None = None,
         flip: bool = False,
-        shuffle_buffer: int = 5000,
-        workers: int = 0,
-        prefetch: int = 4,
-        memory_megabytes: int = 64,
-        max_damaged: float = 0.0,
+        shuffle_buffer: NonNegativeInt = 5000,
+        workers: Annotated[int, Interval(ge=0, le=1000)] = 0,
+        prefetch: PositiveInt = 4,
+        memory_megabytes: NonNegativeInt = 64,
+        max_damaged: Fraction = 0.0,
     ) -> None:
         if channels not in PILLOW_MODES:
             raise ValueError(f"ShardStream.channels is {channels}: choose 1 (grey) or 3 (RGB).")

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ratiograph.algebra.rewards import ClassReward, Reward
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.files import write_atomically
 from ratiograph.core.types import Condition
@@ -88,10 +91,10 @@ class CaptionsEvaluator:
         reference: str = "coloured-digits",
         reward: Reward | None = None,
         classifier: DigitClassifier | None = None,
-        samples: int = 1000,
-        teacher_evaluations: Sequence[int] = (25,),
-        batch_size: int = 250,
-        during_samples: int = 400,
+        samples: Annotated[int, Ge(4)] = 1000,
+        teacher_evaluations: Sequence[PositiveInt] = (25,),
+        batch_size: PositiveInt = 250,
+        during_samples: Annotated[int, Ge(4)] = 400,
     ):
         check_sizes(self, samples, during_samples, batch_size, teacher_evaluations)
         self.encoder, self.reference, self.reward = encoder, reference, reward

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ratiograph.core.domains import NonNegative, UnitInterval
+
 __all__ = ["Collapse", "mean_pairwise_distance"]
 
 BLOCK = 2048  # rows at a time: 16 MB of float64 distances for every 1,024 samples on the other side
@@ -70,7 +72,9 @@ class Collapse:
         least_distance: threshold of in-batch distance.
     """
 
-    def __init__(self, *, least_coverage: float = 0.8, least_entropy: float = 0.7, least_distance: float = 0.5):
+    def __init__(
+        self, *, least_coverage: UnitInterval = 0.8, least_entropy: NonNegative = 0.7, least_distance: NonNegative = 0.5
+    ):
         self.least_coverage, self.least_entropy, self.least_distance = least_coverage, least_entropy, least_distance
 
     def __call__(

@@ -12,10 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from ratiograph.core.domains import PositiveInt, UnitInterval
 from ratiograph.data.embedded import resolve
 from ratiograph.data.shards import count_samples
 from ratiograph.data.stream import load_all
@@ -88,11 +91,11 @@ class DigitsEvaluator:
         *,
         reference: str = "mnist",
         classifier: DigitClassifier | None = None,
-        samples: int = 5000,
-        teacher_evaluations: Sequence[int] = (1, 5, 35),
-        batch_size: int = 500,
-        during_samples: int = 1000,
-        least_coverage: float = 0.1,
+        samples: Annotated[int, Ge(4)] = 5000,
+        teacher_evaluations: Sequence[PositiveInt] = (1, 5, 35),
+        batch_size: PositiveInt = 500,
+        during_samples: Annotated[int, Ge(4)] = 1000,
+        least_coverage: UnitInterval = 0.1,
     ):
         check_sizes(self, samples, during_samples, batch_size, teacher_evaluations)
         self.reference, self.samples, self.batch_size = reference, samples, batch_size

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import PositiveInt
 from ratiograph.data.remote import cache_folder
 from ratiograph.evaluation.result_cache import file_identity
 from ratiograph.networks.architectures.classifier import DigitClassifier
@@ -143,7 +144,7 @@ class TimmFeatures(FeatureExtractor):
         *,
         model: str = "vit_large_patch14_dinov2.lvd142m",
         weights: str | None = None,
-        image_size: int | None = None,
+        image_size: PositiveInt | None = None,
     ):
         self.model, self.name = model, model
         self.weights = Path(weights).expanduser() if weights else cache_folder() / "weights" / f"{model}.safetensors"

@@ -18,12 +18,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
 from ratiograph.core.distributed import from_main, is_main
+from ratiograph.core.domains import PositiveInt, UnitInterval
 from ratiograph.core.draws import SampleDraws
 from ratiograph.evaluation.alignment import ImageScore
 from ratiograph.evaluation.candidates import AveragedStudent, Candidate, Teacher, marked_best, students_of
@@ -97,12 +100,12 @@ class ImageEvaluator:
         scores: Mapping[str, ImageScore] | None = None,
         source: StudentSamples | None = None,
         teacher_samplers: Sequence[ManyStepSampler] = (),
-        samples: int = 50_000,
-        real_samples: int | None = None,
-        during_samples: int = 2_000,
-        batch_size: int = 64,
+        samples: Annotated[int, Ge(4)] = 50_000,
+        real_samples: Annotated[int, Ge(4)] | None = None,
+        during_samples: Annotated[int, Ge(4)] = 2_000,
+        batch_size: PositiveInt = 64,
         raw: bool = False,
-        least_coverage: float = 0.1,
+        least_coverage: UnitInterval = 0.1,
     ):
         if min(samples, during_samples, real_samples or 4) < 4 or batch_size < 1:
             raise ValueError(

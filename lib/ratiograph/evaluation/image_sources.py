@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.files import Missing
 from ratiograph.core.foreign import lines_of, parse_json, read_text, shown
@@ -114,16 +115,12 @@ class CaptionedSamples(StudentSamples):
         captions: str,
         encoder: CaptionEncoder,
         autoencoder: Autoencoder | None = None,
-        prompts: int = 30_000,
-        repeats: int = 1,
+        prompts: PositiveInt = 30_000,
+        repeats: PositiveInt = 1,
         seed: int = 0,
-        size: int = 256,
+        size: PositiveInt = 256,
     ):
         super().__init__(autoencoder=autoencoder)
-        if min(prompts, repeats, size) < 1:
-            raise ValueError(
-                f"CaptionedSamples: prompts={prompts}, repeats={repeats} and size={size} must be at least 1"
-            )
         self.list, self.encoder, self.prompts, self.repeats = captions, encoder, prompts, repeats
         self.seed, self.size = seed, size
 
@@ -228,7 +225,7 @@ class FolderStream:
         size: crops the middle square of image files and resizes it to so many pixels a side.
     """
 
-    def __init__(self, *, path: str, size: int | None = None):
+    def __init__(self, *, path: str, size: PositiveInt | None = None):
         self.path, self.size = path, size
 
     @cached_property

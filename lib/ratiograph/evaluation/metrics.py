@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional
 
+from ratiograph.core.domains import NonNegativeInt, PositiveInt
 from ratiograph.evaluation.feature_sets import FeatureSet
 from ratiograph.evaluation.frechet import frechet_with_error
 from ratiograph.evaluation.inception_score import inception_score
@@ -79,7 +81,7 @@ class Frechet(FeatureMetric):
 
     labels = with_errors({"frechet": {"label": "Fréchet distance", "better": "lower"}})
 
-    def __init__(self, *, groups: int = 10):
+    def __init__(self, *, groups: Annotated[int, Ge(2)] = 10):
         self.groups = groups
 
     def __call__(self, samples, real, device):
@@ -98,7 +100,7 @@ class KernelDistance(FeatureMetric):
     labels = with_errors({"kid": {"label": "kernel distance (KID)", "better": "lower"}})
     needs_real_features = True
 
-    def __init__(self, *, subsets: int = 100, size: int = 1000):
+    def __init__(self, *, subsets: PositiveInt = 100, size: Annotated[int, Ge(2)] = 1000):
         self.subsets, self.size = subsets, size
 
     def __call__(self, samples, real, device):
@@ -126,7 +128,7 @@ class InceptionScore(FeatureMetric):
 
     labels = with_errors({"inception_score": {"label": "Inception Score", "better": "higher"}})
 
-    def __init__(self, *, splits: int = 10):
+    def __init__(self, *, splits: PositiveInt = 10):
         self.splits = splits
 
     def __call__(self, samples, real, device):
@@ -153,7 +155,7 @@ class NearestNeighbours(FeatureMetric):
     labels = with_errors({name: {"label": name, "better": "higher"} for name in names})
     needs_real_features = True
 
-    def __init__(self, *, neighbours: int = 3, density_neighbours: int = 5, splits: int = 5):
+    def __init__(self, *, neighbours: PositiveInt = 3, density_neighbours: PositiveInt = 5, splits: NonNegativeInt = 5):
         self.neighbours, self.density_neighbours, self.splits = neighbours, density_neighbours, splits
 
     def __call__(self, samples, real, device):

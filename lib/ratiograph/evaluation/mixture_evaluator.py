@@ -10,10 +10,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Condition, Noisy
 from ratiograph.evaluation.candidates import marked_best, students_of
 from ratiograph.evaluation.sample_distances import class_histogram, energy_distance
@@ -40,9 +43,7 @@ class MixtureEvaluator:
         repeats: pairs of sets that every distance is the mean of; shares are of all sets together.
     """
 
-    def __init__(self, *, samples: int = 1000, repeats: int = 16):
-        if samples < 2 or repeats < 1:
-            raise ValueError(f"MixtureEvaluator needs samples >= 2 and repeats >= 1, got {samples} and {repeats}")
+    def __init__(self, *, samples: Annotated[int, Ge(2)] = 1000, repeats: PositiveInt = 16):
         self.samples, self.repeats = samples, repeats
 
     def before(self, task: Distillation, device: torch.device, seed: int) -> list[dict]:

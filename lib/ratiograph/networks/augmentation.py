@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import NonNegative, UnitInterval
 from ratiograph.core.randomness import normal, uniform
 from ratiograph.core.types import Condition, expand
 
@@ -71,18 +72,12 @@ class Flips(Augmentation):
         probability: of flipping an image.
     """
 
-    def __init__(self, *, probability: float = 0.5):
-        self.probability = _checked(probability, "Flips")
+    def __init__(self, *, probability: UnitInterval = 0.5):
+        self.probability = probability
 
     def __call__(self, images, generator):
         chosen = uniform((len(images),), generator) < self.probability
         return torch.where(expand(chosen, images), images.flip(3), images), None
-
-
-def _checked(probability: float, name: str) -> float:
-    if not 0 <= probability <= 1:
-        raise ValueError(f"{name}.probability={probability} must be 0 to 1")
-    return probability
 
 
 @dataclass(frozen=True)
@@ -124,11 +119,10 @@ class NonLeaky(Augmentation):
         shift_std: standard deviation of shifts, as a part of the image's size.
     """
 
-    def __init__(self, *, probability: float = 0.12, scale_std: float = 0.2, shift_std: float = 0.125):
-        if scale_std < 0 or shift_std < 0:
-            raise ValueError(f"NonLeaky: scale_std={scale_std} and shift_std={shift_std} must be at least 0")
-        self.probability = _checked(probability, "NonLeaky")
-        self.scale_std, self.shift_std = scale_std, shift_std
+    def __init__(
+        self, *, probability: UnitInterval = 0.12, scale_std: NonNegative = 0.2, shift_std: NonNegative = 0.125
+    ):
+        self.probability, self.scale_std, self.shift_std = probability, scale_std, shift_std
 
     def check(self, *networks):
         for network in networks:

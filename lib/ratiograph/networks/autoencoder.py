@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Positive, PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.networks.checkpointing import directly, recomputed
 from ratiograph.networks.weights.frozen import save_only
@@ -55,8 +56,8 @@ class Autoencoder(nn.Module):
         self,
         *,
         weights: str | None,
-        scaling_factor: float | None = None,
-        chunk: int = 4,
+        scaling_factor: Positive | None = None,
+        chunk: PositiveInt = 4,
         checkpointing: bool = True,
         double_backward: bool = False,
     ):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
+from ratiograph.core.domains import NonNegativeInt, PositiveInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
@@ -94,7 +97,7 @@ class FixedLabels(_Cycle):
         labels: the n classes, at least one.
     """
 
-    def __init__(self, *, labels: Sequence[int]):
+    def __init__(self, *, labels: Annotated[Sequence[NonNegativeInt], MinLen(1)]):
         assert labels, "list at least one class"
         self.labels = labels
 
@@ -142,9 +145,7 @@ class BatchConditions(_Cycle):
 
     needs_data = True
 
-    def __init__(self, *, kept: int = 64):
-        if kept < 1:
-            raise ValueError(f"BatchConditions.kept={kept} must be at least 1")
+    def __init__(self, *, kept: PositiveInt = 64):
         self.kept, self.remembered = kept, Condition()
 
     def draw(self, batch, samples, student, generator):

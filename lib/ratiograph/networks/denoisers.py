@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
+from ratiograph.core.domains import Scale
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.compilation import compile_blocks
@@ -44,11 +45,9 @@ class EDM(Denoiser):
     autocast_dtype: torch.dtype | None = None
 
     def __init__(
-        self, *, network: nn.Module, sigma_data: float = 0.5, weights: str | None = None, compiled: bool = False
+        self, *, network: nn.Module, sigma_data: Scale = 0.5, weights: str | None = None, compiled: bool = False
     ):
         super().__init__()
-        if sigma_data <= 0:
-            raise ValueError(f"sigma_data={sigma_data} must be positive")
         self.network, self.sigma_data, self.weights, self.compiled = network, sigma_data, weights, compiled
         if compiled:
             compile_blocks(network)
@@ -100,6 +99,11 @@ class EDM(Denoiser):
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return self.network.shape
+
+    @property
+    def class_count(self) -> int:
+        """Number of classes of the network, 0 for an unconditional one."""
+        return self.network.classes
 
     @property
     def feature_channels(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
+from ratiograph.core.domains import Positive
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition, Encoding, Noisy
 
@@ -131,6 +132,11 @@ class _Wrapper(Denoiser):
         return self.denoiser.shape
 
     @property
+    def class_count(self) -> int:
+        """Number of classes that labels may name."""
+        return self.denoiser.class_count
+
+    @property
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of each feature map, finest first."""
         return self.denoiser.feature_channels
@@ -206,10 +212,8 @@ class Clipped(_Wrapper):
         limit: bound of |mu|, > 0; 1 for images in [-1, 1].
     """
 
-    def __init__(self, *, denoiser: Denoiser, limit: float = 1.0):
+    def __init__(self, *, denoiser: Denoiser, limit: Positive = 1.0):
         super().__init__(denoiser)
-        if limit <= 0:
-            raise ValueError(f"Clipped.limit={limit} must be positive")
         self.limit = limit
 
     @property

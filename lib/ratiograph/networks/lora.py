@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Positive, PositiveInt
 from ratiograph.core.types import Condition, Encoding
 from ratiograph.networks.architectures.text_unet import TextUNet, draw_weights
 from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
@@ -40,20 +41,18 @@ class LoRA(nn.Module):
         targets: the layers adapted, by the ends of their names; attention, feed-forward and convolutions by default.
 
     Raises:
-        ValueError: peft is not installed, a rank below 1, or targets that name no layer.
+        ValueError: peft is not installed, or targets that name no layer.
     """
 
     def __init__(
         self,
         *,
         network: nn.Module,
-        rank: int = 64,
-        alpha: float = 64.0,
+        rank: PositiveInt = 64,
+        alpha: Positive = 64.0,
         targets: Sequence[str] = (*ATTENTION, *REST, *SCALES),
     ):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"LoRA.rank={rank} must be at least 1")
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:

@@ -7,12 +7,14 @@ mu = c_skip y + c_out F(c_in y, c_noise) with four functions of s. EDM's own cho
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import VariancePreserving
+from ratiograph.core.domains import Scale
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
 
@@ -63,10 +65,10 @@ class VPPreconditioned(Preconditioned):
         self,
         *,
         network: nn.Module,
-        beta_min: float = 0.1,
-        beta_max: float = 20.0,
-        steps: int = 1000,
-        sigma_data: float = 0.5,
+        beta_min: Scale = 0.1,
+        beta_max: Scale = 20.0,
+        steps: Annotated[int, Ge(2)] = 1000,
+        sigma_data: Scale = 0.5,
         weights: str | None = None,
         compiled: bool = False,
     ):

@@ -7,12 +7,15 @@ Three sources of features: the frozen teacher's encoder, the student score's enc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser, Evaluation, RatioEstimator
+from ratiograph.core.domains import PositiveInt, Scale
 from ratiograph.core.types import Noisy, expand
 from ratiograph.networks.architectures.blocks import NoiseEmbedding, group_norm, zero_
 from ratiograph.networks.compilation import compile_blocks
@@ -115,7 +118,13 @@ class TeacherFeatureRatio(_HeadsRatio):
 
     on_teacher = True
 
-    def __init__(self, *, feature_maps: Sequence[int] = (0, 1, 2), width: int = 64, weights: str | None = None):
+    def __init__(
+        self,
+        *,
+        feature_maps: Annotated[Sequence[int], MinLen(1)] = (0, 1, 2),
+        width: PositiveInt = 64,
+        weights: str | None = None,
+    ):
         super().__init__(feature_maps, width, weights)
 
     def connect(self, teacher, student_score):
@@ -136,7 +145,13 @@ class StudentScoreHeadRatio(_HeadsRatio):
 
     on_student_score = True
 
-    def __init__(self, *, feature_maps: Sequence[int] = (-1,), width: int = 64, weights: str | None = None):
+    def __init__(
+        self,
+        *,
+        feature_maps: Annotated[Sequence[int], MinLen(1)] = (-1,),
+        width: PositiveInt = 64,
+        weights: str | None = None,
+    ):
         super().__init__(feature_maps, width, weights)
 
     def connect(self, teacher, student_score):
@@ -186,7 +201,7 @@ class EncoderRatio(PretrainedRatio):
         self,
         *,
         network: nn.Module,
-        sigma_data: float = 0.5,
+        sigma_data: Scale = 0.5,
         encoder_weights: str | None = None,
         weights: str | None = None,
         compiled: bool = False,
@@ -198,6 +213,7 @@ class EncoderRatio(PretrainedRatio):
         if compiled:
             compile_blocks(network)
         self.out = zero_(nn.Linear(network.feature_channels[-1], 1))
+        self.shape, self.class_count = network.shape, network.classes
 
     def load(self) -> None:
         if self.encoder_weights is not None:

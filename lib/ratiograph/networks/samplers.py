@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.contracts import Denoiser
+from ratiograph.core.domains import Exponent, NonNegative, NonNegativeInt, OrInfinite, PositiveInt, Scale
 from ratiograph.core.types import Condition, Noisy
 
 __all__ = [
@@ -70,7 +72,9 @@ class KarrasSampler(ManyStepSampler):
         rho: exponent of the schedule.
     """
 
-    def __init__(self, *, steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+    def __init__(
+        self, *, steps: PositiveInt = 18, sigma_min: Scale = 0.002, sigma_max: Scale = 80.0, rho: Exponent = 7.0
+    ):
         if steps < 1:
             raise ValueError(f"{type(self).__name__}.steps={steps} must be at least 1")
         self.steps, self.sigma_min, self.sigma_max, self.rho = steps, sigma_min, sigma_max, rho
@@ -164,18 +168,16 @@ class StochasticHeunSampler(HeunSampler):
     def __init__(
         self,
         *,
-        steps: int = 256,
-        s_churn: float = 40.0,
-        s_min: float = 0.05,
-        s_max: float = 50.0,
-        s_noise: float = 1.003,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
+        steps: PositiveInt = 256,
+        s_churn: NonNegative = 40.0,
+        s_min: NonNegative = 0.05,
+        s_max: Annotated[float, Ge(0), OrInfinite()] = 50.0,
+        s_noise: NonNegative = 1.003,
+        sigma_min: Scale = 0.002,
+        sigma_max: Scale = 80.0,
+        rho: Exponent = 7.0,
     ):
         super().__init__(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        if s_churn < 0 or s_noise < 0:
-            raise ValueError(f"StochasticHeunSampler: s_churn={s_churn} and s_noise={s_noise} must be at least 0")
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
 
     def step(self, slope, x, sigma, following, draws):
@@ -203,7 +205,12 @@ class DDIMSampler(ManyStepSampler):
     """
 
     def __init__(
-        self, *, steps: int = 50, process: ScaledLinearDDPM | None = None, offset: int = 1, clean_end: bool = False
+        self,
+        *,
+        steps: PositiveInt = 50,
+        process: ScaledLinearDDPM | None = None,
+        offset: NonNegativeInt = 1,
+        clean_end: bool = False,
     ):
         self.process = ScaledLinearDDPM() if process is None else process
         self.steps, self.offset, self.clean_end = steps, offset, clean_end
@@ -254,7 +261,7 @@ class TrailingDDIMSampler(DDIMSampler):
         clean_end: whether the last step ends at alpha = 1; Stable Diffusion ends at the process's first step.
     """
 
-    def __init__(self, *, steps: int = 8, process: ScaledLinearDDPM | None = None, clean_end: bool = False):
+    def __init__(self, *, steps: PositiveInt = 8, process: ScaledLinearDDPM | None = None, clean_end: bool = False):
         super().__init__(steps=steps, process=process, offset=0, clean_end=clean_end)
 
     def timesteps(self):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.domains import NonNegativeInt, Scale
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.randomness import integers, normal
 from ratiograph.core.types import Condition, Noisy
@@ -22,10 +23,8 @@ class OneStep(nn.Module):
         sigma_init: noise level of the input: 2.5 in SiD and score-free training, 80 in f-distill on EDM.
     """
 
-    def __init__(self, *, denoiser: EDM, sigma_init: float = 2.5):
+    def __init__(self, *, denoiser: EDM, sigma_init: Scale = 2.5):
         super().__init__()
-        if sigma_init <= 0:
-            raise ValueError(f"OneStep.sigma_init={sigma_init} must be positive")
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
     @property
@@ -64,7 +63,7 @@ class OneStepDDPM(OneStep):
         process: the discrete process; Stable Diffusion's by default.
     """
 
-    def __init__(self, *, denoiser: EDM, timestep: int = 999, process: ScaledLinearDDPM | None = None):
+    def __init__(self, *, denoiser: EDM, timestep: NonNegativeInt = 999, process: ScaledLinearDDPM | None = None):
         process = ScaledLinearDDPM() if process is None else process
         last = int(process.t_range[1])
         if not 0 <= timestep <= last:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ratiograph.core.domains import NonNegativeInt
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
 from ratiograph.networks.weights.pipeline_files import folder_of, missing_package, weights_of
@@ -173,9 +176,6 @@ class SDXLCaptionEncoder(CaptionEncoder):
         weights: a pipeline's folder in diffusers' format, with ``text_encoder``, ``tokenizer``, ``text_encoder_2`` and
             ``tokenizer_2`` in it, or ``hf://OWNER/NAME``.
         sizes: the ``sizes`` of every caption; by default an uncropped image of 1024 x 1024.
-
-    Raises:
-        ValueError: ``sizes`` are not six numbers.
     """
 
     parts = (
@@ -183,12 +183,10 @@ class SDXLCaptionEncoder(CaptionEncoder):
         ("CLIPTextModelWithProjection", "text_encoder_2", "tokenizer_2"),
     )
 
-    def __init__(self, *, weights: str, sizes: Sequence[int] = (1024, 1024, 0, 0, 1024, 1024)):
+    def __init__(
+        self, *, weights: str, sizes: Annotated[Sequence[NonNegativeInt], Len(6, 6)] = (1024, 1024, 0, 0, 1024, 1024)
+    ):
         super().__init__(weights=weights)
-        if len(sizes) != 6:
-            raise ValueError(
-                f"SDXLCaptionEncoder.sizes={tuple(sizes)} must be six numbers: original size, crop corner, target size"
-            )
         self.sizes = tuple(sizes)
 
     @torch.no_grad()

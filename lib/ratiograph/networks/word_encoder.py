@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ratiograph.core.contracts import DataStream
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import unpack
 from ratiograph.networks.text_encoders import CaptionEncoder
@@ -35,15 +36,10 @@ class WordEncoder(CaptionEncoder):
     Args:
         width: E.
         length: L; words after the first L are cut.
-
-    Raises:
-        ValueError: ``width`` or ``length`` is less than 1.
     """
 
-    def __init__(self, *, width: int = 32, length: int = 6):
+    def __init__(self, *, width: PositiveInt = 32, length: PositiveInt = 6):
         super().__init__(weights="")
-        if min(width, length) < 1:
-            raise ValueError(f"WordEncoder.width={width} and length={length} must be at least 1")
         self.width, self.length = width, length
 
     def load(self) -> None:

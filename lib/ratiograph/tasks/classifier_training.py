@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import Fraction, NonNegative
 from ratiograph.core.files import write_atomically
 from ratiograph.core.randomness import uniform
 from ratiograph.core.types import Batch
@@ -35,11 +36,7 @@ class RandomAffine:
         shift: pixels, in each direction.
     """
 
-    def __init__(self, *, rotation: float = 12.0, scaling: float = 0.12, shift: float = 2.0):
-        if min(rotation, scaling, shift) < 0 or scaling >= 1:
-            raise ValueError(
-                f"RandomAffine: rotation={rotation} and shift={shift} must be >= 0 and scaling={scaling} in [0, 1)"
-            )
+    def __init__(self, *, rotation: NonNegative = 12.0, scaling: Fraction = 0.12, shift: NonNegative = 2.0):
         self.rotation, self.scaling, self.shift = rotation, scaling, shift
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,6 +65,10 @@ class ClassifierTraining(Task):
         super().__init__()
         self.classifier, self.augmentation = classifier, augmentation
         self.optimizer, self.ema = optimizer, ema
+
+    @property
+    def known_classes(self) -> int:
+        return self.classifier.classes
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         self.to(device).train()

@@ -8,9 +8,8 @@ One step, for z ~ N(0, I):
     x0.backward(field / batch size)                    exact gradient of the objective, no pseudo-loss
     student score: denoising loss on x0 at its own times;  ratio: loss of real against x0 at its own times
 
-When the backward runs, no graph but the student's exists, so the peak memory is one network's activations. A step may
-also be taken in micro-batches (``Experiment.accumulation``): random numbers and weights are still those of the whole
-batch, so it is the same step.
+When the backward runs, no graph but the student's exists, so the peak memory is one network's activations. A step in
+micro-batches (``Experiment.accumulation``) is the same step: random numbers and weights are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from ratiograph.algebra.objective import Objective
 from ratiograph.algebra.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.algebra.times import TimeSampler
 from ratiograph.core.contracts import Denoiser, Evaluation, Nodes, RatioEstimator
+from ratiograph.core.domains import Depth, NonNegativeInt
 from ratiograph.core.draws import SampleDraws
 from ratiograph.core.randomness import normal
 from ratiograph.core.types import Batch, Condition, NoisySamples
@@ -102,17 +102,17 @@ class Distillation(Task):
         student_score: EDM | None = None,
         student_score_times: TimeSampler | None = None,
         student_score_optimizer: Adam | None = None,
-        student_score_updates: int = 1,
+        student_score_updates: Depth = 1,
         student_score_weight: DenoisingWeight | None = None,
         ratio: RatioEstimator | None = None,
         ratio_times: TimeSampler | None = None,
         ratio_optimizer: Adam | None = None,
-        ratio_updates: int = 1,
+        ratio_updates: Depth = 1,
         fresh_samples: bool = True,
         ratio_loss: RatioLoss | None = None,
         positives: Positives | None = None,
         warm_start: WarmStart | None = None,
-        critic_steps: int = 0,
+        critic_steps: NonNegativeInt = 0,
         conditions: Conditions | None = None,
         augmentation: Augmentation | None = None,
         recompute: bool = False,

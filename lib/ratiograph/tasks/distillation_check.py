@@ -22,6 +22,12 @@ def check_nodes(task: Task) -> None:
         )
     if task.ratio is not None:
         _check_ratio(task)
+    task.check_shapes()
+    classes = task.student.denoiser.class_count
+    for name in ("teacher", "student_score", "ratio"):
+        known = getattr(task, name).class_count if getattr(task, name) is not None else 0
+        if 0 < known < classes:
+            raise ValueError(f"the student makes {classes} classes, of which the {name} knows {known}: give it as many")
     learning = (task.student_score, task.ratio)
     task.augmentation.check(*(node.network for node in learning if hasattr(node, "network")))
 

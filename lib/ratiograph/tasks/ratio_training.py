@@ -7,14 +7,17 @@ under p(t). An estimator that does not learn here, where p and q are fixed, will
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import NoisingProcess
 from ratiograph.algebra.ratio_losses import LogisticLoss, RatioLoss
 from ratiograph.algebra.times import TimeSampler
 from ratiograph.core.contracts import Evaluation, Needs, Nodes, RatioEstimator
+from ratiograph.core.domains import Depth
 from ratiograph.core.randomness import normal
 from ratiograph.core.types import Condition
 from ratiograph.networks.teachers.mixture import GaussianMixture
@@ -54,6 +57,7 @@ class RatioTraining(Task):
         self.teacher, self.student, self.ratio = teacher, student, ratio
         self.noising, self.times, self.optimizer = noising, times, optimizer
         self.loss = LogisticLoss() if loss is None else loss
+        self.check_shapes()
         ratio.connect(teacher, None)
 
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
@@ -109,9 +113,7 @@ class RatioEvaluator:
         bins: bins over t.
     """
 
-    def __init__(self, *, samples: int = 100_000, bins: int = 5):
-        if samples < 100 or bins < 1:
-            raise ValueError(f"RatioEvaluator needs samples >= 100 and bins >= 1, got {samples} and {bins}")
+    def __init__(self, *, samples: Annotated[int, Ge(100)] = 100_000, bins: Depth = 5):
         self.samples, self.bins = samples, bins
 
     def _compare(self, task: RatioTraining, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

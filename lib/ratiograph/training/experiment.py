@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
-from ratiograph.core.contracts import DataStream, Denoiser
+from ratiograph.core.contracts import DataStream, Denoiser, RatioEstimator
+from ratiograph.core.domains import NonNegativeInt, Positive, PositiveInt
 from ratiograph.core.types import Batch
 from ratiograph.training.checkpoints import load_strict
 from ratiograph.training.loggers import Logger
@@ -53,26 +55,32 @@ class Task(nn.Module):
         """Estimates constants that need data before step 1 (such as Z); returns what to log. Not called on resume."""
         return {}
 
+    def check_shapes(self) -> None:
+        """Raises a ValueError if two networks are for samples of different shapes."""
+        shaped = [(name, each) for name, each in _networks(self) if each.shape is not None]
+        for name, each in shaped[1:]:
+            if tuple(each.shape) != tuple(shaped[0][1].shape):
+                (a, b), first = (_by(each.shape) for each in (shaped[0][1], each)), shaped[0][0]
+                raise ValueError(
+                    f"{first} is for samples of {a}, and {name} for {b}: configure both for the same (dimension, or "
+                    "resolution and channels)"
+                )
+
     def check_samples(self, batch: Batch) -> None:
         """Raises a ValueError if the data's samples are not of the denoisers' shape, or of classes they don't know."""
         self.check_labels(batch)
         found = tuple(batch.images.shape[1:])
-        denoisers = [(name, module) for name, module in self.named_modules() if isinstance(module, Denoiser)]
-        for name, module in denoisers if batch.images.numel() else ():
-            expected = tuple(getattr(module, "shape", found))
-            if expected != found:
-                network = type(getattr(module, "network", module)).__name__
-                theirs, ours = ("x".join(map(str, shape)) for shape in (expected, found))
+        for name, each in _networks(self) if batch.images.numel() else ():
+            if tuple(each.shape or found) != found:
                 raise ValueError(
-                    f"the data's samples are {ours}, and {name} ({network}) is for {theirs}: configure the network for "
-                    "them (resolution and channels), or give other --data"
+                    f"the data's samples are {_by(found)}, and {name} is for {_by(each.shape)}: configure the network "
+                    "for them (resolution and channels), or give other --data"
                 )
 
     @cached_property
     def known_classes(self) -> int | None:
         """The number of classes that every network with class labels knows; None without such a network."""
-        found = [getattr(module, "classes", None) for module in self.modules()]
-        return min((count for count in found if isinstance(count, int) and count), default=None)
+        return min((each.class_count for _, each in _networks(self) if each.class_count), default=None)
 
     def check_labels(self, batch: Batch) -> None:
         """Raises a ValueError if a network does not know a sample's class; ``batch`` is not on a device yet."""
@@ -120,6 +128,16 @@ class Task(nn.Module):
         load_strict(modules, {n: spread_like(modules[n], held) if n in modules else held for n, held in saved.items()})
         for name, updater in self.optimizers.items():
             updater.load_state_dict(state["optimizers"][name])
+
+
+def _networks(task: Task) -> list[tuple[str, Denoiser | RatioEstimator]]:
+    """The networks of the graph, each as ``student.denoiser (UNet)``."""
+    found = [(n, each) for n, each in task.named_modules() if isinstance(each, Denoiser | RatioEstimator)]
+    return [(f"{name} ({type(getattr(each, 'network', each)).__name__})", each) for name, each in found]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 @runtime_checkable
@@ -174,43 +192,34 @@ class Experiment:
     data: DataStream | None = None
     evaluator: Evaluator | None = None
     loggers: Sequence[Logger] | None = None
-    steps: int
-    batch_size: int
-    accumulation: int = 1
+    steps: PositiveInt
+    batch_size: PositiveInt
+    accumulation: PositiveInt = 1
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    log_every: int = 10
-    preview_every: int = 50
-    checkpoint_every: int = 100
-    keep_last: int = 2
-    keep_every: int = 0
+    log_every: PositiveInt = 10
+    preview_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     best_metric: str | None = None
-    evaluate_every: int = 0
-    preview_samples: int = 64
-    teacher_evaluations: int = 0
-    max_bad_steps: int = 10
-    hang_minutes: float = 15.0
+    evaluate_every: NonNegativeInt = 0
+    preview_samples: Annotated[int, Interval(ge=1, le=10_000)] = 64
+    teacher_evaluations: NonNegativeInt = 0
+    max_bad_steps: PositiveInt = 10
+    hang_minutes: Positive = 15.0
 
     def __post_init__(self):
-        at_least_one = ("steps", "batch_size", "accumulation", "log_every", "preview_every", "checkpoint_every")
-        for name in (*at_least_one, "keep_last", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 1")
         if self.accumulation > 1 and not self.task.accumulates:
             raise ValueError(
                 f"Experiment.accumulation={self.accumulation}: {type(self.task).__name__} takes a step in one piece; "
                 "leave it at 1"
             )
-        for name in ("teacher_evaluations", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Experiment.{name}={getattr(self, name)} must be at least 0, which means none")
-        if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
+        if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"Experiment.keep_every={self.keep_every} must be 0 or a multiple of checkpoint_every="
                 f"{self.checkpoint_every}: other steps have no checkpoint"
             )
-        if self.hang_minutes <= 0:
-            raise ValueError(f"Experiment.hang_minutes={self.hang_minutes} must be positive")
         if self.best_metric is not None and not (self.evaluator and self.evaluate_every):
             raise ValueError(
                 f"Experiment.best_metric={self.best_metric!r} needs measurements: bind Experiment.evaluator and set "

@@ -122,6 +122,11 @@ class StepGuard:
         new, self._read = skipped - self._read, skipped
         return Faults(skipped, new, longest)
 
+    def broken(self) -> list[str]:
+        """The networks whose weights are not finite, by name. Synchronises the device."""
+        networks = self.task.named_children()
+        return [name for name, each in networks if not all(p.isfinite().all() for p in each.parameters())]
+
     def report(self, bad: Mapping[str, int]) -> str:
         """A sentence on the terms and networks that were not finite; ``bad`` is the second result of `Means.read`."""
         counts = {name: int(count) for name, count in self._by_network.items()}
@@ -129,10 +134,7 @@ class StepGuard:
         rewards = [f"the reward {name.removeprefix('reward/')}" for name in bad if name.startswith("reward/")]
         losses = [f"the {name}" for name in bad if name.startswith("loss/")]
         updates = [f"{count} updates of {name}" for name, count in counts.items() if count]
-        networks = self.task.named_children()
-        broken = [
-            f"the weights of {n}" for n, each in networks if not all(p.isfinite().all() for p in each.parameters())
-        ]
+        broken = [f"the weights of {name}" for name in self.broken()]
         causes = ", ".join([*rewards, *terms, *losses, *broken]) or "the gradient"
         return f"not finite: {causes}; left out: {', '.join(updates)}"
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ratiograph.core.distributed import Averaging, is_sharded, ranks
+from ratiograph.core.domains import Fraction, NonNegative, NonNegativeInt, Positive
 from ratiograph.training.parallel import spread
 
 __all__ = ["EMA", "Adam"]
@@ -36,18 +39,16 @@ class Adam:
     def __init__(
         self,
         *,
-        lr: float = 2e-4,
-        betas: Sequence[float] = (0.0, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
-        cooldown: Sequence[int] | None = None,
-        clip_norm: float = 10.0,
+        lr: Positive = 2e-4,
+        betas: Annotated[Sequence[Fraction], Len(2, 2)] = (0.0, 0.999),
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.0,
+        warmup_steps: NonNegativeInt = 0,
+        cooldown: Annotated[Sequence[NonNegativeInt], Len(2, 2)] | None = None,
+        clip_norm: Positive = 10.0,
     ):
-        if lr <= 0 or clip_norm <= 0:
-            raise ValueError(f"Adam.lr={lr} and Adam.clip_norm={clip_norm} must be positive")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
-        if cooldown is not None and (len(cooldown) != 2 or not 0 <= cooldown[0] < cooldown[1]):
+        if cooldown is not None and cooldown[0] >= cooldown[1]:
             raise ValueError(f"Adam.cooldown={cooldown} must be two numbers of updates, 0 <= first < last")
         self.warmup_steps, self.cooldown, self.clip_norm = warmup_steps, cooldown, clip_norm
 
@@ -197,9 +198,7 @@ class EMA:
         ramp_up: fraction of the images seen so far that bounds the half-life early on (EDM's 0.05).
     """
 
-    def __init__(self, *, half_life: float = 500_000, ramp_up: float = 0.05):
-        if half_life <= 0 or ramp_up <= 0:
-            raise ValueError(f"EMA.half_life={half_life} and EMA.ramp_up={ramp_up} must be positive")
+    def __init__(self, *, half_life: Positive = 500_000, ramp_up: Positive = 0.05):
         self.half_life, self.ramp_up = half_life, ramp_up
 
     def beta(self, batch_size: int, images: int) -> float:

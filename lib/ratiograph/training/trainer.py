@@ -254,6 +254,8 @@ class _Run:
                 if step == experiment.steps or step % experiment.preview_every == 0:
                     self.preview(step, logger)
                 if saving:
+                    if broken := guard.broken():
+                        raise self.diverged(f"the weights of {', '.join(broken)} are not finite at step {step}")
                     self.save(step, samples)
                 if last:
                     self.checkpoints.wait()
@@ -276,14 +278,17 @@ class _Run:
             return
         report = guard.report(bad)
         logger.message(f"step {step}: {faults.new} steps without a finite gradient since the last line; {report}")
-        if faults.longest >= self.experiment.max_bad_steps:
-            saved = checkpoints.steps(self.checkpoints.folder)
-            kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was due yet"
-            raise ValueError(
-                f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}; {kept}. Lower "
-                "Adam.lr, clamp the weighting (Clamped.limit), or run with --precision=fp32; rerunning the command "
-                "resumes"
-            )
+        if faults.longest >= min(self.experiment.max_bad_steps, self.experiment.steps):
+            raise self.diverged(f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}")
+
+    def diverged(self, what: str) -> ValueError:
+        """The error that ends a run of which ``what`` is true."""
+        saved = checkpoints.steps(self.checkpoints.folder)
+        kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was due yet"
+        return ValueError(
+            f"{what}; {kept}. Lower Adam.lr, clamp the weighting (Clamped.limit), or run with --precision=fp32; "
+            "rerunning the command resumes"
+        )
 
     def finish(self, logger: RunLogger) -> None:
         """Writes the final weights and the evaluation. All ranks take part; the main one writes."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, Fraction, PositiveInt
 from ratiograph.core.types import Condition
 from ratiograph.networks.architectures.unet import UNet
 from ratiograph.networks.checkpointing import Checkpointing
@@ -35,16 +38,16 @@ class CaptionedUNet(UNet):
     def __init__(
         self,
         *,
-        resolution: int = 28,
-        image_channels: int = 3,
-        channels: int = 48,
-        multipliers: Sequence[int] = (1, 2),
-        blocks: int = 1,
-        patch_size: int = 2,
+        resolution: PositiveInt = 28,
+        image_channels: PositiveInt = 3,
+        channels: PositiveInt = 48,
+        multipliers: Annotated[Sequence[PositiveInt], MinLen(1)] = (1, 2),
+        blocks: Depth = 1,
+        patch_size: PositiveInt = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        text_width: int = 32,
-        caption_dropout: float = 0.0,
+        dropout: Fraction = 0.0,
+        text_width: PositiveInt = 32,
+        caption_dropout: Fraction = 0.0,
         checkpointing: Checkpointing | None = None,
     ):
         super().__init__(
@@ -58,8 +61,6 @@ class CaptionedUNet(UNet):
             dropout=dropout,
             checkpointing=checkpointing,
         )
-        if not 0 <= caption_dropout < 1:
-            raise ValueError(f"CaptionedUNet.caption_dropout={caption_dropout} must be in [0, 1)")
         self.text_width, self.caption_dropout = text_width, caption_dropout
         embedding = 4 * channels
         self.text_embedding = nn.Sequential(

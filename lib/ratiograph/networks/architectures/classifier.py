@@ -6,11 +6,14 @@ Notation: images x [B, 1, 28, 28] in [-1, 1]; features f(x) [B, 64]; logits [B, 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, MultipleOf
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import PositiveInt
 from ratiograph.networks.weights.weight_files import load_weights, shipped
 
 __all__ = ["DigitClassifier"]
@@ -37,10 +40,14 @@ class DigitClassifier(nn.Module):
 
     classes = 10
 
-    def __init__(self, *, width: int = 32, feature_size: int = 64, weights: str | None = None):
+    def __init__(
+        self,
+        *,
+        width: Annotated[int, Ge(8), MultipleOf(8)] = 32,
+        feature_size: PositiveInt = 64,
+        weights: str | None = None,
+    ):
         super().__init__()
-        if width < 8 or width % 8:
-            raise ValueError(f"DigitClassifier.width is {width}: it must be a multiple of 8")
         self.weights = Path(weights) if weights else SHIPPED_WEIGHTS
         self.layers = nn.Sequential(
             _block(1, width, kernel=5, stride=2),  # 28 x 28 -> 14 x 14

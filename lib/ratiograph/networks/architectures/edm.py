@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Condition
 from ratiograph.networks.architectures.blocks import SkipEncoding, zero_
 from ratiograph.networks.architectures.edm_blocks import (
@@ -227,16 +230,16 @@ class DDPMPP(EDMUNet):
     def __init__(
         self,
         *,
-        resolution: int = 32,
-        image_channels: int = 3,
-        channels: int = 128,
-        multipliers: Sequence[int] = (2, 2, 2),
-        blocks: int = 4,
-        attention_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.13,
-        classes: int = 0,
-        augment_labels: int = 9,
-        label_dropout: float = 0.0,
+        resolution: PositiveInt = 32,
+        image_channels: PositiveInt = 3,
+        channels: PositiveInt = 128,
+        multipliers: Annotated[Sequence[PositiveInt], MinLen(1)] = (2, 2, 2),
+        blocks: Depth = 4,
+        attention_resolutions: Sequence[PositiveInt] = (16,),
+        dropout: Fraction = 0.13,
+        classes: NonNegativeInt = 0,
+        augment_labels: NonNegativeInt = 9,
+        label_dropout: Fraction = 0.0,
         checkpointing: Checkpointing | None = None,
     ):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
@@ -312,17 +315,17 @@ class ADM(EDMUNet):
     def __init__(
         self,
         *,
-        resolution: int = 64,
-        image_channels: int = 3,
-        channels: int = 192,
-        multipliers: Sequence[int] = (1, 2, 3, 4),
-        blocks: int = 3,
-        attention_resolutions: Sequence[int] = (32, 16, 8),
-        head_channels: int = 64,
-        dropout: float = 0.1,
-        classes: int = 1000,
-        augment_labels: int = 0,
-        label_dropout: float = 0.0,
+        resolution: PositiveInt = 64,
+        image_channels: PositiveInt = 3,
+        channels: PositiveInt = 192,
+        multipliers: Annotated[Sequence[PositiveInt], MinLen(1)] = (1, 2, 3, 4),
+        blocks: Depth = 3,
+        attention_resolutions: Sequence[PositiveInt] = (32, 16, 8),
+        head_channels: PositiveInt = 64,
+        dropout: Fraction = 0.1,
+        classes: NonNegativeInt = 1000,
+        augment_labels: NonNegativeInt = 0,
+        label_dropout: Fraction = 0.0,
         checkpointing: Checkpointing | None = None,
     ):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.domains import Scale
 from ratiograph.data.coloured_digits import COLOURS
 
 __all__ = ["InkColour"]
@@ -22,15 +23,10 @@ class InkColour(nn.Module):
 
     Args:
         width: standard deviation of a colour's directions about u_k; neighbouring u_k are about 0.55 apart.
-
-    Raises:
-        ValueError: ``width`` is not positive.
     """
 
-    def __init__(self, *, width: float = 0.15):
+    def __init__(self, *, width: Scale = 0.15):
         super().__init__()
-        if width <= 0:
-            raise ValueError(f"InkColour.width={width} must be positive")
         self.width = width
         palette = torch.tensor(list(COLOURS.values()), device="cpu")
         self.register_buffer("directions", functional.normalize(palette, dim=1), persistent=False)

@@ -6,7 +6,11 @@ Notation as in `text_unet`: x and F [B, 4, H, W] latents, c_noise [B] the step i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import MinLen
+
+from ratiograph.core.domains import Depth, PositiveInt
 from ratiograph.networks.architectures.text_unet import PART, WEIGHTS, TextUNet
 from ratiograph.networks.weights.pipeline_files import HUB, config_of, folder_of
 
@@ -54,12 +58,12 @@ class SD15UNet(TextUNet):
     def __init__(
         self,
         *,
-        resolution: int = 64,
-        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
-        layers_per_block: int = 2,
-        cross_attention_dim: int = 768,
-        attention_heads: int = 8,
-        norm_groups: int = 32,
+        resolution: PositiveInt = 64,
+        block_out_channels: Annotated[Sequence[PositiveInt], MinLen(1)] = (320, 640, 1280, 1280),
+        layers_per_block: Depth = 2,
+        cross_attention_dim: PositiveInt = 768,
+        attention_heads: PositiveInt = 8,
+        norm_groups: PositiveInt = 32,
         gradient_checkpointing: bool = False,
         double_backward: bool = False,
         random_weights: bool = True,
@@ -96,15 +100,15 @@ class SDXLUNet(TextUNet):
     def __init__(
         self,
         *,
-        resolution: int = 128,
-        block_out_channels: Sequence[int] = (320, 640, 1280),
-        transformer_layers: Sequence[int] = (1, 2, 10),
-        attention_heads: Sequence[int] = (5, 10, 20),
-        layers_per_block: int = 2,
-        cross_attention_dim: int = 2048,
-        pooled_width: int = 1280,
-        size_embedding: int = 256,
-        norm_groups: int = 32,
+        resolution: PositiveInt = 128,
+        block_out_channels: Annotated[Sequence[PositiveInt], MinLen(1)] = (320, 640, 1280),
+        transformer_layers: Sequence[Depth] = (1, 2, 10),
+        attention_heads: Sequence[PositiveInt] = (5, 10, 20),
+        layers_per_block: Depth = 2,
+        cross_attention_dim: PositiveInt = 2048,
+        pooled_width: PositiveInt = 1280,
+        size_embedding: PositiveInt = 256,
+        norm_groups: PositiveInt = 32,
         gradient_checkpointing: bool = False,
         double_backward: bool = False,
         random_weights: bool = True,

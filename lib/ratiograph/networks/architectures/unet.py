@@ -7,11 +7,14 @@ skips the decoder. Shapes: x [B, C, H, W] (or [B, D]), c_noise [B], F like x.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Condition, Encoding
 from ratiograph.networks.architectures.blocks import NoiseEmbedding, ResidualBlock, SelfAttention, group_norm, zero_
 from ratiograph.networks.checkpointing import Checkpointing
@@ -73,16 +76,16 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        resolution: int = 28,
-        image_channels: int = 1,
-        channels: int = 64,
-        multipliers: Sequence[int] = (1, 2),
-        blocks: int = 1,
-        patch_size: int = 2,
+        resolution: PositiveInt = 28,
+        image_channels: PositiveInt = 1,
+        channels: PositiveInt = 64,
+        multipliers: Annotated[Sequence[PositiveInt], MinLen(1)] = (1, 2),
+        blocks: Depth = 1,
+        patch_size: PositiveInt = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        classes: int = 0,
-        label_dropout: float = 0.0,
+        dropout: Fraction = 0.0,
+        classes: NonNegativeInt = 0,
+        label_dropout: Fraction = 0.0,
         checkpointing: Checkpointing | None = None,
     ):
         super().__init__()
@@ -184,11 +187,15 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, *, dimension: int = 2, width: int = 128, layers: int = 4, classes: int = 0, label_dropout: float = 0.0
+        self,
+        *,
+        dimension: PositiveInt = 2,
+        width: PositiveInt = 128,
+        layers: Annotated[int, Interval(ge=2, le=1000)] = 4,
+        classes: NonNegativeInt = 0,
+        label_dropout: Fraction = 0.0,
     ):
         super().__init__()
-        if layers < 2:
-            raise ValueError(f"MLP.layers={layers} must be at least 2: one for the encoder, one for the decoder")
         self.feature_channels = (width,)
         self.width, self.layers, self.classes, self.shape = width, layers, classes, (dimension,)
         self.label_dropout = label_dropout

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ratiograph.algebra.rewards import Reward
+from ratiograph.core.domains import PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
 from ratiograph.data import captions
@@ -233,15 +234,10 @@ class DecodedReward(Reward):
         autoencoder: decodes latents, in chunks of its own, with its own checkpointing.
         chunk: images judged at a time, at least 1.
         checkpointing: where gradients are needed, keep only the images and judge each chunk again in the backward pass.
-
-    Raises:
-        ValueError: ``chunk`` is less than 1.
     """
 
-    def __init__(self, *, reward: Reward, autoencoder: Autoencoder, chunk: int = 8, checkpointing: bool = True):
+    def __init__(self, *, reward: Reward, autoencoder: Autoencoder, chunk: PositiveInt = 8, checkpointing: bool = True):
         super().__init__()
-        if chunk < 1:
-            raise ValueError(f"DecodedReward.chunk={chunk} must be at least 1")
         self.reward, self.autoencoder = reward, autoencoder.requires_grad_(False)
         self.chunk, self.checkpointing = chunk, checkpointing
 

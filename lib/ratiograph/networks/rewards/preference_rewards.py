@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ratiograph.core.domains import Depth, PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.networks.rewards.clip_rewards import score_head
 from ratiograph.networks.rewards.image_rewards import (
@@ -131,11 +132,11 @@ class ImageReward(PretrainedReward):
         *,
         weights: str,
         tokenizer: str,
-        vision_width: int = 1024,
-        vision_layers: int = 24,
-        text_width: int = 768,
-        text_layers: int = 12,
-        image_size: int = 224,
+        vision_width: PositiveInt = 1024,
+        vision_layers: Depth = 24,
+        text_width: PositiveInt = 768,
+        text_layers: Depth = 12,
+        image_size: PositiveInt = 224,
     ):
         super().__init__()
         self.weights, self.tokenizer, self.image_size = weights, tokenizer, image_size

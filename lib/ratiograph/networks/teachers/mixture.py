@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from ratiograph.core.contracts import Denoiser, Evaluation, RatioEstimator
+from ratiograph.core.domains import NonNegative, NonNegativeInt, Positive, Scale
 from ratiograph.core.randomness import normal, own_rows
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 
@@ -46,11 +49,11 @@ class GaussianMixture(Denoiser):
     def __init__(
         self,
         *,
-        means: Sequence[Sequence[float]],
-        std: float | Sequence[float] | None = None,
+        means: Annotated[Sequence[Annotated[Sequence[float], MinLen(1)]], MinLen(1)],
+        std: Scale | Sequence[Scale] | None = None,
         covariances: Sequence[Sequence[Sequence[float]]] | None = None,
-        weights: Sequence[float] | None = None,
-        classes: Sequence[int] | None = None,
+        weights: Sequence[Positive] | None = None,
+        classes: Sequence[NonNegativeInt] | None = None,
     ):
         super().__init__()
         count = len(means)
@@ -59,10 +62,8 @@ class GaussianMixture(Denoiser):
         for name, values in (("std", std), ("covariances", covariances), ("weights", weights), ("classes", classes)):
             if isinstance(values, Sequence) and len(values) != count:
                 raise ValueError(f"GaussianMixture.{name} has {len(values)} entries for {count} means")
-        if weights is not None and min(weights) <= 0:
-            raise ValueError(f"GaussianMixture.weights must be positive: {list(weights)}")
         classes = range(count) if classes is None else classes
-        if set(classes) != set(range(max(classes) + 1)):
+        if set(classes) != set(range(len(set(classes)))):
             raise ValueError(f"GaussianMixture.classes must use every class from 0 to the largest: {list(classes)}")
         # Constants, not weights: float64 on the CPU even when the graph is built on the meta device.
         centre = torch.tensor(means, dtype=torch.float64, device="cpu")
@@ -80,13 +81,18 @@ class GaussianMixture(Denoiser):
         return tuple(self.means.shape[1:])
 
     @property
+    def class_count(self) -> int:
+        """C."""
+        return int(self.classes.max()) + 1
+
+    @property
     def feature_channels(self) -> tuple[int, ...]:
         """(K,): the only feature is j [B, K]."""
         return tuple(self.means.shape[:1])
 
     def class_masses(self) -> Tensor:
         """p(y) [C] float64."""
-        masses = self.log_weights.new_zeros(int(self.classes.max()) + 1)
+        masses = self.log_weights.new_zeros(self.class_count)
         return masses.index_add(0, self.classes, self.log_weights.exp())
 
     def _log_masses(self, condition: Condition) -> Tensor:
@@ -197,11 +203,11 @@ class RingMixture(GaussianMixture):
     def __init__(
         self,
         *,
-        modes: int = 8,
-        radius: float = 1.0,
-        std: float = 0.1,
-        weights: Sequence[float] | None = None,
-        classes: Sequence[int] | None = None,
+        modes: Annotated[int, Interval(ge=1, le=10_000)] = 8,
+        radius: NonNegative = 1.0,
+        std: Scale = 0.1,
+        weights: Sequence[Positive] | None = None,
+        classes: Sequence[NonNegativeInt] | None = None,
     ):
         angles = [2 * math.pi * k / modes for k in range(modes)]
         means = [(radius * math.cos(a), radius * math.sin(a)) for a in angles]

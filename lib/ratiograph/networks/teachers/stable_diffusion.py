@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.domains import Scale
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
 
@@ -85,7 +86,7 @@ class StableDiffusion(EDM):
         prediction: Prediction | None = None,
         process: ScaledLinearDDPM | None = None,
         weights: str | None = None,
-        sigma_data: float = 1.0,
+        sigma_data: Scale = 1.0,
         compiled: bool = False,
     ):
         super().__init__(network=network, sigma_data=sigma_data, weights=weights, compiled=compiled)
