@@ -141,7 +141,7 @@ def test_value_out_of_its_domain_is_refused(line):
     [
         ("Adam.lr = 1e999", "Adam.lr takes a finite number above 0, not inf: numbers are finite."),
         ("Adam.lr = 1e300", "Adam.lr takes a finite number above 0, not 1e+300: float32 holds 0 and sizes from"),
-        (f"Experiment.seed = {2**70}", f"Experiment.seed takes int, not {2**70}: whole numbers have 64 bits."),
+        (f"Experiment.seed = {2**63}", f"Experiment.seed takes int, not {2**63}: whole numbers have 64 bits."),
         ("MLP.width = 0", "MLP.width takes a whole number at least 1, not 0"),
         (f"MLP.width = {2**62}", "cannot be built with these values: RuntimeError: "),
         ("MLP.dimension = 3", "student.denoiser (MLP) is for samples of 3, and teacher (RingMixture) for 2: configure"),

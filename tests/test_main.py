@@ -181,7 +181,7 @@ def test_a_dry_run_takes_a_gpu_that_is_elsewhere_and_no_device_that_is_nowhere(m
             "flag --precision: Experiment.precision takes 'auto' or 'fp32' or 'bf16' or 'fp64', not 'fp23'",
         ),
         (["--teacher=x.safetensors"], "flag --teacher: this configuration has no macro TEACHER"),
-        (["--gin_param=Adam.lr=-1"], "run.gin:13: DenoiserTraining.optimizer = @Adam(): Adam.lr=-1"),
+        (["--gin_param=Adam.lr=-1"], "flag --gin_param 'Adam.lr=-1': Adam.lr takes a finite number above 0, not -1"),
         (["--gin_file=rnu.gin"], "flag --gin_file: there is no file 'rnu.gin'. Did you mean 'run.gin'?"),
         (["other.gin"], "'other.gin' is no flag. Did you mean --gin_file=other.gin?"),
     ],

@@ -5,6 +5,7 @@ The ``task`` of these functions is a `Distillation`, whose module imports this o
 
 from __future__ import annotations
 
+from ratiograph.core.contracts import Denoiser
 from ratiograph.training.experiment import Task
 
 __all__ = ["check_nodes", "check_parallel"]
@@ -23,7 +24,7 @@ def check_nodes(task: Task) -> None:
     if task.ratio is not None:
         _check_ratio(task)
     task.check_shapes()
-    classes = task.student.denoiser.class_count
+    classes = max((each.class_count for each in task.student.modules() if isinstance(each, Denoiser)), default=0)
     for name in ("teacher", "student_score", "ratio"):
         known = getattr(task, name).class_count if getattr(task, name) is not None else 0
         if 0 < known < classes:
