@@ -28,8 +28,8 @@ PICTURES = {
 }
 
 
-def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: str = "") -> str:
-    """The whole file.
+def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: str = "") -> bytes:
+    """The whole file, in UTF-8.
 
     Args:
         title: of the page.
@@ -39,7 +39,7 @@ def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: 
         tab: what the browser's tab is called; ``title`` by default.
     """
     assets = resources.files("ratiograph") / "assets"
-    return (
+    text = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(tab or title)}</title>"
@@ -49,6 +49,7 @@ def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: 
         + f"\n<footer>{escape(_environment())}</footer></main>"
         f"<script>{(assets / 'report.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
+    return text.encode(errors="replace")  # JSON may hold halves of surrogate pairs, which UTF-8 has not
 
 
 def facts_list(facts: dict[str, str]) -> str:

@@ -29,11 +29,12 @@ from xml.etree import ElementTree
 
 from ratiograph.core.files import write_atomically
 from ratiograph.reports.curves import run_curves
+from ratiograph.reports.evaluation_file import fields_of
 from ratiograph.reports.page import PICTURES, facts_list, page, picture, section
 from ratiograph.reports.published import Measured, published_table
 from ratiograph.reports.quality import collapse_banner, quality_charts
 from ratiograph.reports.results import class_charts, results_table
-from ratiograph.reports.run_files import RESUME, RunFiles, fields_of, grids, read_run
+from ratiograph.reports.run_files import RESUME, RunFiles, grids, read_run
 from ratiograph.reports.trust import trust
 
 __all__ = ["write_report"]
@@ -60,23 +61,20 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
     out = run.workdir / "report.html" if out is None else Path(out)
     evaluation = run.evaluation
     title = evaluation.get("title") or run.name
-    form = "The form is in the documentation of ratiograph.reports.run_report; evaluate again"
-    with fields_of(run.workdir / "evaluation.json", form):
-        banner, results = collapse_banner(run.records, evaluation), _results(run)
-        quality = quality_charts(run.records, evaluation.get("metrics") or {})
-        classes, figures, notes = _classes(evaluation), _figures(run.workdir, evaluation), _notes(run)
+    quality = quality_charts(run.records, evaluation.get("metrics") or {})
     with fields_of(run.workdir / "diagnostics.json", RESUME):
-        trusted, shown = trust(run.records, run.diagnostics)
+        trusted, charted = trust(run.records, run.diagnostics)
     sections = [
-        *(banner, results, _samples(run), quality, classes, _trust(trusted), figures, notes),
-        *(_graph(run.workdir / "graph.svg"), run_curves(run.records, shown)),
+        *(collapse_banner(run.records, evaluation), _results(run), _samples(run), quality, _classes(evaluation)),
+        *(_trust(trusted), _figures(run.workdir, evaluation), _notes(run), _graph(run.workdir)),
+        run_curves(run.records, charted),
         _configuration(run.workdir / "config.gin"),
     ]
     state = run.state() or ("" if any(sections) else "Nothing has been measured here yet.")
     lead = f'<p class="lead">{escape(state)}</p>' if state else ""
     eyebrow = "ratiograph run" if title == run.name else f"ratiograph run {run.name}"
     html = page(str(title), eyebrow, facts_list(run.facts()), [lead, *sections], tab=run.name)
-    write_atomically(out, html.encode())
+    write_atomically(out, html)
     return out
 
 
