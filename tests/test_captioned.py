@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from ratiograph.data.captioned import CaptionedStream, CaptionStream
 from ratiograph.data.captions import pack, unpack
-from ratiograph.data.images import BadImage, fitted
+from ratiograph.data.images import BadImage, fitted, pixels_of, read_image
 from ratiograph.data.shards import INDEX, count_samples, write_shards
 
 
@@ -117,19 +119,43 @@ def test_other_colour_modes_become_rgb_on_white(mode, expected):
     assert np.abs(found[:, 3, 3].astype(int) - expected).max() <= 1
 
 
-def test_sixteen_bits_a_channel_are_refused():
-    with pytest.raises(BadImage, match="colour mode I;16"):
-        fitted(encoded(np.zeros((8, 8), np.uint16)), 8)
+def deep_png(colour, channels):
+    """An 8 x 8 PNG of 16 bits a channel, zeros."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(8 * (1 + 16 * channels)))),
+        (b"IEND", b""),
+    ]
+    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_a_turned_photograph_is_turned_upright():
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize("read", [pixels_of, read_image, lambda data: fitted(data, 8)])
+def test_sixteen_bits_a_channel_are_refused(read, colour, channels):
+    with pytest.raises(BadImage, match="more than 8 bits a channel"):
+        read(deep_png(colour, channels))
+
+
+def test_text_in_a_png_is_unpacked_within_limits():
+    png = encoded(smooth(8, 8))
+    text = b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**27))
+    chunk = struct.pack(">I", len(text[1])) + b"".join(text) + struct.pack(">I", zlib.crc32(b"".join(text)))
+    with pytest.raises(BadImage, match="cannot be decoded"):
+        read_image(png[:33] + chunk + png[33:])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_turned_photograph_is_turned_upright(kind):
     pixels = smooth(40, 80)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera stood on its side: to be turned clockwise by a quarter
-    found, geometry = fitted(encoded(pixels, "JPEG", quality=95, exif=exif), 40)
-    upright, same = fitted(encoded(np.rot90(pixels, -1), "JPEG", quality=95), 40)
+    turned = encoded(pixels, kind, quality=95, exif=exif)
+    found, geometry = fitted(turned, 40)
+    upright, same = fitted(encoded(np.rot90(pixels, -1), kind, quality=95), 40)
     assert geometry == same == (80, 40, 20, 0)
     assert np.abs(found.astype(int) - upright).mean() < 1
+    assert np.abs(pixels_of(turned)[1].transpose(1, 2, 0) - np.rot90(pixels, -1).astype(int)).mean() < 5
 
 
 # ------------------------------------------------------------------------------------------------ the stream

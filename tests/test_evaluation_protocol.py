@@ -553,6 +553,9 @@ def test_folders_that_cannot_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
         next(FolderStream(path=str(tmp_path)).batches(1, 0))
+    (tmp_path / "a.png").write_bytes(encode_png(np.zeros((4, 4), np.uint16)))
+    with pytest.raises(ValueError, match=r"a\.png has more than 8 bits a channel"):
+        next(FolderStream(path=str(tmp_path)).batches(1, 0))
     for name, side in (("a", 4), ("b", 5)):
         (tmp_path / f"{name}.png").write_bytes(encode_png(np.zeros((side, side, 3), np.uint8)))
     with pytest.raises(ValueError, match=r"b\.png is 5x5, .*a\.png 4x4: give size"):

@@ -16,9 +16,9 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from paper_figures.drawing import columns, curves, label_ends, new_figure, set_title
+from ratiograph.data.images import read_image
 from ratiograph.training.logs import read_metrics, significant
 
 __all__ = ["draw_initialisations", "draw_lambda_curves", "find_runs", "initialisations", "label_of", "lambda_curves"]
@@ -178,7 +178,7 @@ def draw_initialisations(rows: Sequence[Mapping], *, side: int = 4) -> Figure:
     figure, axes = new_figure(2.6 * len(by_run), 5.9, len(by_run), rows=2)
     for column, (label, pair) in zip(np.asarray(axes).T, by_run.items(), strict=True):
         for axis, row in zip(column, pair, strict=True):
-            image = Image.open(row["file"]).convert("RGB")
+            image = read_image(Path(row["file"])).convert("RGB")
             # make_grid lays out 8 images a row, with a gap of 2 pixels before each and after the last.
             edge = 2 + side * (image.width - 2) // 8
             axis.imshow(np.asarray(image.crop((0, 0, edge, min(edge, image.height)))))

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from preparation.image_bytes import Damaged
-from ratiograph.data.images import PILLOW_MODES
+from ratiograph.data.images import FILE_FORMATS, PILLOW_MODES, on_white, read_image
 
 __all__ = ["Preparation", "centre_crop", "plain", "upright"]
 
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}
 ENCODINGS = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
-ORIENTATION, UPRIGHT = 274, 1  # EXIF's tag, and its value for an image that needs no turning
 
 
 def plain(image: Image.Image, mode: str) -> Image.Image:
@@ -28,13 +27,8 @@ def plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 def upright(image: Image.Image, mode: str) -> Image.Image:
-    """The image as a viewer shows it: turned as its EXIF data say, transparent parts on white."""
-    if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
-        image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return plain(image, mode)
+    """The image as a viewer shows it: transparent parts on white."""
+    return plain(on_white(image), mode)
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -78,13 +72,8 @@ class Preparation:
             Damaged: the image cannot be decoded.
         """
         try:
-            image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
-            image.load()
+            image = Image.fromarray(data) if isinstance(data, np.ndarray) else read_image(data, FILE_FORMATS)
             ready = self._ready(image)
-        except UnidentifiedImageError as error:
-            raise Damaged("not an image file") from error
-        except Damaged:
-            raise
         except Exception as error:  # damaged files raise whatever their bytes happen to mean
             raise Damaged(str(error) or type(error).__name__) from error
         suffix = SUFFIXES.get(image.format)
@@ -93,8 +82,6 @@ class Preparation:
         return self._encoded(ready)
 
     def _ready(self, image: Image.Image) -> Image.Image:
-        if image.mode.startswith(("I", "F")):
-            raise Damaged(f"colour mode {image.mode} has more than 8 bits")
         image = self.normalize(image, PILLOW_MODES[self.channels])
         if self.resolution is None or image.size == (self.resolution, self.resolution):
             return image

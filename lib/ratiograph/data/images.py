@@ -6,19 +6,36 @@ Pixels are uint8 v in 0..255 here and v / 127.5 - 1 in [-1, 1] outside this pack
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["IMAGE_SUFFIXES", "PILLOW_MODES", "BadImage", "encode_png", "fitted", "pixels_of", "to_tensor"]
+from ratiograph.core.foreign import shown
+
+__all__ = [
+    "FILE_FORMATS",
+    "IMAGE_SUFFIXES",
+    "PILLOW_MODES",
+    "BadImage",
+    "encode_png",
+    "fitted",
+    "on_white",
+    "pixels_of",
+    "read_image",
+    "to_tensor",
+]
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 PILLOW_MODES = {1: "L", 3: "RGB"}
 FORMATS = ("PNG", "JPEG", "WEBP")  # the only decoders that bytes from elsewhere ever reach
+FILE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
+DEEP = re.compile(r";16[BLN]")  # in Pillow's names of the bytes in a file: 16 bits a channel
 MOST_PIXELS = 2**26  # 8192 x 8192: a small file can claim, and cost, any number
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -35,19 +52,40 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image in ``data``, undecoded; any error in the body becomes a BadImage."""
+def _opened(source: bytes | Path, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """The image, undecoded; any error in the body becomes a BadImage."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadImage(f"claims {image.width}x{image.height} pixels, more than the {MOST_PIXELS} allowed")
+            if image.mode[0] in "IF" or DEEP.search(str(image.tile)):  # Pillow cuts them to 8 bits in several ways
+                raise BadImage(f"has more than 8 bits a channel (colour mode {image.mode}): save it with 8")
             yield image
     except BadImage:
         raise
     except UnidentifiedImageError as error:
         raise BadImage("cannot be decoded (not an image file)") from error
     except Exception as error:  # on hostile bytes a decoder raises anything: IndexError, zlib.error, MemoryError, ...
-        raise BadImage(f"cannot be decoded ({error})") from error
+        raise BadImage(f"cannot be decoded ({shown(error)})") from error
+
+
+def read_image(source: bytes | Path, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """An image file, decoded and turned as its EXIF data say; with ``info`` and, unless turned, ``format``.
+
+    Args:
+        source: the file, or its bytes.
+        formats: Pillow's names of the formats that are allowed; `FILE_FORMATS` for files that a user names.
+
+    Raises:
+        BadImage: not an image of these formats, damaged, too large, or of more than 8 bits a channel.
+    """
+    with _opened(source, formats) as image:
+        image.load()
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
 def pixels_of(data: bytes) -> tuple[str, np.ndarray]:
@@ -56,10 +94,10 @@ def pixels_of(data: bytes) -> tuple[str, np.ndarray]:
     Pixels are uint8 [1, H, W] for 'L' and [3, H, W] for 'RGB'.
 
     Raises:
-        BadImage: the image is damaged or too large.
+        BadImage: as `read_image`.
     """
-    with _opened(data) as image:
-        return image.mode, _channels_first(image)
+    image = read_image(data)
+    return image.mode, _channels_first(image)
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
@@ -82,16 +120,14 @@ def fitted(data: bytes, side: int) -> tuple[np.ndarray, tuple[int, int, int, int
         corner of the crop in the resized one.
 
     Raises:
-        BadImage: damaged, too large, or of 16 or more bits a channel.
+        BadImage: as `read_image`.
     """
-    with _opened(data) as image:
+    with _opened(data, FORMATS) as image:
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) if image.format == "JPEG" else 1
+        on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         image.draft("RGB", _scaled(width, height, side))
-        image = _on_white(image)
-        if turned != 1:
-            image = ImageOps.exif_transpose(image)
-            height, width = (width, height) if turned >= 5 else (height, width)
+        image = on_white(_upright(image)).convert("RGB")
+        height, width = (width, height) if on_its_side else (height, width)
         resized = _scaled(width, height, side)
         left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
         return _channels_first(_part(image, resized, (left, top, left + side, top + side))), (height, width, top, left)
@@ -112,16 +148,12 @@ def _scaled(width: int, height: int, side: int) -> tuple[int, int]:
     return max(side, round(width * side / shorter)), max(side, round(height * side / shorter))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode[0] in "IF":
-        raise BadImage(f"has colour mode {image.mode}, 8 bits a channel are expected")
+def on_white(image: Image.Image) -> Image.Image:
+    """The image without transparency: what shows through is white."""
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image
     clear = image.convert("RGBA")
-    white = Image.new("RGBA", clear.size, "white")
-    return Image.alpha_composite(white, clear).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
 
 
 def to_tensor(pixels: Sequence[np.ndarray]) -> Tensor:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ratiograph.core.contracts import DataStream
@@ -27,6 +26,7 @@ from ratiograph.core.draws import SampleDraws
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data import captions as captions_format
 from ratiograph.data.embedded import resolve
+from ratiograph.data.images import FILE_FORMATS, BadImage, read_image
 from ratiograph.data.stream import SampleStream
 from ratiograph.evaluation.candidates import Candidate
 from ratiograph.evaluation.features import resized, to_pixels
@@ -284,10 +284,9 @@ def _array(path: Path) -> np.ndarray:
 def _image(file: Path, size: int | None) -> Tensor:
     """One image file, [3, H, W] in [-1, 1]."""
     try:
-        with Image.open(file) as image:
-            array = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} cannot be decoded ({error})") from error
+        array = np.asarray(read_image(file, FILE_FORMATS).convert("RGB"))
+    except BadImage as error:
+        raise ValueError(f"{file} {error}. Leave it out, or save it anew") from error
     pixels = torch.from_numpy(array.copy()).permute(2, 0, 1).float()  # HWC => CHW
     if size is not None:
         side = min(pixels.shape[1:])
