@@ -211,7 +211,7 @@ def test_pictures_outside_the_run_are_not_taken_in(workdir):
     figures = [{"file": "../secret.png"}, {"file": str(secret)}, {"file": "config.gin"}, {"file": "figures/none.png"}]
     (workdir / "evaluation.json").write_text(json.dumps({"figures": figures}))
     page = Page(write_report(workdir).read_text(encoding="utf-8"))
-    assert page.text.count("No picture at") == 4
+    assert page.text.count("cannot be shown: it is no picture in the run's folder") == 4
     assert base64.b64encode(secret.read_bytes()).decode() not in str(page.elements)
 
 
@@ -249,7 +249,7 @@ def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "is no JSON"),
         ("[]", "holds a list, not an object"),
         ('{"rows": [{"evaluations": 1}]}', "lacks or misuses a field .*name"),
         ('{"histograms": {"labels": ["0"], "series": [{"name": "p", "values": [1, 2]}]}}', "2 values for 1 labels"),
@@ -265,7 +265,7 @@ def test_a_wrong_evaluation_is_a_clear_error_and_the_old_page_stays(workdir, tex
 
 def test_a_torn_drawing_is_named(workdir):
     (workdir / "graph.svg").write_text("<svg><g></svg>")
-    assert "graph.svg is not a drawing" in write_report(workdir).read_text(encoding="utf-8")
+    assert "graph.svg cannot be shown: it is not a drawing" in write_report(workdir).read_text(encoding="utf-8")
 
 
 def test_tool_writes_the_page_and_reports_mistakes_in_one_line(workdir):

@@ -26,7 +26,7 @@ from ratiograph.reports.published import Measured, published_table
 from ratiograph.reports.quality import quality_section
 from ratiograph.reports.ratio_checks import NOT_MEASURED, checks, outcomes, verdict
 from ratiograph.reports.results import results_table
-from ratiograph.reports.run_files import RESUME, RunFiles, check_run, grids, read_run
+from ratiograph.reports.run_files import RESUME, TEACHER, RunFiles, check_run, grids, read_run
 from ratiograph.training.logs import significant
 
 __all__ = ["labels_of", "merged_evaluation", "write_comparison"]
@@ -245,20 +245,20 @@ def _value(text: str) -> str:
 
 def _samples(runs: Runs) -> str:
     """The last grid of each run side by side, the teacher's above it where there is one."""
-    columns, shown = [], []
+    columns, drawn = [], []
     for index, (label, run) in enumerate(runs.items()):
-        found = grids(run.workdir / "samples")
+        found = grids(run.workdir)
         if not found:
             continue
         step, last = list(found.items())[-1]
-        teacher = run.teacher_grid
-        above = picture(teacher, escape(run.teacher_name()), f"samples of the teacher of {label}") if teacher else ""
-        below = picture(last, f"student, step <b>{step:,}</b>", f"samples of {label} at step {step}")
-        shown.append(run)
+        alternative = f"samples of the teacher of {label}"
+        above = picture(run.workdir, TEACHER, escape(run.teacher_name()), alternative) if run.teacher_grid else ""
+        below = picture(run.workdir, last, f"student, step <b>{step:,}</b>", f"samples of {label} at step {step}")
+        drawn.append(run)
         columns.append(f"<div><h3>{_key(index, label)}</h3>{above}{below}</div>")
     if not columns:
         return ""
-    return section("Samples", f'<div class="sides">{"".join(columns)}</div>', _noise(shown))
+    return section("Samples", f'<div class="sides">{"".join(columns)}</div>', _noise(drawn))
 
 
 def _noise(runs: Sequence[RunFiles]) -> str:

@@ -149,9 +149,8 @@ def read_run(workdir: Path) -> RunFiles:
     return RunFiles(workdir, [by_step[k] for k in sorted(by_step)], evaluation, diagnostics, bindings, tuple(notes))
 
 
-def grids(folder: Path) -> dict[int, Path]:
-    """Sample grids by step, ascending."""
-    found = {
-        int(match[1]): path for path in folder.glob("step_*.png") if (match := re.search(r"_(\d+)\.png$", path.name))
-    }
+def grids(workdir: Path) -> dict[int, Path]:
+    """Sample grids by step, ascending; each as a path inside the run's folder."""
+    names = [path.relative_to(workdir) for path in workdir.glob("samples/step_*.png")]
+    found = {int(match[1]): name for name in names if (match := re.search(r"_(\d+)\.png$", name.name, re.ASCII))}
     return dict(sorted(found.items()))
