@@ -146,7 +146,15 @@ def read_run(workdir: Path) -> RunFiles:
             notes.append(f"config.gin is not a configuration that can be read: {shown(error)}")
     evaluation, diagnostics = read_evaluation(workdir / "evaluation.json"), read_object(workdir / "diagnostics.json")
     by_step = {record["step"]: record for record in records}  # of a step the last one that was written
-    return RunFiles(workdir, [by_step[k] for k in sorted(by_step)], evaluation, diagnostics, bindings, tuple(notes))
+    records = [{name: _drawn(value) for name, value in by_step[step].items()} for step in sorted(by_step)]
+    return RunFiles(workdir, records, evaluation, diagnostics, bindings, tuple(notes))
+
+
+def _drawn(value: float | None) -> float | None:
+    """A number that charts can reckon with: None for NaN and beyond 1e100, 0 below 1e-100."""
+    if value is None or not abs(value) < 1e100:
+        return None
+    return value if abs(value) > 1e-100 else 0
 
 
 def grids(workdir: Path) -> dict[int, Path]:
