@@ -11,6 +11,7 @@ from absl import flags
 from benchmarks import changes, network, plan, printing, results_table, scaling, step, suite, timing
 from benchmarks.data_wait import bench_data
 from marked_text import insert
+from ratiograph.reports.evaluation_file import fields_of
 from ratiograph.training import trainer
 
 __all__ = ["MEASUREMENTS", "run"]
@@ -76,7 +77,12 @@ def measure(kind: str) -> None:
 
 def compare(old: str, new: str) -> int:
     """Prints what changed between two runs; 3 if something became worse."""
-    runs = [timing.read_records(Path(name), start) for name, _, start in (each.partition("@") for each in (old, new))]
+    runs = []
+    for name, _, start in (each.partition("@") for each in (old, new)):
+        runs.append(timing.read_records(Path(name), start))
+        with fields_of(Path(name), "Remove the line that does"):
+            for record in runs[-1]:  # against itself: a field that is missing shows here
+                changes.render(changes.compared([record], [record]))
     found = changes.compared(*runs, tolerance=FLAGS.tolerance)
     print(changes.render(found))
     return 3 if any(change.worse for change in found) else 0
@@ -84,7 +90,9 @@ def compare(old: str, new: str) -> int:
 
 def table() -> None:
     """Prints the table of everything measured, and writes it to --page."""
-    text = results_table.render(timing.read_records(Path(FLAGS.out)))
+    records = timing.read_records(Path(FLAGS.out))
+    with fields_of(Path(FLAGS.out), "Remove the line that does"):
+        text = results_table.render(records)
     print(text)
     if FLAGS.page:
         insert(Path(FLAGS.page), "bench", text)

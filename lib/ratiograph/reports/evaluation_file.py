@@ -32,7 +32,15 @@ def fields_of(path: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        StopIteration,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{shown(path)} lacks or misuses a field ({type(error).__name__}: {shown(error)}). {remedy}, or remove the "
             "file"
