@@ -131,10 +131,7 @@ def _student(path: Path) -> dict | None:
     """The last row of a before.json or evaluation.json: the student's."""
     if not path.is_file():
         return None
-    if path.name == "evaluation.json":
-        rows = read_evaluation(path).get("rows")
-    else:
-        rows = read_json(path)
+    rows = read_evaluation(path).get("rows") if path.name == "evaluation.json" else read_json(path)
     with fields_of(path, "Resume the run, which writes it again"):
         row = dict(rows[-1]) if rows else {}
         return {name: float(row[name]) for name in METRICS if row.get(name) is not None}

@@ -15,6 +15,8 @@ from ratiograph.core.foreign import read_json, shown
 
 __all__ = ["fields_of", "finite", "read_evaluation", "read_object"]
 
+WRONG = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, StopIteration, RecursionError)
+"""What a missing or wrong field raises where it is used."""
 FORM = "The form is in the documentation of ratiograph.reports.run_report; evaluate again"
 
 
@@ -32,15 +34,7 @@ def fields_of(path: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        ArithmeticError,
-        StopIteration,
-        RecursionError,
-    ) as error:
+    except WRONG as error:
         raise ValueError(
             f"{shown(path)} lacks or misuses a field ({type(error).__name__}: {shown(error)}). {remedy}, or remove the "
             "file"
