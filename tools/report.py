@@ -36,7 +36,9 @@ def main(arguments):
     if FLAGS.out and Path(FLAGS.out).is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: give the page's name too, {FLAGS.out}/report.html")
     from rich.console import Console
+    from rich.markup import escape
 
+    from ratiograph.core.foreign import shown
     from ratiograph.reports.comparison import labels_of, write_comparison
     from ratiograph.reports.run_files import check_run
     from ratiograph.reports.run_report import write_report
@@ -46,12 +48,12 @@ def main(arguments):
     for workdir in workdirs:
         check_run(workdir)
     for workdir in workdirs if FLAGS.teacher_evaluations else ():
-        with Console(stderr=True).status(f"drawing the teacher of {workdir}"):
+        with Console(stderr=True).status(f"drawing the teacher of {escape(shown(workdir))}"):
             draw_teacher(workdir, FLAGS.teacher_evaluations, FLAGS.device, bindings=FLAGS.gin_param)
     if len(workdirs) == 1:
-        print(write_report(workdirs[0], FLAGS.out))
+        print(shown(write_report(workdirs[0], FLAGS.out), 4096))
     else:
-        print(write_comparison(workdirs, FLAGS.out or "comparison.html"))
+        print(shown(write_comparison(workdirs, FLAGS.out or "comparison.html"), 4096))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import math
 import re
 import tomllib
 import unicodedata
@@ -25,10 +26,12 @@ from pathlib import Path
 import torch
 
 from ratiograph import config
+from ratiograph.core.foreign import read_text, shown
 from ratiograph.training.logs import read_metrics
 
 __all__ = ["Cell", "Grid", "Row", "cells_of", "check", "is_finished", "parse_axis", "read_grid", "slug", "with_needs"]
 
+_MOST = 100_000  # runs of a grid at one seed
 _LONGEST = 100  # characters of a slug; file systems allow 255 bytes
 
 
@@ -78,6 +81,8 @@ class Grid:
 
     def __post_init__(self):
         names = [row.name for row in self.rows]
+        if (runs := len(names) * math.prod(map(len, self.axes.values()))) > _MOST:
+            raise ValueError(f"the grid has {runs:,} runs a seed, more than {_MOST:,}: give fewer values")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two rows are named '{name}': rename one")
@@ -157,11 +162,11 @@ def read_grid(path: str | Path) -> Grid:
     """
     path = Path(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no TOML: {error}") from error
+        document = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{shown(path)} is no TOML: {shown(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"{shown(path)} is no TOML that can be read: it is nested too deep") from error
     try:
         return _grid(path.stem, document)
     except ValueError as error:
@@ -202,8 +207,15 @@ def _row(row: Mapping, document: Mapping, number: int) -> Row:
         bindings=(*_strings(document, "bindings", "the grid"), *_strings(row, "bindings", what)),
         needs=tuple(_strings(row, "needs", what)),
         steps=row.get("steps", document.get("steps")),
-        published=row.get("published", {}),
+        published=_numbers(row.get("published", {}), what),
     )
+
+
+def _numbers(given: Mapping, what: str) -> Mapping[str, float]:
+    for key, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{what}: the published '{key}' is no number")
+    return given
 
 
 def _check_keys(given: Mapping, known: Mapping, what: str) -> None:

@@ -27,8 +27,11 @@ def common() -> dict[str, object]:
 def sizes() -> dict[str, object]:
     """The network's arguments of --size."""
     try:
-        return {name: ast.literal_eval(value) for name, value in (each.split("=", 1) for each in FLAGS.size)}
-    except (ValueError, SyntaxError) as error:
+        found = {name: ast.literal_eval(value) for name, value in (each.split("=", 1) for each in FLAGS.size)}
+        if any(isinstance(value, int | float) and value < 0 for value in found.values()):
+            raise ValueError("a size is negative")
+        return found
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"--size={' '.join(FLAGS.size)}: write an argument and its value, e.g. channels=64") from error
 
 

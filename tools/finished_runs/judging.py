@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ratiograph.command_line import progress_bar
 from ratiograph.core import distributed
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.data.embedded import EMBEDDED
 from ratiograph.data.stream import ShardStream
 from ratiograph.evaluation import features, inception_features, metrics
@@ -154,7 +156,7 @@ def with_bar(judge: ImageEvaluator, work: Callable[[], dict | None]) -> dict | N
 
         def progress(what: str, done: int, samples: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=samples)
+                tasks[what] = bar.add_task(escape(shown(what)), total=samples)
             bar.update(tasks[what], completed=done)
 
         if distributed.is_main():
@@ -213,16 +215,16 @@ def statistics() -> None:
 def print_table(document: dict) -> None:
     """A line a number: value, standard error, what it is."""
     for row in document["rows"]:
-        table = Table(title=f"{row['name']}: {row['samples']:,} samples", title_justify="left")
+        table = Table(title=f"{escape(shown(row['name']))}: {row['samples']:,} samples", title_justify="left")
         for column in ("", "value", "± standard error"):
             table.add_column(column, justify="left" if not column else "right")
         for key, about in document["metrics"].items():
             if row.get(key) is not None and not about["label"].startswith("±"):
                 error = next((row.get(k) for k, a in document["metrics"].items() if a.get("of") == key), None)
-                table.add_row(about["label"], f"{row[key]:.5g}", "" if error is None else f"{error:.2g}")
+                table.add_row(escape(shown(about["label"])), f"{row[key]:.5g}", "" if error is None else f"{error:.2g}")
         Console().print(table)
     for note in document["notes"]:
-        print(note, file=sys.stderr)
+        print(shown(note, 1000), file=sys.stderr)
 
 
 def judge(mode: str, *folders: str) -> None:

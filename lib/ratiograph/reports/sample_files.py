@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ratiograph.core import distributed
 from ratiograph.core.files import clear_storage_errors, write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.data.images import encode_png
 from ratiograph.data.latents import picture
 from ratiograph.data.shards import write_shards
 from ratiograph.reports.caption_sheet import caption_sheet
+from ratiograph.reports.evaluation_file import read_object
 from ratiograph.training.logs import make_grid
 
 __all__ = [
@@ -187,10 +189,13 @@ class ImageFolder(SampleFiles):
         """
         note = self.path / SETTINGS
         if note.is_file():
-            found = json.loads(note.read_text())
+            found = read_object(note)
             differing = [key for key in found | self.settings if found.get(key) != self.settings.get(key)]
             if differing:
-                changes = ", ".join(f"{key}={found.get(key)} (now {self.settings.get(key)})" for key in differing)
+                pairs = {key: (shown(found.get(key)), shown(self.settings.get(key))) for key in differing}
+                changes = ", ".join(f"{shown(key)}={there} (now {here})" for key, (there, here) in pairs.items())
+                    f"{shown(key)}={shown(found.get(key))} (now {shown(self.settings.get(key))})" for key in differing
+                )
                 raise ValueError(
                     f"{self.path} holds samples of other settings: {changes}. Give another --out, or delete it"
                 )
