@@ -194,8 +194,6 @@ class ImageFolder(SampleFiles):
             if differing:
                 pairs = {key: (shown(found.get(key)), shown(self.settings.get(key))) for key in differing}
                 changes = ", ".join(f"{shown(key)}={there} (now {here})" for key, (there, here) in pairs.items())
-                    f"{shown(key)}={shown(found.get(key))} (now {shown(self.settings.get(key))})" for key in differing
-                )
                 raise ValueError(
                     f"{self.path} holds samples of other settings: {changes}. Give another --out, or delete it"
                 )
