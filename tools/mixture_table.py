@@ -19,7 +19,7 @@ from absl import flags
 
 from marked_text import insert
 from ratiograph import command_line
-from ratiograph.core.files import write_atomically
+from ratiograph.core.files import clear_storage_errors, write_atomically
 from ratiograph.reports.evaluation_file import fields_of, read_evaluation
 from ratiograph.reports.markdown import table
 
@@ -128,7 +128,8 @@ def text_of(rows):
 
 def main(arguments):
     command_line.no_arguments(arguments, "only")
-    Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)
+    with clear_storage_errors(Path(FLAGS.folder)):
+        Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(FLAGS.processes) as pool:
         futures = {name: pool.submit(run, name, *job) for name, job in jobs().items()}
         found = {name: future.result() for name, future in futures.items()}

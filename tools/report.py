@@ -23,7 +23,11 @@ from ratiograph import command_line
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "The page; RUN/report.html for one run, comparison.html for several.")
 flags.DEFINE_integer(
-    "teacher_evaluations", 0, "Draw the teacher by so many network evaluations a sample; 0 does not.", lower_bound=0
+    "teacher_evaluations",
+    0,
+    "Draw the teacher by so many network evaluations a sample; 0 does not.",
+    lower_bound=0,
+    upper_bound=10**5,
 )
 command_line.define_bindings("A line of gin for --teacher_evaluations, on top of the run's config.gin; repeatable.")
 command_line.define_device("Where the teacher is drawn: auto, cpu, cuda, cuda:1, ...")

@@ -40,11 +40,18 @@ __all__ = [
 ]
 
 SETTINGS = "samples.json"
+MOST_BATCHES = 10**6
 
 
 def batches(first: int, samples: int, size: int) -> list[range]:
-    """Indices ``first``, ..., ``first`` + ``samples`` - 1 in consecutive batches of ``size``, the last may be less."""
+    """Indices ``first``, ..., ``first`` + ``samples`` - 1 in consecutive batches of ``size``, the last may be less.
+
+    Raises:
+        ValueError: there would be millions of batches.
+    """
     stop = first + samples
+    if samples > MOST_BATCHES * size:
+        raise ValueError(f"{samples:,} samples in batches of {size} are more than {MOST_BATCHES:,} batches: take fewer")
     return [range(start, min(start + size, stop)) for start in range(first, stop, size)]
 
 
