@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from absl import flags
 from rich.console import Console
@@ -23,7 +22,7 @@ from ratiograph.data.stream import ShardStream
 from ratiograph.evaluation import features, inception_features, metrics
 from ratiograph.evaluation.alignment import ClipScore, RewardScore
 from ratiograph.evaluation.documents import merged, read_document
-from ratiograph.evaluation.feature_sets import write_statistics
+from ratiograph.evaluation.feature_sets import array_names, write_statistics
 from ratiograph.evaluation.image_evaluator import ImageEvaluator
 from ratiograph.evaluation.image_sources import CaptionedSamples, FolderStream, StudentSamples, stream_images
 from ratiograph.networks.autoencoder import Autoencoder
@@ -97,8 +96,7 @@ def evaluator(stream: object, source: object = None) -> ImageEvaluator:
     """The evaluator of the flags, against ``--reference`` or else ``stream``."""
     reference, statistics = FLAGS.reference, None
     if reference and reference.endswith(".npz") and Path(reference).is_file():
-        with np.load(reference, allow_pickle=False) as file:
-            statistics = reference if "mu" in file.files else None
+        statistics = reference if "mu" in array_names(Path(reference)) else None
     found = extractors()
     if reference and not statistics:
         stream = images(reference)
