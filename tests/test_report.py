@@ -279,7 +279,11 @@ def test_a_torn_drawing_is_named(workdir):
 def claiming(width: int, height: int) -> bytes:
     """A PNG of a few bytes that claims so many pixels."""
     data = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + data + struct.pack(">I", zlib.crc32(b"IHDR" + data))
+    chunks = ((b"IHDR", data), (b"IDAT", b"torn"))
+    parts = [
+        struct.pack(">I", len(one)) + name + one + struct.pack(">I", zlib.crc32(name + one)) for name, one in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.mark.parametrize(

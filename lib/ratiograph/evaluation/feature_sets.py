@@ -111,8 +111,8 @@ def read_statistics(path: Path, extractor: FeatureExtractor) -> FeatureSet:
         raise ValueError(f"{path} holds {sorted(found)}, a file of statistics holds mu and sigma")
     if "identity" in found and str(found["identity"]) != extractor.identity():
         raise ValueError(
-            f"{path} was made by other features ('{shown(found.get('name'))}'), the evaluation uses '{extractor.name}' or other "
-            "weights of it: make it anew with tools/evaluate.py stats"
+            f"{path} was made by other features ('{shown(found.get('name'))}'), the evaluation uses '{extractor.name}' "
+            "or other weights of it: make it anew with tools/evaluate.py stats"
         )
     mean, covariance = (torch.from_numpy(_numbers(path, found[key], np.float64)) for key in ("mu", "sigma"))
     if mean.shape != (extractor.size,) or covariance.shape != (extractor.size, extractor.size):
