@@ -163,10 +163,8 @@ def read_grid(path: str | Path) -> Grid:
     path = Path(path)
     try:
         document = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is no TOML: {shown(error)}") from error
-    except RecursionError as error:
-        raise ValueError(f"{shown(path)} is no TOML that can be read: it is nested too deep") from error
     try:
         return _grid(path.stem, document)
     except ValueError as error:
@@ -201,21 +199,17 @@ def _row(row: Mapping, document: Mapping, number: int) -> Row:
     files = _strings(row, "gin_file", what) or _strings(document, "gin_file", "the grid")
     if not files:
         raise ValueError(f"{what} has no gin file: add gin_file = '...' to it or at the top")
+    published = row.get("published", {})
+    if not all(type(value) in (int, float) for value in published.values()):
+        raise ValueError(f"{what}: a published value is no number")
     return Row(
         name=row["name"],
         gin_files=tuple(files),
         bindings=(*_strings(document, "bindings", "the grid"), *_strings(row, "bindings", what)),
         needs=tuple(_strings(row, "needs", what)),
         steps=row.get("steps", document.get("steps")),
-        published=_numbers(row.get("published", {}), what),
+        published=published,
     )
-
-
-def _numbers(given: Mapping, what: str) -> Mapping[str, float]:
-    for key, value in given.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{what}: the published '{key}' is no number")
-    return given
 
 
 def _check_keys(given: Mapping, known: Mapping, what: str) -> None:
