@@ -31,7 +31,6 @@ from ratiograph.training.logs import read_metrics
 
 __all__ = ["Cell", "Grid", "Row", "cells_of", "check", "is_finished", "parse_axis", "read_grid", "slug", "with_needs"]
 
-_MOST = 100_000  # runs of a grid at one seed
 _LONGEST = 100  # characters of a slug; file systems allow 255 bytes
 
 
@@ -81,8 +80,8 @@ class Grid:
 
     def __post_init__(self):
         names = [row.name for row in self.rows]
-        if (runs := len(names) * math.prod(map(len, self.axes.values()))) > _MOST:
-            raise ValueError(f"the grid has {runs:,} runs a seed, more than {_MOST:,}: give fewer values")
+        if (runs := len(names) * math.prod(map(len, self.axes.values()))) > 100_000:
+            raise ValueError(f"the grid has {runs:,} runs a seed, more than 100,000: give fewer values")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two rows are named '{name}': rename one")
@@ -162,11 +161,9 @@ def read_grid(path: str | Path) -> Grid:
     """
     path = Path(path)
     try:
-        document = tomllib.loads(read_text(path))
+        return _grid(path.stem, tomllib.loads(read_text(path)))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is no TOML: {shown(error)}") from error
-    try:
-        return _grid(path.stem, document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -199,8 +196,7 @@ def _row(row: Mapping, document: Mapping, number: int) -> Row:
     files = _strings(row, "gin_file", what) or _strings(document, "gin_file", "the grid")
     if not files:
         raise ValueError(f"{what} has no gin file: add gin_file = '...' to it or at the top")
-    published = row.get("published", {})
-    if not all(type(value) in (int, float) for value in published.values()):
+    if not all(type(value) in (int, float) for value in row.get("published", {}).values()):
         raise ValueError(f"{what}: a published value is no number")
     return Row(
         name=row["name"],
@@ -208,7 +204,7 @@ def _row(row: Mapping, document: Mapping, number: int) -> Row:
         bindings=(*_strings(document, "bindings", "the grid"), *_strings(row, "bindings", what)),
         needs=tuple(_strings(row, "needs", what)),
         steps=row.get("steps", document.get("steps")),
-        published=published,
+        published=row.get("published", {}),
     )
 
 

@@ -94,7 +94,8 @@ def lambda_curves(runs: Mapping[str, Path]) -> list[dict]:
     """
     rows = []
     for label, folder in runs.items():
-        batch = _number(binding(folder, "Experiment.batch_size") or "1", 1)
+        size = binding(folder, "Experiment.batch_size") or ""
+        batch = int(size) if size.isdecimal() else 1
         for record in _logged(folder) or _final(folder):
             values = {name: record.get(f"evaluation/{name}") for name in METRICS}
             values = {name: math.nan if value is None else value for name, value in values.items()}
