@@ -122,6 +122,9 @@ def test_a_grid_file_gives_rows_axes_and_columns(tmp_path):
         ),
         ("gin_file = 'a.gin'\n[axes]\nSBA.lam = [1]", "its key in quotes"),
         ("gin_file = ", "is no TOML"),
+        ("a = " + "[" * 5_000, "is no TOML"),
+        ("gin_file = 'a.gin'\n[axes]\n" + "\n".join(f"'A.x{k}' = {[*range(60)]}" for k in range(9)), "runs a seed"),
+        ("gin_file = 'a.gin'\n[[rows]]\nname = 'a'\npublished = {fid = 'x'}", "a published value is no number"),
     ],
 )
 def test_a_mistake_in_a_grid_is_said_with_its_file(tmp_path, text, message):

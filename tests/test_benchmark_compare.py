@@ -67,6 +67,26 @@ def test_the_last_records_of_shared_measurements():
         compared(old, [step([1.0], batch=5)])
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"bench": "st', "line 1, is no JSON"),
+        ("[" * 100_000, "nested too deep"),
+        ("[1]", "line 1 holds a list, not an object"),
+        ('{"date": "2026", "bench": "step", "gin_file": 3, "hardware": []}', "misuses a field"),
+    ],
+)
+def test_damaged_records_are_one_line(tmp_path, capsys, line, message):
+    path = tmp_path / "records.jsonl"
+    path.write_text(line + "\n")
+    with tool("bench") as bench:
+        for arguments in (("compare", path, path), ("table", f"--out={path}")):
+            call(bench, *arguments)
+    told = capsys.readouterr().err.splitlines()
+    assert message in told[0]
+    assert all(one.startswith("error: ") and "records.jsonl" in one for one in told)
+
+
 def test_the_command(tmp_path, capsys):
     for name, seconds in (("old", 1.0), ("new", 1.5)):
         record = step([seconds, seconds, seconds]) | {"date": f"{name}-day"}

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
+from ratiograph.data import lettering
+from ratiograph.data.lettering import Lettering
 from ratiograph.reports.caption_sheet import LINES, TEXT, caption_sheet, wrapped
 from ratiograph.reports.sample_files import CaptionSheet
 
@@ -62,3 +64,27 @@ def test_the_file_takes_captions_in_turn_and_batches_in_order(tmp_path):
     labelled.add(range(4, 6), x0[:2, :1], torch.tensor([7, 8]))
     labelled.add(range(6, 7), x0[2:3, :1], None)
     assert labelled.texts == ["class 7", "class 8", "sample 6"]
+
+
+@pytest.mark.parametrize("text", ["a plain caption", "a long caption, cut…"])
+def test_latin_text_is_in_pillows_own_font(text):
+    drawn, expected = (Image.new("RGB", (200, 30), "white") for _ in range(2))
+    Lettering(TEXT).write(ImageDraw.Draw(drawn), (3, 15), text, "lm")
+    ImageDraw.Draw(expected).text((3, 15), text, fill="black", font=FONT, anchor="lm")
+    assert drawn.tobytes() == expected.tobytes()
+    assert Lettering(TEXT).getlength(text) == FONT.getlength(text)
+
+
+@pytest.mark.parametrize("text", ["Красная тройка", "λ = 0.5", "مرحبا", "一只猫", "🚀 😀", "\ue000", "a\x1b[31mb"])
+def test_no_character_is_a_box(text):
+    """Each is drawn by a font that has it, or spelled out in one that has the letters of its number."""
+    for path, part in lettering._parts(text):
+        assert all(ord(character) in lettering._characters(path) for character in part), (path, part)
+    if text in ("\ue000", "a\x1b[31mb"):
+        assert "".join(part for _, part in lettering._parts(text)) == ascii(text)[1:-1]
+    elif text[0] in "Кλم":
+        assert "".join(part for _, part in lettering._parts(text)) == text
+
+
+def test_names_in_figures_are_no_formulas():
+    assert lettering.in_figure("a $x_{ λ \n\ue000") == r"a \$x_{ λ \n\ue000"

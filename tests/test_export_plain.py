@@ -121,7 +121,7 @@ def test_the_card_says_what_was_measured_and_how_to_sample(workdir, tmp_path):
     rows = '{"rows": [{"name": "student", "fd": 1.65058, "samples": 10}], "metrics": {"fd": {"label": "distance"}}}'
     (moved / "evaluation.json").write_text(rows)
     card = (export_plain(moved, tmp_path / "rows") / "README.md").read_text()
-    assert "|  | distance | samples |\n| --- | ---: | ---: |\n| student | 1.651 | 10 |" in card
+    assert "|  | distance | samples |\n|---|---:|---:|\n| student | 1.651 | 10 |" in card
 
 
 def test_teacher_above_student_with_empty_and_very_long_captions(workdir, sample, tmp_path):

@@ -242,7 +242,8 @@ def write_run(folder: Path, gin: str, records: list[dict], *, before=None, after
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if before:
         (folder / "before.json").write_text(json.dumps([{"name": "teacher"}, before]))
-        (folder / "evaluation.json").write_text(json.dumps({"rows": [{"name": "teacher"}, before, after]}))
+        rows = [{"name": "teacher"}, {"name": "before", **before}, {"name": "student", **after}]
+        (folder / "evaluation.json").write_text(json.dumps({"rows": rows}))
     for step, colour in enumerate(colours):
         grid = make_grid(torch.full((64, 1, 28, 28), float(colour)))
         Image.fromarray(grid).save(folder / "samples" / f"step_{100 * step:08d}.png")

@@ -109,6 +109,16 @@ def test_metrics_are_strict_json_whatever_the_value(tmp_path):
     assert (record["loss/a"], record["loss/b"], record["loss/c"]) == (None, None, 1.5)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2, "a": "x"}', '{"step": true}', '{"step": -1}', '{"step": 2, "a": [1]}', '{"a": 1}', "[" * 10_000],
+)
+def test_a_line_of_other_types_is_skipped(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "a": null}}\n{line}\n{line}\n{{"step": 3, "a": 0.5}}\n')
+    with pytest.warns(UserWarning, match=r"jsonl:2 is not an object with a step and numbers: skipped, as are 1 more"):
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None}, {"step": 3, "a": 0.5}]
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnot json\n{"step": 2}\n{"step": 3, "lo')

@@ -4,8 +4,10 @@ import base64
 import json
 import math
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -211,7 +213,7 @@ def test_pictures_outside_the_run_are_not_taken_in(workdir):
     figures = [{"file": "../secret.png"}, {"file": str(secret)}, {"file": "config.gin"}, {"file": "figures/none.png"}]
     (workdir / "evaluation.json").write_text(json.dumps({"figures": figures}))
     page = Page(write_report(workdir).read_text(encoding="utf-8"))
-    assert page.text.count("No picture at") == 4
+    assert page.text.count("cannot be shown: it is no picture in the run's folder") == 4
     assert base64.b64encode(secret.read_bytes()).decode() not in str(page.elements)
 
 
@@ -249,8 +251,14 @@ def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "is no JSON"),
         ("[]", "holds a list, not an object"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"rows": {"name": "a"}}', "rows is a dict"),
+        ('{"rows": [{"name": "a", "samples": "many"}]}', "samples of a row is a str"),
+        ('{"rows": [{"name": "a", "fd": 1' + "0" * 400 + "}]}", "fd of a row is too large"),
+        ('{"metrics": {"fd": []}}', "metrics.fd is a list"),
+        ('{"notes": 5}', "notes is a int"),
         ('{"rows": [{"evaluations": 1}]}', "lacks or misuses a field .*name"),
         ('{"histograms": {"labels": ["0"], "series": [{"name": "p", "values": [1, 2]}]}}', "2 values for 1 labels"),
     ],
@@ -265,7 +273,44 @@ def test_a_wrong_evaluation_is_a_clear_error_and_the_old_page_stays(workdir, tex
 
 def test_a_torn_drawing_is_named(workdir):
     (workdir / "graph.svg").write_text("<svg><g></svg>")
-    assert "graph.svg is not a drawing" in write_report(workdir).read_text(encoding="utf-8")
+    assert "graph.svg cannot be shown: it is not a drawing" in write_report(workdir).read_text(encoding="utf-8")
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims so many pixels."""
+    data = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", data), (b"IDAT", b"torn"))
+    parts = [
+        struct.pack(">I", len(one)) + name + one + struct.pack(">I", zlib.crc32(name + one)) for name, one in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "name", ["samples/teacher.png", "samples/step_00000000.png", "figures/density.png", "graph.svg"]
+)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (claiming(60_000, 60_000), "pixels"),
+        (claiming(4, 4), "cannot be decoded"),
+        (b"<?xml version='1.0' encoding='bogus'?><svg/>", "not a drawing"),
+        (b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", "defines entities"),
+        (None, "no picture in the run"),
+    ],
+)
+def test_a_picture_that_cannot_be_shown_is_a_sentence(workdir, name, content, reason):
+    path = workdir / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.symlink_to("/etc/passwd")
+    else:
+        path.write_bytes(content)
+    text = Page(write_report(workdir).read_text(encoding="utf-8")).text
+    drawing = content is not None and content.startswith(b"<")
+    told = reason if content is None or drawing == name.endswith("svg") else ""
+    assert f"{name} cannot be shown: " in text
+    assert told in text
 
 
 def test_tool_writes_the_page_and_reports_mistakes_in_one_line(workdir):

@@ -269,7 +269,7 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "is no JSON"),
         ('{"step": 1, "ratio": {"by_time": {"accuracy": [0.5]}}}', "lacks or misuses a field .*mean_exp_student"),
         (
             '{"ratio": {"by_time": {"accuracy": [0.5], "mean_exp_student": [1], "mean_exp_real": [1], "kl": [0]}, '

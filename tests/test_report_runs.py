@@ -137,7 +137,7 @@ def test_a_run_that_has_begun_one_without_evaluation_and_a_torn_line_are_said(ru
     assert "begun</b>: This run has just begun" in found["Runs"]
     assert "torn</b>: Not finished: 100 of 500 steps" in found["Runs"]
     assert "Not evaluated: begun, torn." in found["Results"]
-    assert "torn</b>: metrics.jsonl:3 is not an object with a step: skipped." in found["Notes"]
+    assert "torn</b>: metrics.jsonl:3 is not an object with a step and numbers: skipped." in found["Notes"]
     (torn / "config.gin").unlink()
     assert "torn has no config.gin that can be read" in compared([*runs, torn], tmp_path)["Configuration"]
 
@@ -339,7 +339,7 @@ def test_one_run_s_page_says_how_far_it_is_and_what_was_skipped(tmp_path):
     words = " ".join(Page(html).text.split())
     assert "steps 100 of 400" in words
     assert "Not finished: 100 of 400 steps." in words
-    assert "metrics.jsonl:3 is not an object with a step: skipped." in words
+    assert "metrics.jsonl:3 is not an object with a step and numbers: skipped." in words
     (run / "metrics.jsonl").unlink()
     assert "This run has just begun" in write_report(run).read_text(encoding="utf-8")
 
@@ -376,7 +376,7 @@ def test_the_tool_writes_one_page_for_several_runs(runs, tmp_path):
         (["one", "empty"], "empty is not the folder of a run: it has no config.gin, metrics.jsonl or evaluation.json"),
         (["one", "one/"], "given twice"),
         (["one", "two", "--out=empty"], "--out=empty is a folder"),
-        (["one", "broken"], "broken/evaluation.json is not JSON"),
+        (["one", "broken"], "broken/evaluation.json is no JSON"),
         (["one", "odd"], "odd/evaluation.json lacks or misuses a field (KeyError: 'name')"),
     ],
 )

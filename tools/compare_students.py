@@ -17,9 +17,15 @@ from ratiograph import command_line
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("run", None, "Folder of a finished run, or NAME=FOLDER; repeatable.", required=True)
 flags.DEFINE_multi_string("prompt", [], "A prompt; repeatable. Default: five with the colour named, five without.")
-flags.DEFINE_integer("columns", 5, "Samples of each prompt.", lower_bound=1)
-flags.DEFINE_integer("evaluations", 25, "Of the teacher's denoiser, an odd number; 0 leaves the teacher out.")
-flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
+flags.DEFINE_integer("columns", 5, "Samples of each prompt.", lower_bound=1, upper_bound=1000)
+flags.DEFINE_integer(
+    "evaluations",
+    25,
+    "Of the teacher's denoiser, an odd number; 0 leaves the teacher out.",
+    lower_bound=0,
+    upper_bound=10**5,
+)
+flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**63 - 1)
 flags.DEFINE_string("out", "sheet.png", "The picture.")
 command_line.define_bindings("A line of gin on top of each run's config.gin; repeatable.")
 command_line.define_device()
@@ -37,6 +43,8 @@ def draw():
         ValueError: a folder holds no run with captions, or two runs have one name.
         FileNotFoundError: a folder holds no run, or the run left no student.
     """
+    from ratiograph.core.files import write_atomically
+    from ratiograph.core.foreign import shown
     from ratiograph.evaluation.candidates import AveragedStudent
     from ratiograph.evaluation.prompt_sheet import draw_sheet, sampler_of, teacher_name, teacher_of
     from ratiograph.networks.weights.weight_files import load_weights
@@ -61,9 +69,8 @@ def draw():
         samplers[name] = sampler_of(task, AveragedStudent())
     prompts, out = FLAGS.prompt or PROMPTS, Path(FLAGS.out)
     sheet = draw_sheet(samplers, prompts, FLAGS.columns, encoder=encoder, seed=FLAGS.seed, device=device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out, "PNG")
-    print(out)
+    write_atomically(out, lambda file: sheet.save(file, "PNG"))
+    print(shown(out, 4096))
 
 
 def main(arguments):

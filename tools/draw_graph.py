@@ -24,6 +24,7 @@ def main(arguments):
 
     from ratiograph import config
     from ratiograph.config import tree
+    from ratiograph.core.files import write_atomically
     from ratiograph.reports.graph_picture import to_svg
     from ratiograph.reports.mermaid import to_mermaid
 
@@ -36,8 +37,7 @@ def main(arguments):
         picture = to_mermaid(node)
     else:
         raise ValueError(f"--out={out}: draw to a name that ends in .svg or .mmd")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(picture, encoding="utf-8")
+    write_atomically(out, picture.encode(errors="replace"))
     print(out)
 
 

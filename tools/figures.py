@@ -15,8 +15,10 @@ from ratiograph import command_line
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "figures", "Folder of the figures.")
 flags.DEFINE_bool("list", False, "Says what there is, and ends.")
-flags.DEFINE_integer("samples", None, "Samples: of a Monte Carlo estimate, or of the student.", lower_bound=100)
-flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
+flags.DEFINE_integer(
+    "samples", None, "Samples: of a Monte Carlo estimate, or of the student.", lower_bound=100, upper_bound=10**8
+)
+flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**63 - 1)
 flags.DEFINE_string("workdir", None, "Folder of a run, for score_difference.")
 flags.DEFINE_string("folder", None, "Folder with a folder for each run, for lambda_curves and initialisations.")
 flags.DEFINE_multi_string("run", [], "LABEL=FOLDER of one run; repeat it for several.")

@@ -18,10 +18,10 @@ from ratiograph import command_line
 FLAGS = flags.FLAGS
 command_line.define_configuration()
 command_line.define_device()
-flags.DEFINE_integer("samples", 4000, "Samples x0 of p, those left out included.", lower_bound=3)
-flags.DEFINE_integer("times", 20, "Noise levels of each sample.", lower_bound=1)
+flags.DEFINE_integer("samples", 4000, "Samples x0 of p, those left out included.", lower_bound=3, upper_bound=10**8)
+flags.DEFINE_integer("times", 20, "Noise levels of each sample.", lower_bound=1, upper_bound=10**6)
 flags.DEFINE_integer("batch_size", 250, "Samples a pass of the teacher.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Of data, times and noise.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Of data, times and noise.", lower_bound=0, upper_bound=2**63 - 1)
 
 
 def main(arguments):

@@ -20,9 +20,11 @@ from ratiograph import command_line
 FLAGS = flags.FLAGS
 command_line.define_configuration("data")
 command_line.define_device()
-flags.DEFINE_integer("samples", 5000, "Samples of p.", lower_bound=2)
+flags.DEFINE_integer("samples", 5000, "Samples of p.", lower_bound=2, upper_bound=10**8)
 flags.DEFINE_integer("batch_size", 500, "Samples a pass of the reward.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of the order of the data, or of the teacher's samples.", lower_bound=0)
+flags.DEFINE_integer(
+    "seed", 0, "Seed of the order of the data, or of the teacher's samples.", lower_bound=0, upper_bound=2**63 - 1
+)
 flags.DEFINE_string("out", "normalizer.gin", "The file to write.")
 
 

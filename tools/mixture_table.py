@@ -17,8 +17,11 @@ from pathlib import Path
 
 from absl import flags
 
-from marked_text import insert, table
+from marked_text import insert
 from ratiograph import command_line
+from ratiograph.core.files import clear_storage_errors, write_atomically
+from ratiograph.reports.evaluation_file import fields_of, read_evaluation
+from ratiograph.reports.markdown import table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("folder", "runs/mixture_table", "Folder of the runs.")
@@ -73,10 +76,13 @@ def run(name, file, lines):
         if done.returncode:
             print(f"{name}: failed\n{done.stderr}", file=sys.stderr, flush=True)
             return None
-    result = json.loads(document.read_text())
-    row, fresh = result["rows"][-1], result["rows"][0]["energy_distance"]
-    print(f"{name}: {row['relative_energy_distance']:.2f} times the distance of fresh samples", flush=True)
-    return {**row, "target_class_shares": result["class_shares"]["exact"], "fresh": fresh}
+    result = read_evaluation(document)
+    with fields_of(document, "Delete it, so that the run is made again"):
+        row, fresh = result["rows"][-1], result["rows"][0]["energy_distance"]
+        print(f"{name}: {row['relative_energy_distance']:.2f} times the distance of fresh samples", flush=True)
+        found = {**row, "target_class_shares": result["class_shares"]["exact"], "fresh": fresh}
+        matched_cells(found), masses(found)  # so that a field that a table lacks is found here
+        return found
 
 
 def matched_table(rows):
@@ -93,6 +99,11 @@ def matched_cells(row):
     return [f"{row[key]:.2f}" if row else "–" for key in keys]
 
 
+def masses(row):
+    """Class masses of the student of one run, and the exact ones."""
+    return [", ".join(f"{m:.3f}" for m in row[key]) for key in ("class_shares", "target_class_shares")]
+
+
 def tilted_table(rows):
     """Class masses of the tilted runs as Markdown."""
     lines = []
@@ -100,8 +111,7 @@ def tilted_table(rows):
         for target in TARGETS:
             row = rows.get(f"{weighting} tilted, {target}")
             if row:
-                masses = (", ".join(f"{m:.3f}" for m in row[key]) for key in ("class_shares", "target_class_shares"))
-                lines.append([weighting, target, *masses])
+                lines.append([weighting, target, *masses(row)])
     return table(["weighting ω", "target r*", "masses of the student", "exact masses"], lines)
 
 
@@ -118,14 +128,15 @@ def text_of(rows):
 
 def main(arguments):
     command_line.no_arguments(arguments, "only")
-    Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)
+    with clear_storage_errors(Path(FLAGS.folder)):
+        Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(FLAGS.processes) as pool:
         futures = {name: pool.submit(run, name, *job) for name, job in jobs().items()}
         found = {name: future.result() for name, future in futures.items()}
     rows = {name: row for name, row in found.items() if row}
     if not rows:
-        raise ValueError("no run finished")
-    (Path(FLAGS.folder) / "mixture_table.json").write_text(json.dumps(rows, indent=1) + "\n")
+        raise ValueError("no run finished" if found else f"--only={FLAGS.only} is in no run's name")
+    write_atomically(Path(FLAGS.folder) / "mixture_table.json", (json.dumps(rows, indent=1) + "\n").encode())
     text = text_of(rows)
     print(text)
     if FLAGS.out:

@@ -23,7 +23,11 @@ from ratiograph import command_line
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "The page; RUN/report.html for one run, comparison.html for several.")
 flags.DEFINE_integer(
-    "teacher_evaluations", 0, "Draw the teacher by so many network evaluations a sample; 0 does not.", lower_bound=0
+    "teacher_evaluations",
+    0,
+    "Draw the teacher by so many network evaluations a sample; 0 does not.",
+    lower_bound=0,
+    upper_bound=10**5,
 )
 command_line.define_bindings("A line of gin for --teacher_evaluations, on top of the run's config.gin; repeatable.")
 command_line.define_device("Where the teacher is drawn: auto, cpu, cuda, cuda:1, ...")
@@ -36,7 +40,9 @@ def main(arguments):
     if FLAGS.out and Path(FLAGS.out).is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: give the page's name too, {FLAGS.out}/report.html")
     from rich.console import Console
+    from rich.markup import escape
 
+    from ratiograph.core.foreign import shown
     from ratiograph.reports.comparison import labels_of, write_comparison
     from ratiograph.reports.run_files import check_run
     from ratiograph.reports.run_report import write_report
@@ -46,12 +52,12 @@ def main(arguments):
     for workdir in workdirs:
         check_run(workdir)
     for workdir in workdirs if FLAGS.teacher_evaluations else ():
-        with Console(stderr=True).status(f"drawing the teacher of {workdir}"):
+        with Console(stderr=True).status(f"drawing the teacher of {escape(shown(workdir))}"):
             draw_teacher(workdir, FLAGS.teacher_evaluations, FLAGS.device, bindings=FLAGS.gin_param)
     if len(workdirs) == 1:
-        print(write_report(workdirs[0], FLAGS.out))
+        print(shown(write_report(workdirs[0], FLAGS.out), 4096))
     else:
-        print(write_comparison(workdirs, FLAGS.out or "comparison.html"))
+        print(shown(write_comparison(workdirs, FLAGS.out or "comparison.html"), 4096))
 
 
 if __name__ == "__main__":

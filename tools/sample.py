@@ -28,9 +28,11 @@ SAMPLERS = ("heun", "stochastic", "euler", "ddim", "trailing")
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of a finished run; may be given without the flag.")
 command_line.define_bindings()
-flags.DEFINE_integer("first", 0, "Index of the first sample.", lower_bound=0)
-flags.DEFINE_integer("samples", None, "How many. Default: 64; with --prompts, one for each.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+flags.DEFINE_integer("first", 0, "Index of the first sample.", lower_bound=0, upper_bound=10**15)
+flags.DEFINE_integer(
+    "samples", None, "How many. Default: 64; with --prompts, one for each.", lower_bound=1, upper_bound=10**8
+)
+flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**63 - 1)
 flags.DEFINE_integer("batch_size", 500, "Samples a pass.", lower_bound=1)
 flags.DEFINE_multi_integer("class_label", [], "Class of the samples; several are taken in turn. Default: at random.")
 flags.DEFINE_string("prompts", None, "Text file with a caption a line, taken in turn.")
@@ -39,14 +41,16 @@ flags.DEFINE_bool("compare", False, "Draw the teacher's samples of the same nois
 flags.DEFINE_enum(
     "sampler", None, SAMPLERS, "Sample the teacher, by this sampler. Default: the student; with --compare, both."
 )
-flags.DEFINE_integer("steps", None, "Steps of --sampler; its own default if not given.", lower_bound=1)
+flags.DEFINE_integer(
+    "steps", None, "Steps of --sampler; its own default if not given.", lower_bound=1, upper_bound=10**5
+)
 flags.DEFINE_float("guidance_scale", None, "Guidance of the teacher, 1 is none; the run's own if not given.")
 flags.DEFINE_string("weights", None, "Student weights; WORKDIR/student.safetensors by default.")
 flags.DEFINE_string("out", "samples.png", "A grid (.png), the arrays (.npz), or a folder.")
 flags.DEFINE_bool("uint8", False, "Pixels, uint8 [N, H, W, C], in the .npz.")
 flags.DEFINE_integer("shards", 0, "Fill the folder with so many webdataset shards in place of PNGs.", lower_bound=0)
 command_line.define_device()
-flags.DEFINE_string("precision", "auto", "auto, fp32 or bf16.")
+flags.DEFINE_enum("precision", "auto", ["auto", "fp32", "bf16"], "Arithmetic of the networks.")
 
 
 def main(arguments):

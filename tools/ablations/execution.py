@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablations.grids import Cell
+from ratiograph.core.files import clear_storage_errors
+from ratiograph.core.foreign import shown
 
 __all__ = [
     "Ended",
@@ -70,7 +72,9 @@ def spell_command(arguments: Sequence[str]) -> str:
 def last_error(log: Path) -> str:
     """The last ``error:`` line of a log, or its last line that is not empty."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
+    return shown(
+        next((line for line in reversed(lines) if line.startswith("error:")), (lines or ["no output"])[-1]), 1000
+    )
 
 
 # --- here ---------------------------------------------------------------------------------------------------
@@ -137,7 +141,8 @@ def run_cells(
 
 def _start(cell: Cell, device: str, threads: int) -> subprocess.Popen:
     """Starts a cell in a session of its own: a terminal's Ctrl-C reaches only us, and we end it in order."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    with clear_storage_errors(cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
     line = command(cell, device)
     with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
         print(f"$ {spell_command(line)}", file=log, flush=True)

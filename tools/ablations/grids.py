@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import math
 import re
 import tomllib
 import unicodedata
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 
 from ratiograph import config
+from ratiograph.core.foreign import read_text, shown
 from ratiograph.training.logs import read_metrics
 
 __all__ = ["Cell", "Grid", "Row", "cells_of", "check", "is_finished", "parse_axis", "read_grid", "slug", "with_needs"]
@@ -78,6 +80,8 @@ class Grid:
 
     def __post_init__(self):
         names = [row.name for row in self.rows]
+        if (runs := len(names) * math.prod(map(len, self.axes.values()))) > 100_000:
+            raise ValueError(f"the grid has {runs:,} runs a seed, more than 100,000: give fewer values")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two rows are named '{name}': rename one")
@@ -157,13 +161,9 @@ def read_grid(path: str | Path) -> Grid:
     """
     path = Path(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no TOML: {error}") from error
-    try:
-        return _grid(path.stem, document)
+        return _grid(path.stem, tomllib.loads(read_text(path)))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is no TOML: {shown(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -196,6 +196,8 @@ def _row(row: Mapping, document: Mapping, number: int) -> Row:
     files = _strings(row, "gin_file", what) or _strings(document, "gin_file", "the grid")
     if not files:
         raise ValueError(f"{what} has no gin file: add gin_file = '...' to it or at the top")
+    if not all(type(value) in (int, float) for value in row.get("published", {}).values()):
+        raise ValueError(f"{what}: a published value is no number")
     return Row(
         name=row["name"],
         gin_files=tuple(files),

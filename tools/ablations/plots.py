@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from ablations.tables import Column, Line, Table
 from paper_figures.drawing import spread
 from ratiograph.core.files import write_atomically
+from ratiograph.data.lettering import in_figure
 
 __all__ = ["draw", "save"]
 
@@ -190,11 +191,11 @@ def _draw_series(
     axes.margins(x=0.03)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    axes.set(xlabel=x_name, ylabel=_title(column))
+    axes.set(xlabel=in_figure(x_name), ylabel=_title(column))
     _mark_references(table, column, values, _level_marker(axes), log=axes.get_yscale() == "log")
     axes.set_ylim(axes.get_ylim())  # the names stand where the lines end from here on
     _name_lines(axes, [s for s in series if s.name], scale, LABEL_HEIGHT / (height - 1))
-    axes.set_title(table.grid.title, loc="left", fontsize=11, fontweight="bold", pad=12)
+    axes.set_title(in_figure(table.grid.title), loc="left", fontsize=11, fontweight="bold", pad=12)
     return figure
 
 
@@ -215,7 +216,7 @@ def _name_lines(axes: Axes, series: Sequence[_Series], scale: float, gap: float)
         leader = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.7, "alpha": 0.6}
         leader |= {"shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}  # from the middle of the name's left edge
         share = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
-        axes.annotate(name, (x, y), (1.035, height), arrowprops=leader, **share, **style)
+        axes.annotate(in_figure(name), (x, y), (1.035, height), arrowprops=leader, **share, **style)
 
 
 # --- dots ---------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def _draw_dots(table: Table, column: Column) -> Figure:
             axes.plot(found, [row] * len(found), "o", color=INK, markersize=3, markeredgewidth=0, alpha=0.7)
             axes.errorbar([mean], [row], xerr=statistics.stdev(found), color="#8a94a3", elinewidth=2, zorder=1)
     axes.set_ylim(len(table.lines) - 0.5, -0.5)
-    axes.set_yticks(range(len(table.lines)), [_short(line) for line in table.lines], color=INK)
+    axes.set_yticks(range(len(table.lines)), [in_figure(_short(line)) for line in table.lines], color=INK)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     if _is_log(values, LOG_SPAN):
@@ -252,7 +253,7 @@ def _draw_dots(table: Table, column: Column) -> Figure:
     axes.margins(x=0.06)
     axes.set_xlabel(_title(column))
     _mark_references(table, column, values, _column_marker(axes), log=axes.get_xscale() == "log")
-    axes.set_title(table.grid.title, loc="left", fontsize=11, fontweight="bold", pad=18)
+    axes.set_title(in_figure(table.grid.title), loc="left", fontsize=11, fontweight="bold", pad=18)
     return figure
 
 
@@ -260,7 +261,7 @@ def _draw_dots(table: Table, column: Column) -> Figure:
 
 
 def _title(column: Column) -> str:
-    return f"{column.label}, {column.better} is better" if column.better else column.label
+    return in_figure(f"{column.label}, {column.better} is better" if column.better else column.label)
 
 
 def _mark_references(
@@ -287,7 +288,7 @@ _NAME = {"textcoords": "offset points", "fontsize": 8, "color": QUIET}
 def _level_marker(axes: Axes) -> Callable[[float, str], None]:
     def mark(value: float, name: str) -> None:
         axes.axhline(value, **_RULE)
-        axes.annotate(name, (0, value), xytext=(4, 3), xycoords=("axes fraction", "data"), **_NAME)
+        axes.annotate(in_figure(name), (0, value), xytext=(4, 3), xycoords=("axes fraction", "data"), **_NAME)
 
     return mark
 
@@ -295,6 +296,8 @@ def _level_marker(axes: Axes) -> Callable[[float, str], None]:
 def _column_marker(axes: Axes) -> Callable[[float, str], None]:
     def mark(value: float, name: str) -> None:
         axes.axvline(value, **_RULE)
-        axes.annotate(name, (value, 1), xytext=(0, 3), xycoords=("data", "axes fraction"), ha="center", **_NAME)
+        axes.annotate(
+            in_figure(name), (value, 1), xytext=(0, 3), xycoords=("data", "axes fraction"), ha="center", **_NAME
+        )
 
     return mark

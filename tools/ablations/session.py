@@ -21,7 +21,7 @@ from ablations.execution import Ended, command, run_cells, spell_command, submit
 from ablations.grids import Cell, Grid
 from marked_text import insert, replaced
 from ratiograph.command_line import overrides
-from ratiograph.core.files import write_atomically
+from ratiograph.core.files import clear_storage_errors, write_atomically
 from ratiograph.training.logs import duration
 
 __all__ = ["ablate"]
@@ -141,7 +141,8 @@ def run_task(cells: Sequence[Cell], index: int) -> None:
         return
     log = cell.folder / "log.txt"
     print(f"{cell.name}: its output is in {log}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with clear_storage_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
     line = command(cell, FLAGS.device[0])
     with open(log, "a") as file:
         print(f"$ {spell_command(line)}", file=file, flush=True)
@@ -170,7 +171,8 @@ def submit_runs(todo: Sequence[Cell], folder: Path) -> None:
 
     passed = arguments("slurm", "slurm_dry_run", "sbatch", "processes", "threads", "only", "out", "task")
     exports = {"PYTHON": sys.executable, "ABLATE": TOOL}
-    folder.mkdir(parents=True, exist_ok=True)  # for the tasks' output
+    with clear_storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # for the tasks' output
     options = [f"--output={folder}/slurm_%A_%a.out", *FLAGS.sbatch]
     jobs = submit(todo, passed, send, script=SCRIPT, exports=exports, options=options, at_a_time=FLAGS.processes)
     if not FLAGS.slurm_dry_run:

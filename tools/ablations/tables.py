@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import marked_text
 from ablations.grids import Cell, Grid, label
+from ratiograph.reports.evaluation_file import read_evaluation
+from ratiograph.reports.markdown import code, plain, table
 from ratiograph.training.logs import read_metrics
 
 __all__ = ["Column", "Line", "Result", "Table", "read_result", "tabulate"]
@@ -64,35 +64,37 @@ class Line:
         return [result.values[key] for result in self.results if result and key in result.values]
 
     def mean(self, key: str) -> float | None:
-        """Over seeds; None without a finished run or where a value is not finite."""
+        """Over seeds; None without a finished run or where a value is not finite or beyond 1e100."""
         values = self.values(key)
-        return statistics.fmean(values) if values and all(map(math.isfinite, values)) else None
+        return statistics.fmean(values) if values and all(map(_is_moderate, values)) else None
 
 
 def read_result(folder: Path) -> Result | None:
     """The result of a run, or None before its end; a run without an evaluator has only seconds and steps.
 
     Raises:
-        ValueError: evaluation.json is damaged.
+        ValueError: evaluation.json or metrics.jsonl is damaged.
     """
     path = folder / "evaluation.json"
     if not path.exists() and not any(folder.glob("*.safetensors")):
         return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [{}]}
-        rows = document["rows"]
-        own = next((row for row in rows if row.get("highlight")), rows[-1])
-    except (ValueError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete it and run again to measure anew") from error
+    document = read_evaluation(path)
+    rows = document.get("rows") or [{}]
+    own = next((row for row in rows if row.get("highlight")), rows[-1])
     log = read_metrics(folder / "metrics.jsonl")
     numbers = {key: log[-1][key] for key in _OWN if log and key in log[-1]} | {"steps": log[-1]["step"] if log else 0}
     numbers |= {key: value for key, value in own.items() if _is_number(value)}
-    return Result(numbers, [row for row in rows if row is not own], document.get("metrics", {}), log)
+    return Result(numbers, [row for row in rows if row is not own], document.get("metrics") or {}, log)
 
 
 def _is_number(value: object) -> bool:
     """Also True of a bool, whose mean over seeds is the share of runs that it holds for."""
     return isinstance(value, int | float)
+
+
+def _is_moderate(value: float) -> bool:
+    """Whether sums of such numbers are finite; NaN is not."""
+    return abs(value) < 1e100
 
 
 @dataclass(frozen=True)
@@ -142,27 +144,27 @@ class Table:
         missing = f" {runs - finished} of {runs} runs are missing." if finished < runs else ""
         many = any(len(line.results) > 1 for line in self.lines)
         seeds = " Mean ± standard deviation (runs)." if many else ""
-        title = f"{self.grid.title}. " if self.grid.title else ""
+        title = f"{plain(self.grid.title)}. " if self.grid.title else ""
         named = any(line.name for line in self.lines)
         axes = list(self.grid.axes)
         published = list(dict.fromkeys(key for line in self.lines for key in line.published))
         formats = {column.key: self.written(column) for column in self.columns}
 
-        heads = [*(["configuration"] if named or not axes else []), *(f"`{axis}`" for axis in axes)]
+        heads = [*(["configuration"] if named or not axes else []), *map(code, axes)]
         ahead = len(heads)
-        heads += [column.label + _ARROWS.get(column.better or "", "") for column in self.columns]
-        heads += [f"{self._label(key)}, {PUBLISHED}" for key in published]
+        heads += [plain(column.label) + _ARROWS.get(column.better or "", "") for column in self.columns]
+        heads += [f"{plain(self._label(key))}, {PUBLISHED}" for key in published]
         rows = []
         for name, values in self.references().items():
             spans = [_span(values.get(column.key), formats[column.key]) for column in self.columns]
-            rows.append([f"*{name}*", *[""] * (ahead - 1), *spans, *[""] * len(published)])
+            rows.append([f"*{plain(name)}*", *[""] * (ahead - 1), *spans, *[""] * len(published)])
         for line in (line for line in self.lines if not self._only_needed(line)):
             names = [*([line.name] if named or not axes else []), *line.setting.values()]
             cells = [self._cell(line, column, formats[column.key]) for column in self.columns]
             paper = [f"{line.published[key]:g}" if key in line.published else "" for key in published]
-            rows.append([*names, *cells, *paper])
-        body = marked_text.table(heads, rows, left=ahead)
-        return f"{title}Made by `{command}`.{seeds}{missing}\n\n{body}"
+            rows.append([*map(plain, names), *cells, *paper])
+        body = table(heads, rows, left=ahead)
+        return f"{title}Made by {code(command)}.{seeds}{missing}\n\n{body}"
 
     def document(self, command: str) -> dict[str, Any]:
         """What table.json holds: every value with its mean and standard deviation."""
@@ -214,7 +216,7 @@ class Table:
 
 def _deviation(values: Sequence[float]) -> float | None:
     """Sample standard deviation, from two finite values on."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    return statistics.stdev(values) if len(values) > 1 and all(map(_is_moderate, values)) else None
 
 
 def _span(found: tuple[float, float] | None, written: Callable[[float], str]) -> str:

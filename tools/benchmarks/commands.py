@@ -11,6 +11,7 @@ from absl import flags
 from benchmarks import changes, network, plan, printing, results_table, scaling, step, suite, timing
 from benchmarks.data_wait import bench_data
 from marked_text import insert
+from ratiograph.reports.evaluation_file import fields_of
 from ratiograph.training import trainer
 
 __all__ = ["MEASUREMENTS", "run"]
@@ -26,8 +27,11 @@ def common() -> dict[str, object]:
 def sizes() -> dict[str, object]:
     """The network's arguments of --size."""
     try:
-        return {name: ast.literal_eval(value) for name, value in (each.split("=", 1) for each in FLAGS.size)}
-    except (ValueError, SyntaxError) as error:
+        found = {name: ast.literal_eval(value) for name, value in (each.split("=", 1) for each in FLAGS.size)}
+        if any(isinstance(value, int | float) and value < 0 for value in found.values()):
+            raise ValueError("a size is negative")
+        return found
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"--size={' '.join(FLAGS.size)}: write an argument and its value, e.g. channels=64") from error
 
 
@@ -76,7 +80,12 @@ def measure(kind: str) -> None:
 
 def compare(old: str, new: str) -> int:
     """Prints what changed between two runs; 3 if something became worse."""
-    runs = [timing.read_records(Path(name), start) for name, _, start in (each.partition("@") for each in (old, new))]
+    runs = []
+    for name, _, start in (each.partition("@") for each in (old, new)):
+        runs.append(timing.read_records(Path(name), start))
+        with fields_of(Path(name), "Remove the line that does"):
+            for record in runs[-1]:  # against itself: a field that is missing shows here
+                changes.render(changes.compared([record], [record]))
     found = changes.compared(*runs, tolerance=FLAGS.tolerance)
     print(changes.render(found))
     return 3 if any(change.worse for change in found) else 0
@@ -84,7 +93,9 @@ def compare(old: str, new: str) -> int:
 
 def table() -> None:
     """Prints the table of everything measured, and writes it to --page."""
-    text = results_table.render(timing.read_records(Path(FLAGS.out)))
+    records = timing.read_records(Path(FLAGS.out))
+    with fields_of(Path(FLAGS.out), "Remove the line that does"):
+        text = results_table.render(records)
     print(text)
     if FLAGS.page:
         insert(Path(FLAGS.page), "bench", text)

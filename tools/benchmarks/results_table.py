@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from marked_text import table
+from ratiograph.reports.markdown import plain, table
 
 __all__ = ["CONFIGURATIONS", "Configuration", "render"]
 
@@ -58,7 +58,9 @@ Record = Mapping[str, object]
 
 def render(records: Sequence[Record]) -> str:
     """The Markdown table of the configurations that have a record, in their order."""
-    return table(COLUMNS, [row for configuration in CONFIGURATIONS for row in _rows(configuration, records)])
+    return table(
+        COLUMNS, [[*map(plain, row)] for configuration in CONFIGURATIONS for row in _rows(configuration, records)]
+    )
 
 
 def _rows(configuration: Configuration, records: Sequence[Record]) -> Iterator[list[str]]:

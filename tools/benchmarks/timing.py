@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ratiograph.core.files import write_atomically
+from ratiograph.core.files import Missing, write_atomically
+from ratiograph.core.foreign import lines_of, parse_json, read_text, shown
 
 __all__ = [
     *("append_record", "count_flops", "hardware", "in_turn", "load"),
@@ -145,18 +146,16 @@ def read_records(path: Path, start: str = "") -> list[dict[str, object]]:
         ValueError: there is no such file, a line is no JSON object, or no record is left.
     """
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise ValueError(
-            f"no records at {path}: {error.strerror}; tools/bench.py --out={path} step makes some"
-        ) from error
+        lines = lines_of(read_text(path))
+    except Missing as error:
+        raise ValueError(f"no records at {shown(path)}; tools/bench.py --out={shown(path)} step makes some") from error
     records = []
     for number, line in enumerate(lines, 1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON object: {error}") from error
+        record = parse_json(line, f"{path}, line {number},")
+        if not isinstance(record, dict):
+            raise ValueError(f"{shown(path)}, line {number} holds a {type(record).__name__}, not an object")
+        records.append(record)
     kept = [record for record in records if any(str(record.get(k)).startswith(start) for k in ("date", "revision"))]
     if not kept:
-        raise ValueError(f"{path} holds no record of a date or revision that starts with {start!r}")
+        raise ValueError(f"{shown(path)} holds no record of a date or revision that starts with {start!r}")
     return kept

@@ -7,21 +7,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ratiograph.command_line import progress_bar
 from ratiograph.core import distributed
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.data.embedded import EMBEDDED
 from ratiograph.data.stream import ShardStream
 from ratiograph.evaluation import features, inception_features, metrics
 from ratiograph.evaluation.alignment import ClipScore, RewardScore
 from ratiograph.evaluation.documents import merged, read_document
-from ratiograph.evaluation.feature_sets import write_statistics
+from ratiograph.evaluation.feature_sets import array_names, write_statistics
 from ratiograph.evaluation.image_evaluator import ImageEvaluator
 from ratiograph.evaluation.image_sources import CaptionedSamples, FolderStream, StudentSamples, stream_images
 from ratiograph.networks.autoencoder import Autoencoder
@@ -95,8 +96,7 @@ def evaluator(stream: object, source: object = None) -> ImageEvaluator:
     """The evaluator of the flags, against ``--reference`` or else ``stream``."""
     reference, statistics = FLAGS.reference, None
     if reference and reference.endswith(".npz") and Path(reference).is_file():
-        with np.load(reference, allow_pickle=False) as file:
-            statistics = reference if "mu" in file.files else None
+        statistics = reference if "mu" in array_names(Path(reference)) else None
     found = extractors()
     if reference and not statistics:
         stream = images(reference)
@@ -154,7 +154,7 @@ def with_bar(judge: ImageEvaluator, work: Callable[[], dict | None]) -> dict | N
 
         def progress(what: str, done: int, samples: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=samples)
+                tasks[what] = bar.add_task(escape(shown(what)), total=samples)
             bar.update(tasks[what], completed=done)
 
         if distributed.is_main():
@@ -213,16 +213,16 @@ def statistics() -> None:
 def print_table(document: dict) -> None:
     """A line a number: value, standard error, what it is."""
     for row in document["rows"]:
-        table = Table(title=f"{row['name']}: {row['samples']:,} samples", title_justify="left")
+        table = Table(title=f"{escape(shown(row['name']))}: {row['samples']:,} samples", title_justify="left")
         for column in ("", "value", "± standard error"):
             table.add_column(column, justify="left" if not column else "right")
         for key, about in document["metrics"].items():
             if row.get(key) is not None and not about["label"].startswith("±"):
                 error = next((row.get(k) for k, a in document["metrics"].items() if a.get("of") == key), None)
-                table.add_row(about["label"], f"{row[key]:.5g}", "" if error is None else f"{error:.2g}")
+                table.add_row(escape(shown(about["label"])), f"{row[key]:.5g}", "" if error is None else f"{error:.2g}")
         Console().print(table)
     for note in document["notes"]:
-        print(note, file=sys.stderr)
+        print(shown(note, 1000), file=sys.stderr)
 
 
 def judge(mode: str, *folders: str) -> None:

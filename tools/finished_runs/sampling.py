@@ -13,7 +13,7 @@ from torch import Tensor
 from ratiograph.command_line import progress_bar
 from ratiograph.core import distributed
 from ratiograph.core.draws import SampleDraws
-from ratiograph.core.foreign import lines_of, read_text
+from ratiograph.core.foreign import lines_of, read_text, shown
 from ratiograph.networks import denoisers, samplers
 from ratiograph.networks.autoencoder import Autoencoder
 from ratiograph.networks.conditions import Conditions, FixedLabels, Prompts
@@ -90,10 +90,10 @@ def captions(path: str | None) -> list[str]:
     if not path:
         return []
     if not Path(path).exists():
-        raise ValueError(f"No such file: --prompts={path}. Write one, a caption a line")
+        raise ValueError(f"No such file: --prompts={shown(path)}. Write one, a caption a line")
     found = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
     if not found:
-        raise ValueError(f"--prompts={path} holds no caption: write one a line")
+        raise ValueError(f"--prompts={shown(path)} holds no caption: write one a line")
     return found
 
 

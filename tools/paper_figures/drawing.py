@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ratiograph.algebra.weightings import BE, KL, LR, LS, SBA, Jeffreys, SoftenedReverseKL, SquaredHellinger, Weighting
 from ratiograph.core.files import write_atomically
+from ratiograph.data.lettering import in_figure
 
 __all__ = ["PALETTE", "TABLE", "Row", "columns", "curves", "label_ends", "new_figure", "save", "set_title", "spread"]
 
@@ -115,7 +116,7 @@ def label_ends(axis: Axes, ends: Sequence[tuple[str, float, str]], *, size: floa
     inches = axis.figure.get_size_inches()[1] * axis.get_position().height
     for (label, _, colour), height in zip(ends, spread(heights, 1.3 * size / 72 / inches), strict=True):
         axis.annotate(
-            label,
+            in_figure(label),
             (1.015, height),
             xycoords="axes fraction",
             color=colour,

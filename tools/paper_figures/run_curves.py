@@ -7,7 +7,6 @@ left out; that no run has anything to draw is an error.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures.drawing import columns, curves, label_ends, new_figure, set_title
-from ratiograph.data.images import read_image
+from ratiograph.core.foreign import read_json, read_text, shown
+from ratiograph.data.images import BadImage, read_image
+from ratiograph.data.lettering import in_figure
+from ratiograph.reports.evaluation_file import fields_of, read_evaluation
+from ratiograph.reports.run_files import grids
 from ratiograph.training.logs import read_metrics, significant
 
 __all__ = ["draw_initialisations", "draw_lambda_curves", "find_runs", "initialisations", "label_of", "lambda_curves"]
@@ -31,17 +34,24 @@ LAMBDAS = {"KL": 0.0, "ReverseKL": 0.0, "LS": 1.0, "BE": -1.0, "ForwardKL": -1.0
 def binding(folder: Path, name: str) -> str | None:
     """The text bound to ``name`` in the run's config.gin, or None."""
     config = Path(folder) / "config.gin"
-    text = config.read_text() if config.is_file() else ""
+    text = read_text(config) if config.is_file() else ""
     found = re.search(rf"^{re.escape(name)}\s*=\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else None
 
 
 def lam_of(folder: Path) -> float:
-    """SBA's lambda of the run's weighting; infinite where it is none of that family."""
+    """SBA's lambda of the run's weighting; infinite where it is none of that family, or no number."""
     weighting = (binding(folder, "WEIGHTING") or "").strip("@()")
     if weighting == "SBA":
-        return float(binding(folder, "SBA.lam") or 1.0)
+        return _number(binding(folder, "SBA.lam") or "1.0", math.inf)
     return LAMBDAS.get(weighting, math.inf)
+
+
+def _number(text: str, otherwise: float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return otherwise
 
 
 def label_of(folder: Path) -> str:
@@ -62,7 +72,7 @@ def find_runs(folder: Path) -> dict[str, Path]:
     """
     found = sorted((path.parent for path in Path(folder).glob("*/config.gin")), key=lambda run: (lam_of(run), run.name))
     if not found:
-        raise ValueError(f"{folder} holds no folder with a config.gin: give the folder the runs are in")
+        raise ValueError(f"{shown(folder)} holds no folder with a config.gin: give the folder the runs are in")
     labels = [label_of(run) for run in found]
     return {
         label if labels.count(label) == 1 else f"{label}, {run.name}": run
@@ -84,11 +94,14 @@ def lambda_curves(runs: Mapping[str, Path]) -> list[dict]:
     """
     rows = []
     for label, folder in runs.items():
-        batch = int(binding(folder, "Experiment.batch_size") or 1)
+        size = binding(folder, "Experiment.batch_size") or ""
+        batch = int(size) if size.isdecimal() else 1
         for record in _logged(folder) or _final(folder):
-            values = {name: record.get(f"evaluation/{name}", math.nan) for name in METRICS}
+            values = {name: record.get(f"evaluation/{name}") for name in METRICS}
+            values = {name: math.nan if value is None else value for name, value in values.items()}
             if any(map(math.isfinite, values.values())):
-                rows.append({"run": label, "images": record.get("images", record["step"] * batch), **values})
+                images = record.get("images")
+                rows.append({"run": label, "images": record["step"] * batch if images is None else images, **values})
     if not rows:
         names = ", ".join(f"evaluation/{name}" for name in METRICS)
         raise ValueError(f"no run has {names} in its metrics.jsonl, nor an evaluation.json: train with an evaluator")
@@ -119,9 +132,10 @@ def _student(path: Path) -> dict | None:
     """The last row of a before.json or evaluation.json: the student's."""
     if not path.is_file():
         return None
-    document = json.loads(path.read_text())
-    rows = document if isinstance(document, list) else document.get("rows", [])
-    return rows[-1] if rows else None
+    rows = read_evaluation(path).get("rows") if path.name == "evaluation.json" else read_json(path)
+    with fields_of(path, "Resume the run, which writes it again"):
+        row = dict(rows[-1]) if rows else {}
+        return {name: float(row[name]) for name in METRICS if row.get(name) is not None}
 
 
 def draw_lambda_curves(rows: Sequence[Mapping]) -> Figure:
@@ -161,14 +175,14 @@ def initialisations(runs: Mapping[str, Path]) -> list[dict]:
     """
     rows = []
     for label, folder in runs.items():
-        grids = sorted((Path(folder) / "samples").glob("step_*.png"))
-        if len(grids) < 2:
-            raise ValueError(f"{folder}/samples holds {len(grids)} grids: give runs that have passed a preview")
-        for stage, path, name in (("before", grids[0], "before.json"), ("after", grids[-1], "evaluation.json")):
+        found = list(grids(Path(folder)).items())
+        if len(found) < 2:
+            raise ValueError(f"{shown(folder)}/samples holds {len(found)} grids: give runs that have passed a preview")
+        for stage, (step, path), name in (("before", found[0], "before.json"), ("after", found[-1], "evaluation.json")):
             row = _student(Path(folder) / name) or {}
             distance = row.get("frechet_distance", math.nan)
-            step = int(path.stem.removeprefix("step_"))
-            rows.append({"run": label, "stage": stage, "step": step, "file": str(path), "frechet_distance": distance})
+            file = str(Path(folder) / path)
+            rows.append({"run": label, "stage": stage, "step": step, "file": file, "frechet_distance": distance})
     return rows
 
 
@@ -178,13 +192,16 @@ def draw_initialisations(rows: Sequence[Mapping], *, side: int = 4) -> Figure:
     figure, axes = new_figure(2.6 * len(by_run), 5.9, len(by_run), rows=2)
     for column, (label, pair) in zip(np.asarray(axes).T, by_run.items(), strict=True):
         for axis, row in zip(column, pair, strict=True):
-            image = read_image(Path(row["file"])).convert("RGB")
+            try:
+                image = read_image(Path(row["file"])).convert("RGB")
+            except BadImage as error:
+                raise ValueError(f"{shown(row['file'])} {error}: delete it, or make it again") from error
             # make_grid lays out 8 images a row, with a gap of 2 pixels before each and after the last.
             edge = 2 + side * (image.width - 2) // 8
             axis.imshow(np.asarray(image.crop((0, 0, edge, min(edge, image.height)))))
             axis.set_axis_off()
             distance = row["frechet_distance"]
             measured = f", FD {significant(distance, 3)}" if math.isfinite(distance) else ""
-            heading = f"{label}\n" if row["stage"] == "before" else ""
+            heading = f"{in_figure(label)}\n" if row["stage"] == "before" else ""
             set_title(axis, f"{heading}step {row['step']:,}{measured}")
     return figure

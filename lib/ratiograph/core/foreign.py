@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ratiograph.core.files import Missing
 
-__all__ = ["LARGEST_TEXT", "lines_of", "parse_json", "read_json", "read_text", "shown", "text_of"]
+__all__ = ["LARGEST_TEXT", "lines_of", "parse_json", "read_bytes", "read_json", "read_text", "shown", "text_of"]
 
 LARGEST_TEXT = 2**28
 """Bytes of a text or JSON file; COCO's captions of 2014 take 66 MB, the largest that a run reads."""
@@ -48,7 +48,7 @@ def read_text(path: Path | str, most: int = LARGEST_TEXT) -> str:
         Missing: there is no such file.
         ValueError: it is no UTF-8, holds more than ``most`` bytes, or cannot be read; the message names it.
     """
-    return text_of(_bytes(path, most), path)
+    return text_of(read_bytes(path, most), path)
 
 
 def lines_of(text: str) -> list[str]:
@@ -77,10 +77,16 @@ def read_json(path: Path | str, most: int = LARGEST_TEXT) -> object:
         Missing: there is no such file.
         ValueError: as `read_text` and `parse_json`; the message names the file.
     """
-    return parse_json(_bytes(path, most), path)
+    return parse_json(read_bytes(path, most), path)
 
 
-def _bytes(path: Path | str, most: int) -> bytes:
+def read_bytes(path: Path | str, most: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        Missing: there is no such file.
+        ValueError: it holds more than ``most`` bytes, or cannot be read; the message names it.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(most + 1)
@@ -89,5 +95,5 @@ def _bytes(path: Path | str, most: int) -> bytes:
     except OSError as error:
         raise ValueError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     if len(data) > most:
-        raise ValueError(f"{shown(path)} holds more than {most:,} bytes, too many for a text file")
+        raise ValueError(f"{shown(path)} holds more than {most:,} bytes, too many to be read")
     return data

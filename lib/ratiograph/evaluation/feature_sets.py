@@ -11,7 +11,8 @@ are such files, with ``feats`` apart in ``*_kid.npz``. Nothing in them is execut
 from __future__ import annotations
 
 import io
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.evaluation.features import FeatureExtractor
 from ratiograph.evaluation.frechet import Fitted, Gaussian, fit
 from ratiograph.evaluation.manifold import Manifold
 
-__all__ = ["FeatureSet", "read_statistics", "write_statistics"]
+__all__ = ["FeatureSet", "array_names", "read_statistics", "write_statistics"]
 
 
 class FeatureSet:
@@ -109,21 +111,40 @@ def read_statistics(path: Path, extractor: FeatureExtractor) -> FeatureSet:
         raise ValueError(f"{path} holds {sorted(found)}, a file of statistics holds mu and sigma")
     if "identity" in found and str(found["identity"]) != extractor.identity():
         raise ValueError(
-            f"{path} was made by other features ('{found['name']}'), the evaluation uses '{extractor.name}' or other "
-            "weights of it: make it anew with tools/evaluate.py stats"
+            f"{path} was made by other features ('{shown(found.get('name'))}'), the evaluation uses '{extractor.name}' "
+            "or other weights of it: make it anew with tools/evaluate.py stats"
         )
-    mean, covariance = (torch.from_numpy(np.asarray(found[key], np.float64)) for key in ("mu", "sigma"))
+    mean, covariance = (torch.from_numpy(_numbers(path, found[key], np.float64)) for key in ("mu", "sigma"))
     if mean.shape != (extractor.size,) or covariance.shape != (extractor.size, extractor.size):
-        raise ValueError(f"{path} has statistics of {len(mean)} features, '{extractor.name}' has {extractor.size}")
-    features = torch.from_numpy(np.asarray(found["feats"], np.float32)) if "feats" in found else None
+        raise ValueError(f"{path} has statistics of {mean.numel()} features, '{extractor.name}' has {extractor.size}")
+    features = torch.from_numpy(_numbers(path, found["feats"], np.float32)) if "feats" in found else None
     if features is not None and (features.ndim != 2 or features.shape[1] != extractor.size):
         raise ValueError(f"{path} has features {tuple(features.shape)}, '{extractor.name}' has {extractor.size}")
     return FeatureSet(features, gaussian=Gaussian(mean, covariance))
 
 
+def _numbers(path: Path, values: np.ndarray, kind: type) -> np.ndarray:
+    if values.dtype.kind not in "fiu":
+        raise ValueError(f"{shown(path)} holds an array of {values.dtype}, numbers are expected")
+    return np.asarray(values, kind)
+
+
+def array_names(path: Path) -> list[str]:
+    """The names of the arrays in an ``.npz``; ValueError if it is damaged."""
+    with _opened(path) as file:
+        return list(file.files)
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with _opened(path) as file:
+        return {key: file[key] for key in file.files}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The file; any error in the body becomes a ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is no whole .npz file of arrays ({error})") from error
+            yield file
+    except Exception as error:  # on damaged bytes zip and zlib raise anything
+        raise ValueError(f"{shown(path)} is no whole .npz file of arrays ({shown(error)})") from error

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ratiograph.core.draws import SampleDraws
+from ratiograph.data.lettering import Lettering
 from ratiograph.evaluation.candidates import Candidate, Teacher
 from ratiograph.evaluation.small_images import levels_of
 from ratiograph.networks.conditions import Conditions, Prompts
@@ -87,7 +88,7 @@ def prompt_sheet(samples: Mapping[str, Tensor], prompts: Sequence[str]) -> Image
     assert len(each) == 1, each  # the same number everywhere
     (columns,) = each
     blocks = {name: Image.fromarray(_block(images, columns)) for name, images in samples.items()}
-    font = ImageFont.load_default(TEXT)
+    font = Lettering(TEXT)
     left = MARGIN + round(max(font.getlength(prompt) for prompt in prompts)) + MARGIN
     widths = {name: max(block.width, round(font.getlength(name)) + 2) for name, block in blocks.items()}
     width = left + sum(each + GAP for each in widths.values())
@@ -96,9 +97,9 @@ def prompt_sheet(samples: Mapping[str, Tensor], prompts: Sequence[str]) -> Image
     draw = ImageDraw.Draw(sheet)
     row = (height - HEAD) / len(prompts)
     for number, prompt in enumerate(prompts):
-        draw.text((MARGIN, HEAD + (number + 0.5) * row), prompt, fill="black", font=font, anchor="lm")
+        font.write(draw, (MARGIN, HEAD + (number + 0.5) * row), prompt, "lm")
     for name, block in blocks.items():
-        draw.text((left + 2, HEAD / 2), name, fill="black", font=font, anchor="lm")
+        font.write(draw, (left + 2, HEAD / 2), name, "lm")
         sheet.paste(block, (left, HEAD))
         left += widths[name] + GAP
     return sheet

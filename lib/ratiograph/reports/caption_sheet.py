@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ratiograph.data.lettering import Lettering
+
 __all__ = ["caption_sheet", "wrapped"]
 
 SIDE, WIDTH = 112, 1600  # pixels: an image's longer side at least, the sheet's width about
@@ -18,7 +20,7 @@ TEXT, LINES = 13, 3  # height of letters, lines of a caption
 LONGEST = 400  # characters of a caption that are read
 
 
-def wrapped(caption: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+def wrapped(caption: str, width: float, font: Lettering) -> list[str]:
     """``caption`` in at most ``LINES`` lines of at most ``width`` pixels, broken at spaces where that can be."""
     rest, lines = " ".join(caption[:LONGEST].split()), []
     while rest and len(lines) < LINES:
@@ -45,7 +47,7 @@ def caption_sheet(cells: np.ndarray, rows: Sequence[str], captions: Sequence[str
     repeat = max(1, -(-SIDE // max(cells.shape[2:4])))
     cells = cells.repeat(repeat, 2).repeat(repeat, 3)
     height, width = cells.shape[2:4]
-    font = ImageFont.load_default(TEXT)
+    font, own = Lettering(TEXT), ImageFont.load_default(TEXT)
     names = list(rows) if len(rows) > 1 else [""]
     left = MARGIN + round(max(font.getlength(line) for name in names for line in name.split("\n")))
     left += MARGIN if len(rows) > 1 else 0
@@ -63,7 +65,7 @@ def caption_sheet(cells: np.ndarray, rows: Sequence[str], captions: Sequence[str
             y = top + row * (height + GAP)
             sheet.paste(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), (x, y))
             if number % columns == 0 and len(rows) > 1:
-                draw.text((MARGIN, y + height / 2), rows[row], fill="black", font=font, anchor="lm")
+                draw.text((MARGIN, y + height / 2), rows[row], fill="black", font=own, anchor="lm")
         for place, words in enumerate(text):
-            draw.text((x + 1, top + len(rows) * (height + GAP) + place * line), words, fill="black", font=font)
+            font.write(draw, (x + 1, top + len(rows) * (height + GAP) + place * line), words)
     return sheet

@@ -17,14 +17,16 @@ from typing import Any
 
 from ratiograph.config.differences import ABSENT, differences, full_bindings
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.reports.charts import colour_class
 from ratiograph.reports.curves import curves_section
+from ratiograph.reports.evaluation_file import fields_of, finite
 from ratiograph.reports.page import breakable, page, picture, section, table, table_row
 from ratiograph.reports.published import Measured, published_table
 from ratiograph.reports.quality import quality_section
 from ratiograph.reports.ratio_checks import NOT_MEASURED, checks, outcomes, verdict
 from ratiograph.reports.results import results_table
-from ratiograph.reports.run_files import RESUME, RunFiles, check_run, fields_of, finite, grids, read_run
+from ratiograph.reports.run_files import RESUME, TEACHER, RunFiles, check_run, grids, read_run
 from ratiograph.training.logs import significant
 
 __all__ = ["labels_of", "merged_evaluation", "write_comparison"]
@@ -46,14 +48,12 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a folder is given twice or is no run's, a run's evaluation.json or diagnostics.json is not of the
-            form that `reports.run_report` documents, or the page cannot be written.
+        ValueError: a folder is given twice or is no run's, a file of a run cannot be read or has another form, or the
+            page cannot be written.
     """
     for workdir in workdirs:
         check_run(workdir)
     runs = dict(zip(labels_of(workdirs), map(read_run, workdirs), strict=True))
-    for run in runs.values():
-        _check_evaluation(run)
     records = {label: run.records for label, run in runs.items()}
     described = {key: about for run in runs.values() for key, about in (run.evaluation.get("metrics") or {}).items()}
     configurations, unlike = _configurations(runs)
@@ -61,7 +61,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
         *(_overview(runs), _results(runs, unlike), configurations, _samples(runs)),
         *(quality_section(records, described), _verdicts(runs), curves_section(records), _notes(runs)),
     ]
-    write_atomically(Path(out), page(f"{len(runs)} runs compared", "ratiograph runs", "", sections).encode())
+    write_atomically(Path(out), page(f"{len(runs)} runs compared", "ratiograph runs", "", sections))
     return Path(out)
 
 
@@ -74,7 +74,7 @@ def labels_of(workdirs: Sequence[Path]) -> list[str]:
     parts = [Path(workdir).resolve().parts for workdir in workdirs]
     for index, own in enumerate(parts):
         if own in parts[:index]:
-            raise ValueError(f"{workdirs[index]} is given twice: give each run once")
+            raise ValueError(f"{shown(workdirs[index])} is given twice: give each run once")
     labels = []
     for own in parts:
         others = [other for other in parts if other != own]
@@ -152,16 +152,6 @@ def _results(runs: Runs, unlike: Sequence[str]) -> str:
     return section("Results", missing + results + (folded if more else "") + published, escape(hint))
 
 
-def _check_evaluation(run: RunFiles) -> None:
-    """Raises an error for an evaluation.json that the page cannot show, before it is merged with others."""
-    with fields_of(run.workdir / "evaluation.json", "Evaluate that run again"):
-        for part in merged_evaluation({"": run.evaluation}):
-            results_table(part)
-        published_table([Measured("", run.bindings or {}, run.evaluation)])
-        for row in run.evaluation.get("rows") or []:
-            str(row["name"])
-
-
 def merged_evaluation(runs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The evaluations of several runs as two: own rows with references, and the rows that differ from run to run.
 
@@ -169,9 +159,6 @@ def merged_evaluation(runs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, 
 
     Args:
         runs: what evaluation.json holds, by the run's label; {} for one without.
-
-    Raises:
-        KeyError, AttributeError: a row has no name, or another form.
     """
     described: dict[str, dict[str, Any]] = {}
     own: list[dict[str, Any]] = []
@@ -186,7 +173,7 @@ def merged_evaluation(runs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, 
                 name = label if len(chosen) == 1 else f"{label}: {row['name']}"
                 own.append({**numbers, "name": name, "compared": True, "highlight": False})
             else:
-                others.setdefault(str(row["name"]), {})[label] = numbers
+                others.setdefault(row["name"], {})[label] = numbers
     shared, varying = [], []
     for name, by_run in others.items():
         rows = list(by_run.values())
@@ -258,20 +245,20 @@ def _value(text: str) -> str:
 
 def _samples(runs: Runs) -> str:
     """The last grid of each run side by side, the teacher's above it where there is one."""
-    columns, shown = [], []
+    columns, drawn = [], []
     for index, (label, run) in enumerate(runs.items()):
-        found = grids(run.workdir / "samples")
+        found = grids(run.workdir)
         if not found:
             continue
         step, last = list(found.items())[-1]
-        teacher = run.teacher_grid
-        above = picture(teacher, escape(run.teacher_name()), f"samples of the teacher of {label}") if teacher else ""
-        below = picture(last, f"student, step <b>{step:,}</b>", f"samples of {label} at step {step}")
-        shown.append(run)
+        alternative = f"samples of the teacher of {label}"
+        above = picture(run.workdir, TEACHER, escape(run.teacher_name()), alternative) if run.teacher_grid else ""
+        below = picture(run.workdir, last, f"student, step <b>{step:,}</b>", f"samples of {label} at step {step}")
+        drawn.append(run)
         columns.append(f"<div><h3>{_key(index, label)}</h3>{above}{below}</div>")
     if not columns:
         return ""
-    return section("Samples", f'<div class="sides">{"".join(columns)}</div>', _noise(shown))
+    return section("Samples", f'<div class="sides">{"".join(columns)}</div>', _noise(drawn))
 
 
 def _noise(runs: Sequence[RunFiles]) -> str:
@@ -294,14 +281,13 @@ def _verdicts(runs: Runs) -> str:
     for index, (label, run) in enumerate(runs.items()):
         tables = run.diagnostics.get("ratio") or {}
         with fields_of(run.workdir / "diagnostics.json", RESUME):
-            found = checks(run.records, tables)
+            found, steps = checks(run.records, tables), max(run.step, run.diagnostics.get("step", 0))
         names = [check.name for check in found]
         key, measured = _key(index, label), [check.found != NOT_MEASURED for check in found]
         if not any(measured):
             words = "no ratio that learns, or not measured"
             rows.append(f'<tr><th scope="row">{key}</th><td class="open" colspan="{len(found) + 1}">{words}</td></tr>')
             continue
-        steps = max(run.step, run.diagnostics.get("step", 0))
         kind, line = verdict(found, steps)
         marks = [_mark(*outcomes(steps)[c.holds]) if known else "" for c, known in zip(found, measured, strict=True)]
         cells = [f"{mark} {escape(check.found)}".strip() for mark, check in zip(marks, found, strict=True)]

@@ -14,9 +14,9 @@ from typing import Any
 
 from ratiograph.reports.axes import Guide
 from ratiograph.reports.charts import Curve, line_chart, overlay_chart
+from ratiograph.reports.evaluation_file import finite
 from ratiograph.reports.page import chart_section
 from ratiograph.reports.ratio_checks import GUIDES
-from ratiograph.reports.run_files import finite
 
 __all__ = ["curves_of", "curves_section", "horizontal", "label_of", "run_curves", "series_chart", "unit_of"]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ratiograph.config.tree import describe, render_tree
+from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import lines_of, shown
+from ratiograph.reports.evaluation_file import read_evaluation
+from ratiograph.reports.markdown import plain, table
+from ratiograph.training.logs import read_metrics
 
 __all__ = ["USE_LORA", "USE_PIPELINE", "USE_PLAIN", "USE_PROMPTS", "numbers", "write_card"]
 
@@ -59,33 +63,36 @@ def write_card(folder: Path, workdir: Path, experiment: object, **words: str) ->
         workdir: of the run, whose numbers the card shows.
         experiment: of the run, whose graph the card shows.
         words: the other fields of ``CARD``.
+
+    Raises:
+        ValueError: a file of the run cannot be read, or the card cannot be written.
     """
-    graph = render_tree(describe(experiment)).strip()
+    lines = lines_of(render_tree(describe(experiment)).strip())
+    graph = "\n".join(shown(line, 1000) for line in lines).replace("```", "'''")
     card = CARD.format(numbers=numbers(workdir), tree=graph, **words)
-    (folder / "README.md").write_text(card)
+    write_atomically(folder / "README.md", card.encode(errors="replace"))
 
 
 def numbers(workdir: Path) -> str:
     """The run's evaluation, or what its last logged step says, in Markdown."""
-    if (workdir / "evaluation.json").is_file():
-        document = json.loads((workdir / "evaluation.json").read_text())
-        if isinstance(document.get("rows"), list):
-            return _table(document["rows"], document.get("metrics", {}))
-        return "\n".join(_listed("", document))
-    logged = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").is_file() else []
-    return "\n".join(_listed("", json.loads(logged[-1]))) if logged else "None were measured."
+    document = read_evaluation(workdir / "evaluation.json")
+    if document.get("rows"):
+        return _table(document["rows"], document.get("metrics") or {})
+    listed = document or next(reversed(read_metrics(workdir / "metrics.jsonl")), {})
+    return "\n".join(_listed("", listed)) or "None were measured."
 
 
 def _table(rows: Sequence[Mapping[str, object]], metrics: Mapping[str, Mapping[str, str]]) -> str:
     """One line a row of an evaluation, one column a metric, under its label."""
     columns = [*metrics, *(name for name in ("evaluations", "samples") if any(name in row for row in rows))]
-    lines = [["", *(metrics.get(name, {}).get("label", name) for name in columns)], ["---", *("---:" for _ in columns)]]
-    lines += [[str(row.get("name", "")), *(_shown(row.get(name, "")) for name in columns)] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    heads = ["", *(plain(metrics.get(name, {}).get("label") or name) for name in columns)]
+    return table(
+        heads, [[plain(row["name"]), *(_shown(row.get(name, "")) for name in columns)] for row in rows], left=1
+    )
 
 
 def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(value)
 
 
 def _listed(prefix: str, value: object) -> Iterator[str]:
@@ -93,4 +100,4 @@ def _listed(prefix: str, value: object) -> Iterator[str]:
         for name, inner in value.items():
             yield from _listed(f"{prefix}{name}.", inner)
     elif isinstance(value, int | float | str):
-        yield f"- {prefix[:-1]}: {value:.6g}" if isinstance(value, float) else f"- {prefix[:-1]}: {value}"
+        yield f"- {plain(prefix[:-1])}: {f'{value:.6g}' if isinstance(value, float) else plain(value)}"

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from html import escape
 from importlib import metadata, resources
 from pathlib import Path
+from xml.parsers import expat
 
 import ratiograph
+from ratiograph.core.foreign import read_bytes, shown
+from ratiograph.data.images import read_image
 
 __all__ = ["PICTURES", "breakable", "chart_section", "facts_list", "page", "picture", "section", "table", "table_row"]
 
@@ -26,10 +29,12 @@ PICTURES = {
     ".webp": "image/webp",
     ".svg": "image/svg+xml",
 }
+LARGEST = 2**26
+"""Bytes of a picture; in a page they take a third more."""
 
 
-def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: str = "") -> str:
-    """The whole file.
+def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: str = "") -> bytes:
+    """The whole file, in UTF-8.
 
     Args:
         title: of the page.
@@ -39,7 +44,7 @@ def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: 
         tab: what the browser's tab is called; ``title`` by default.
     """
     assets = resources.files("ratiograph") / "assets"
-    return (
+    text = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(tab or title)}</title>"
@@ -49,6 +54,7 @@ def page(title: str, eyebrow: str, facts: str, sections: Sequence[str], *, tab: 
         + f"\n<footer>{escape(_environment())}</footer></main>"
         f"<script>{(assets / 'report.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
+    return text.encode(errors="replace")  # JSON may hold halves of surrogate pairs, which UTF-8 has not
 
 
 def facts_list(facts: dict[str, str]) -> str:
@@ -112,17 +118,52 @@ def _cells(tag: str, cells: Sequence[str], kinds: Sequence[str] | None, attribut
     return "".join(f"<{tag}{attributes}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
 
 
-def picture(path: Path, caption: str, alternative: str) -> str:
-    """A file as a figure, its bytes in the page.
+def picture(folder: Path, name: str | Path, caption: str, alternative: str) -> str:
+    """A file of a run as a figure, its bytes in the page; a sentence for the page where it cannot be shown.
 
     Args:
-        path: with an ending of ``PICTURES``.
+        folder: of the run; files that lie elsewhere, by a link too, are not shown.
+        name: of the file in it, with an ending of ``PICTURES``.
         caption: HTML below it.
         alternative: what it shows, for those who do not see it.
     """
-    data = base64.b64encode(path.read_bytes()).decode()
-    address = f"data:{PICTURES[path.suffix.lower()]};base64,{data}"
+    try:
+        data = _picture_bytes(folder, folder / name)
+    except ValueError as error:
+        return f'<p class="gaps">{escape(shown(name))} cannot be shown: {escape(str(error))}.</p>'
+    address = f"data:{PICTURES[Path(name).suffix.lower()]};base64,{base64.b64encode(data).decode()}"
     return f'<figure><img src="{address}" alt="{escape(alternative)}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _picture_bytes(folder: Path, path: Path) -> bytes:
+    """The bytes of a picture that a browser can draw.
+
+    Raises:
+        ValueError: there is none; BadImage: it is damaged or too large.
+    """
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if not inside or path.suffix.lower() not in PICTURES or not os.path.isfile(path):
+        raise ValueError("it is no picture in the run's folder")
+    data = read_bytes(path, LARGEST)
+    if path.suffix.lower() == ".svg":
+        _check_drawing(data)
+    else:
+        read_image(data)
+    return data
+
+
+def _check_drawing(data: bytes) -> None:
+    """ValueError for what is no XML, or defines entities, which may multiply without end."""
+
+    def refuse(*entity: object) -> None:
+        raise ValueError("it defines entities")
+
+    parser = expat.ParserCreate()
+    parser.EntityDeclHandler = refuse
+    try:
+        parser.Parse(data, True)
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
+        raise ValueError(f"it is not a drawing ({error})") from error
 
 
 def _environment() -> str:

@@ -19,9 +19,9 @@ from importlib import resources
 from typing import Any
 
 from ratiograph.config.values import Reference, literal
+from ratiograph.reports.evaluation_file import finite
 from ratiograph.reports.page import breakable, table, table_row
 from ratiograph.reports.results import spread
-from ratiograph.reports.run_files import finite
 
 __all__ = ["Measured", "facts_of", "own_rows", "published_table", "read_published"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from ratiograph.reports.charts import line_chart, overlay_chart
 from ratiograph.reports.curves import curves_of, horizontal
+from ratiograph.reports.evaluation_file import finite
 from ratiograph.reports.page import chart_section
 from ratiograph.reports.results import better_words
-from ratiograph.reports.run_files import finite
 
 __all__ = ["collapse_banner", "quality_charts", "quality_section"]
 
@@ -45,7 +45,7 @@ def quality_charts(records: Records, described: Mapping[str, Any]) -> str:
     """
     charts = []
     for name, title, unit in _measured(records, described):
-        known = [record for record in records if finite(record.get(name)) and "images" in record]
+        known = [record for record in records if finite(record.get(name)) and finite(record.get("images"))]
         if known:
             images, values = [r["images"] for r in known], [r[name] for r in known]
             charts.append(line_chart("", title, unit, images, {title: values}, where="# images"))
@@ -77,7 +77,7 @@ def collapse_banner(records: Records, evaluation: Mapping[str, Any]) -> str:
     seen = [
         (record["step"], record["evaluation/collapsed"] >= 0.5)
         for record in records
-        if "evaluation/collapsed" in record
+        if finite(record.get("evaluation/collapsed"))
     ]
     turned = next((step for (_, before), (step, now) in itertools.pairwise(seen) if now and not before), None)
     rows = [row for row in evaluation.get("rows") or [] if row.get("highlight") and row.get("collapsed") is not None]

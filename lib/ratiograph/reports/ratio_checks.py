@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ratiograph.reports.axes import Guide
-from ratiograph.reports.run_files import finite
+from ratiograph.reports.evaluation_file import finite
 from ratiograph.training.logs import significant
 
 __all__ = ["GUIDES", "IDENTITY_NAMES", "NOT_MEASURED", "Check", "checks", "outcomes", "verdict"]

@@ -6,23 +6,21 @@ a file that could not be read as a whole.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ratiograph.config.differences import read_bindings
 from ratiograph.config.values import ConfigError
+from ratiograph.core.foreign import shown
+from ratiograph.data.images import BadImage, read_image
+from ratiograph.reports.evaluation_file import finite, read_evaluation, read_object
 from ratiograph.training.logs import duration, read_metrics, significant
 
-__all__ = ["RESUME", "TEACHER", "RunFiles", "check_run", "fields_of", "finite", "grids", "read_run"]
+__all__ = ["RESUME", "TEACHER", "RunFiles", "check_run", "grids", "read_run"]
 
 FILES = ("config.gin", "metrics.jsonl", "evaluation.json")
 """The folder of a run has at least one of these."""
@@ -76,8 +74,10 @@ class RunFiles:
 
     def teacher_name(self) -> str:
         """'teacher, 35 evaluations': what the teacher's grid shows."""
-        with Image.open(self.workdir / TEACHER) as grid:
-            evaluations = str(grid.info.get("evaluations") or "many")
+        try:
+            evaluations = shown(read_image(self.workdir / TEACHER).info.get("evaluations") or "many", 20)
+        except BadImage:
+            evaluations = "unknown"
         return f"teacher, {evaluations} evaluation{'' if evaluations == '1' else 's'}"
 
     def state(self) -> str:
@@ -116,9 +116,11 @@ def check_run(workdir: Path) -> None:
         ValueError: it holds none of the files that every run leaves.
     """
     if not workdir.is_dir():
-        raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
+        raise FileNotFoundError(f"no run at {shown(workdir)}: give the --workdir of a run")
     if not any((workdir / name).exists() for name in FILES):
-        raise ValueError(f"{workdir} is not the folder of a run: it has no {', '.join(FILES[:-1])} or {FILES[-1]}")
+        raise ValueError(
+            f"{shown(workdir)} is not the folder of a run: it has no {', '.join(FILES[:-1])} or {FILES[-1]}"
+        )
 
 
 def read_run(workdir: Path) -> RunFiles:
@@ -126,11 +128,11 @@ def read_run(workdir: Path) -> RunFiles:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: evaluation.json or diagnostics.json is not a JSON object.
+        ValueError: a file cannot be read, evaluation.json has another form, or diagnostics.json is no JSON object.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise FileNotFoundError(f"no run at {workdir}: give the --workdir of a run")
+        raise FileNotFoundError(f"no run at {shown(workdir)}: give the --workdir of a run")
     notes = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -141,48 +143,22 @@ def read_run(workdir: Path) -> RunFiles:
         try:
             bindings = read_bindings(workdir / "config.gin")
         except ConfigError as error:
-            notes.append(f"config.gin is not a configuration that can be read: {error}")
-    evaluation, diagnostics = (_object(workdir / name) for name in ("evaluation.json", "diagnostics.json"))
+            notes.append(f"config.gin is not a configuration that can be read: {shown(error)}")
+    evaluation, diagnostics = read_evaluation(workdir / "evaluation.json"), read_object(workdir / "diagnostics.json")
     by_step = {record["step"]: record for record in records}  # of a step the last one that was written
-    return RunFiles(workdir, [by_step[k] for k in sorted(by_step)], evaluation, diagnostics, bindings, tuple(notes))
+    records = [{name: _drawn(value) for name, value in by_step[step].items()} for step in sorted(by_step)]
+    return RunFiles(workdir, records, evaluation, diagnostics, bindings, tuple(notes))
 
 
-@contextmanager
-def fields_of(path: Path, remedy: str) -> Iterator[None]:
-    """Turns the errors of a block that reads the fields of a JSON file into one that names the file and the remedy.
-
-    Raises:
-        ValueError: the block raised an error that a missing or wrong field causes.
-    """
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"{path} lacks or misuses a field ({type(error).__name__}: {error}). {remedy}, or remove the file"
-        ) from error
+def _drawn(value: float | None) -> float | None:
+    """A number that charts can reckon with: None for NaN and beyond 1e100, 0 below 1e-100."""
+    if value is None or not abs(value) < 1e100:
+        return None
+    return value if abs(value) > 1e-100 else 0
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """What a JSON file of the run holds; {} if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Make it again, or remove the file") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object. Make it again, or remove it")
-    return found
-
-
-def grids(folder: Path) -> dict[int, Path]:
-    """Sample grids by step, ascending."""
-    found = {
-        int(match[1]): path for path in folder.glob("step_*.png") if (match := re.search(r"_(\d+)\.png$", path.name))
-    }
+def grids(workdir: Path) -> dict[int, Path]:
+    """Sample grids by step, ascending; each as a path inside the run's folder."""
+    names = [path.relative_to(workdir) for path in workdir.glob("samples/step_*.png")]
+    found = {int(match[1]): name for name in names if (match := re.search(r"_(\d+)\.png$", name.name, re.ASCII))}
     return dict(sorted(found.items()))
-
-
-def finite(value: Any) -> bool:
-    """Whether a value of a record is a finite number; a bool is one."""
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -25,15 +25,16 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import read_text, shown
 from ratiograph.reports.curves import run_curves
-from ratiograph.reports.page import PICTURES, facts_list, page, picture, section
+from ratiograph.reports.evaluation_file import fields_of
+from ratiograph.reports.page import facts_list, page, picture, section
 from ratiograph.reports.published import Measured, published_table
 from ratiograph.reports.quality import collapse_banner, quality_charts
 from ratiograph.reports.results import class_charts, results_table
-from ratiograph.reports.run_files import RESUME, RunFiles, fields_of, grids, read_run
+from ratiograph.reports.run_files import RESUME, TEACHER, RunFiles, grids, read_run
 from ratiograph.reports.trust import trust
 
 __all__ = ["write_report"]
@@ -60,23 +61,20 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
     out = run.workdir / "report.html" if out is None else Path(out)
     evaluation = run.evaluation
     title = evaluation.get("title") or run.name
-    form = "The form is in the documentation of ratiograph.reports.run_report; evaluate again"
-    with fields_of(run.workdir / "evaluation.json", form):
-        banner, results = collapse_banner(run.records, evaluation), _results(run)
-        quality = quality_charts(run.records, evaluation.get("metrics") or {})
-        classes, figures, notes = _classes(evaluation), _figures(run.workdir, evaluation), _notes(run)
+    quality = quality_charts(run.records, evaluation.get("metrics") or {})
     with fields_of(run.workdir / "diagnostics.json", RESUME):
-        trusted, shown = trust(run.records, run.diagnostics)
+        trusted, charted = trust(run.records, run.diagnostics)
     sections = [
-        *(banner, results, _samples(run), quality, classes, _trust(trusted), figures, notes),
-        *(_graph(run.workdir / "graph.svg"), run_curves(run.records, shown)),
+        *(collapse_banner(run.records, evaluation), _results(run), _samples(run), quality, _classes(evaluation)),
+        *(_trust(trusted), _figures(run.workdir, evaluation), _notes(run), _graph(run.workdir)),
+        run_curves(run.records, charted),
         _configuration(run.workdir / "config.gin"),
     ]
     state = run.state() or ("" if any(sections) else "Nothing has been measured here yet.")
     lead = f'<p class="lead">{escape(state)}</p>' if state else ""
     eyebrow = "ratiograph run" if title == run.name else f"ratiograph run {run.name}"
     html = page(str(title), eyebrow, facts_list(run.facts()), [lead, *sections], tab=run.name)
-    write_atomically(out, html.encode())
+    write_atomically(out, html)
     return out
 
 
@@ -97,12 +95,8 @@ def _classes(evaluation: Mapping[str, Any]) -> str:
 def _figures(workdir: Path, evaluation: Mapping[str, Any]) -> str:
     parts = []
     for figure in evaluation.get("figures") or []:
-        caption = escape(str(figure.get("caption") or ""))
-        path = (workdir / str(figure["file"])).resolve()
-        if not path.is_relative_to(workdir.resolve()) or path.suffix.lower() not in PICTURES or not path.is_file():
-            parts.append(f'<p class="gaps">No picture at {escape(str(figure["file"]))} in the run\'s folder.</p>')
-        else:
-            parts.append(picture(path, caption, str(figure.get("caption") or path.stem)))
+        caption = figure.get("caption") or ""
+        parts.append(picture(workdir, figure["file"], escape(caption), caption or Path(figure["file"]).stem))
     return section("Figures", f'<div class="figures">{"".join(parts)}</div>') if parts else ""
 
 
@@ -117,32 +111,31 @@ def _notes(run: RunFiles) -> str:
 
 def _samples(run: RunFiles) -> str:
     """A few grids from the first to the last, at the same noise; beside them the teacher above the last."""
-    found = grids(run.workdir / "samples")
+    found = grids(run.workdir)
     if not found:
         return ""
     steps = list(found)
     count = min(len(steps), GRIDS)
-    shown = [steps[round(index * (len(steps) - 1) / max(count - 1, 1))] for index in range(count)]
-    strip = "".join(picture(found[s], f"step <b>{s:,}</b>", f"samples at step {s}") for s in shown)
+    some = [steps[round(index * (len(steps) - 1) / max(count - 1, 1))] for index in range(count)]
+    strip = "".join(picture(run.workdir, found[s], f"step <b>{s:,}</b>", f"samples at step {s}") for s in some)
     strip = f'<div class="strip">{strip}</div>'
     hint = "Every grid starts from the same noise: a place shows one sample as the student learns."
     if run.teacher_grid:
-        teacher = picture(run.teacher_grid, escape(run.teacher_name()), "samples of the teacher")
-        student = picture(found[steps[-1]], f"student, step <b>{steps[-1]:,}</b>", "samples of the last step")
+        teacher = picture(run.workdir, TEACHER, escape(run.teacher_name()), "samples of the teacher")
+        student = picture(
+            *(run.workdir, found[steps[-1]], f"student, step <b>{steps[-1]:,}</b>", "samples of the last step")
+        )
         strip = f'<div class="beside"><div class="pair">{teacher}{student}</div>{strip}</div>'
         hint += " The teacher's grid too."
     return section("Samples over training", strip, hint)
 
 
-def _graph(path: Path) -> str:
+def _graph(workdir: Path) -> str:
     """The drawing as an image: its styles and ids stay its own, and a script in it could not run."""
-    if not path.exists():
+    if not (workdir / "graph.svg").exists():
         return ""
-    try:
-        ElementTree.parse(path)
-    except ElementTree.ParseError as error:
-        return section("Graph", f'<p class="gaps">graph.svg is not a drawing: {escape(str(error))}</p>')
-    return section("Graph", f'<div class="graph" tabindex="0">{picture(path, "", "component graph of the run")}</div>')
+    drawing = picture(workdir, "graph.svg", "", "component graph of the run")
+    return section("Graph", f'<div class="graph" tabindex="0">{drawing}</div>')
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -159,5 +152,8 @@ def _trust(body: str) -> str:
 def _configuration(path: Path) -> str:
     if not path.exists():
         return ""
-    text = escape(path.read_text(encoding="utf-8", errors="replace"))
-    return section("Configuration", f"<details><summary>config.gin</summary><pre>{text}</pre></details>")
+    try:
+        text = f"<pre>{escape(read_text(path))}</pre>"
+    except ValueError as error:
+        text = f'<p class="gaps">{escape(shown(error))}</p>'
+    return section("Configuration", f"<details><summary>config.gin</summary>{text}</details>")

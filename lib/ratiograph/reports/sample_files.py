@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ratiograph.core import distributed
 from ratiograph.core.files import clear_storage_errors, write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.data.images import encode_png
 from ratiograph.data.latents import picture
 from ratiograph.data.shards import write_shards
 from ratiograph.reports.caption_sheet import caption_sheet
+from ratiograph.reports.evaluation_file import read_object
 from ratiograph.training.logs import make_grid
 
 __all__ = [
@@ -38,11 +40,18 @@ __all__ = [
 ]
 
 SETTINGS = "samples.json"
+MOST_BATCHES = 10**6
 
 
 def batches(first: int, samples: int, size: int) -> list[range]:
-    """Indices ``first``, ..., ``first`` + ``samples`` - 1 in consecutive batches of ``size``, the last may be less."""
+    """Indices ``first``, ..., ``first`` + ``samples`` - 1 in consecutive batches of ``size``, the last may be less.
+
+    Raises:
+        ValueError: there would be millions of batches.
+    """
     stop = first + samples
+    if samples > MOST_BATCHES * size:
+        raise ValueError(f"{samples:,} samples in batches of {size} are more than {MOST_BATCHES:,} batches: take fewer")
     return [range(start, min(start + size, stop)) for start in range(first, stop, size)]
 
 
@@ -187,10 +196,11 @@ class ImageFolder(SampleFiles):
         """
         note = self.path / SETTINGS
         if note.is_file():
-            found = json.loads(note.read_text())
+            found = read_object(note)
             differing = [key for key in found | self.settings if found.get(key) != self.settings.get(key)]
             if differing:
-                changes = ", ".join(f"{key}={found.get(key)} (now {self.settings.get(key)})" for key in differing)
+                pairs = {key: (shown(found.get(key)), shown(self.settings.get(key))) for key in differing}
+                changes = ", ".join(f"{shown(key)}={there} (now {here})" for key, (there, here) in pairs.items())
                 raise ValueError(
                     f"{self.path} holds samples of other settings: {changes}. Give another --out, or delete it"
                 )

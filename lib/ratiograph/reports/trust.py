@@ -14,9 +14,9 @@ from typing import Any
 from ratiograph.reports.axes import Guide
 from ratiograph.reports.charts import bin_chart, calibration_chart
 from ratiograph.reports.curves import label_of, series_chart
+from ratiograph.reports.evaluation_file import finite
 from ratiograph.reports.page import table, table_row
 from ratiograph.reports.ratio_checks import GUIDES, IDENTITY_NAMES, Check, checks, outcomes, verdict
-from ratiograph.reports.run_files import finite
 
 __all__ = ["trust"]
 

@@ -11,13 +11,14 @@ JSON has no NaN or infinity: such a value is written as null. Importing this mod
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ratiograph.core.foreign import parse_json, read_bytes, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,21 +82,37 @@ def make_grid(images: Tensor, columns: int = 8, *, min_side: int = 56) -> np.nda
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects in a metrics.jsonl, in file order; [] if there is no file.
 
-    A last line that an interrupted write left torn is skipped in silence; a broken line before it, with a
-    warning.
+    A last line that an interrupted write left torn is skipped in silence; broken lines before it, with a warning that
+    names the first.
+
+    Raises:
+        ValueError: the file cannot be read.
     """
     path = Path(path)
     if not path.exists():
         return []
-    lines, records = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                warnings.warn(f"{path}:{number} is not an object with a step: skipped", stacklevel=2)
-        else:
-            records.append(record)
-    return records
+    lines = read_bytes(path).removesuffix(b"\n").split(b"\n")
+    found = [_record(line) for line in lines]
+    broken = [number for number, record in enumerate(found, 1) if record is None and number < len(lines)]
+    if broken:
+        more = f", as are {len(broken) - 1:,} more lines" if len(broken) > 1 else ""
+        warnings.warn(
+            f"{shown(path)}:{broken[0]} is not an object with a step and numbers: skipped{more}", stacklevel=2
+        )
+    return [record for record in found if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The object of a line: a step and numbers of 64 bits or null; None for anything else."""
+    try:
+        record = parse_json(line, "the line")
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return None
+    known = (value is None or isinstance(value, float) or _is_whole(value) for value in record.values())
+    return record if all(known) else None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
