@@ -14,7 +14,7 @@ from ratiograph.algebra.normalization import Clamped, MeanNormalized, RatioNorma
 from ratiograph.algebra.objective import Term
 from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
 from ratiograph.algebra.weightings import JensenShannon
-from ratiograph.core import distributed
+from ratiograph.core import averaging, distributed
 from ratiograph.core.randomness import BatchGenerator
 from ratiograph.core.types import Batch, Condition
 from ratiograph.networks.ratios import StudentScoreHeadRatio
@@ -80,11 +80,11 @@ def test_ranks_take_the_steps_of_one_process(ranks, tmp_path):
 
 
 def average_of_rank(rank: int, folder: str):
-    distributed.BUCKET = 10  # so that there are several buckets
+    averaging.BUCKET = 10  # so that there are several buckets
     parameters = [nn.Parameter(torch.zeros(n, dtype=kind)) for n, kind in KINDS]
     for k, parameter in enumerate(parameters[:-1]):
         parameter.grad = torch.full_like(parameter, (k + 1) * 3.0**rank)
-    distributed.average_gradients(parameters)
+    averaging.average_gradients(parameters)
     metrics = distributed.average_metrics({"a": 1.0 + rank, "b": 4.0}, CPU)
     torch.save({"gradients": [p.grad for p in parameters[:-1]], "metrics": metrics}, f"{folder}/{rank}.pt")
     assert parameters[-1].grad is None
@@ -117,9 +117,9 @@ def layouts_of_rank(rank: int, folder: str):
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradient_layouts()]
     for parameter, gradient in zip(parameters, gradient_layouts(), strict=True):
         parameter.grad = gradient if rank else 3 * gradient
-    averaging = distributed.Averaging(parameters)
-    assert averaging
-    averaging.finish()
+    begun = averaging.Averaging(parameters)
+    assert begun
+    begun.finish()
     torch.save([(p.grad.clone(), p.grad.stride()) for p in parameters], f"{folder}/{rank}.pt")
 
 
@@ -209,9 +209,9 @@ def test_one_process_is_left_alone():
     layer = nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
     before = copy.deepcopy(layer.weight.grad)
-    distributed.average_gradients(layer.parameters())
+    averaging.average_gradients(layer.parameters())
     assert torch.equal(layer.weight.grad, before)
-    assert not distributed.Averaging(layer.parameters())
+    assert not averaging.Averaging(layer.parameters())
     assert distributed.average_metrics({"a": 1.0}, CPU) == {"a": 1.0}
     assert (distributed.rank(), distributed.ranks(), distributed.is_main()) == (0, 1, True)
 

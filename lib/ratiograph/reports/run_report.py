@@ -3,8 +3,9 @@
 It is written from the files in the run's folder alone, and any of them may be missing: ``metrics.jsonl`` -> curves,
 ``diagnostics.json`` -> whether the ratio can be trusted, ``samples/step_*.png`` -> grids over training, and with
 ``samples/teacher.png`` the teacher above the student, ``evaluation.json`` -> table, histograms, figures and notes, with
-published results where they compare, ``graph.svg`` -> the graph, ``config.gin`` -> the configuration. An *evaluation
-row* is one sampler's measurements. The fields of evaluation.json, each optional::
+published results where they compare, ``graph.svg`` -> the graph, ``history.jsonl`` -> changes on the way,
+``config.gin`` -> the configuration. An *evaluation row* is one sampler's measurements. The fields of evaluation.json,
+each optional::
 
     {"title": str,
      "rows": [{"name": str, "evaluations": int, "samples": int, "highlight": bool, "collapsed": bool,
@@ -28,6 +29,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.reports.curves import run_curves
 from ratiograph.reports.page import PICTURES, facts_list, page, picture, section
 from ratiograph.reports.published import Measured, published_table
@@ -35,6 +37,7 @@ from ratiograph.reports.quality import collapse_banner, quality_charts
 from ratiograph.reports.results import class_charts, results_table
 from ratiograph.reports.run_files import RESUME, RunFiles, fields_of, grids, read_run
 from ratiograph.reports.trust import trust
+from ratiograph.training.run_folder import read_history
 
 __all__ = ["write_report"]
 
@@ -70,6 +73,7 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
     sections = [
         *(banner, results, _samples(run), quality, classes, _trust(trusted), figures, notes),
         *(_graph(run.workdir / "graph.svg"), run_curves(run.records, shown)),
+        _changes(run.workdir),
         _configuration(run.workdir / "config.gin"),
     ]
     state = run.state() or ("" if any(sections) else "Nothing has been measured here yet.")
@@ -154,6 +158,17 @@ def _trust(body: str) -> str:
         "real. p is the teacher or the data, q the student. Below each chart: how to read it, and what to do."
     )
     return section("Can the ratio be trusted?", body, hint) if body else ""
+
+
+def _changes(workdir: Path) -> str:
+    """The bindings that were changed on the way, with the step from which they hold."""
+    lines = [
+        f"<p>from step {escape(str(entry.get('step')))}: {escape(shown(name))} = {escape(shown(values))}</p>"
+        for entry in read_history(workdir)
+        for name, values in entry["changes"].items()
+    ]
+    hint = "Values of the configuration that this run was told to go on with: before and after."
+    return section("Changes on the way", "".join(lines), hint) if lines else ""
 
 
 def _configuration(path: Path) -> str:

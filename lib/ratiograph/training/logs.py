@@ -11,13 +11,14 @@ JSON has no NaN or infinity: such a value is written as null. Importing this mod
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ratiograph.core.foreign import lines_of, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,10 +88,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    lines, records = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    lines, records = lines_of(path.read_text(encoding="utf-8", errors="replace")), []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, path)
             if not isinstance(record["step"], int):
                 raise TypeError
         except (ValueError, TypeError, KeyError):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ratiograph.core.distributed import Averaging, is_sharded, ranks
+from ratiograph.core.averaging import Averaging
+from ratiograph.core.distributed import is_sharded, ranks
 from ratiograph.training.parallel import spread
 
 __all__ = ["EMA", "Adam"]
