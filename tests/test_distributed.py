@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +246,77 @@ def test_processes_that_cannot_meet_are_told_how_to_start(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="rank 1 of 2 does not know where the others are: start with torchrun or srun"):
         distributed.start(CPU)
+
+
+def disagreeing_rank(rank: int, folder: str):
+    with pytest.raises(ValueError, match="^no data$" if rank else "^rank 1: no data$"), distributed.agreed():
+        if rank:
+            raise ValueError("no data")
+    with pytest.raises(KeyError if rank == 0 else ValueError, match="lr"), distributed.agreed():
+        if rank == 0:
+            raise KeyError("lr")
+    with distributed.agreed():
+        pass
+    distributed.check_same({"Experiment.seed": 0, "torch": "2"})
+    expected = "rank 1 runs something else: Experiment.seed is 1 there and 0 on rank 0. Start every rank with the same"
+    with pytest.raises(ValueError, match=expected):
+        distributed.check_same({"torch": "2", "Experiment.seed": rank})
+    with pytest.raises(ValueError, match="Adam.lr is 0.1 there and absent on rank 0"):
+        distributed.check_same({"Adam.lr": 0.1} if rank else {})
+    if rank == 0:
+        os._exit(0)  # in the middle of what the other goes on with
+    with pytest.raises(ValueError, match="^rank 1 ends because another rank has ended"), distributed.joined(CPU):
+        distributed.wait_for_all()
+    Path(folder, "reached").touch()
+    os._exit(0)
+
+
+def test_a_mistake_of_one_rank_ends_all_with_a_line(tmp_path):
+    together(disagreeing_rank, 2, str(tmp_path))
+    assert (tmp_path / "reached").exists()
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (TORCHRUN | {"RANK": "banana"}, "variable RANK='banana' is no number"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "variable WORLD_SIZE='' is no number"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "variable LOCAL_RANK='-1' is no number"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        (TORCHRUN | {"MASTER_PORT": "x"}, "variable MASTER_PORT='x' is no number"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7a"}, "variable SLURM_JOB_ID='7a' is no number"),
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "x"}, "variable SLURM_PROCID='x' is no number"),
+        (SLURM | {"SLURM_NTASKS": "two"}, "variable SLURM_NTASKS='two' is no number"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_named(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.start(CPU)
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967290"}], ids=["sbatch", "salloc"])
+def test_a_process_that_srun_did_not_start_runs_alone_and_says_so(monkeypatch, capsys, step):
+    for name, value in (SLURM | step).items():
+        monkeypatch.setenv(name, value)
+    distributed.start(CPU)
+    assert (distributed.ranks(), distributed.local_rank()) == (1, 0)
+    assert capsys.readouterr().out == (
+        "this process runs alone: the job has 2 tasks, and srun starts them (srun python ...)\n"
+    )
+
+
+def test_ranks_that_never_come_end_the_run_with_a_line(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (TORCHRUN | {"MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"rank 0 of 2 did not meet the others at 127.0.0.1:{port} .*use srun"):
+        distributed.start(CPU, patience=1 / 60)
