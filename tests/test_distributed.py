@@ -240,7 +240,8 @@ def test_processes_of_a_machine(monkeypatch, torchrun, srun, count):
 
 
 def test_processes_that_cannot_meet_are_told_how_to_start(monkeypatch):
-    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}.items():
+    numbers = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    for name, value in numbers.items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "SLURM_JOB_NODELIST", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -248,13 +249,17 @@ def test_processes_that_cannot_meet_are_told_how_to_start(monkeypatch):
         distributed.start(CPU)
 
 
+def refuse_zero(rank: int):
+    if not rank:
+        raise ValueError("two are needed")
+
+
 def disagreeing_rank(rank: int, folder: str):
-    with pytest.raises(ValueError, match="^no data$" if rank else "^rank 1: no data$"), distributed.agreed():
-        if rank:
-            raise ValueError("no data")
-    with pytest.raises(KeyError if rank == 0 else ValueError, match="lr"), distributed.agreed():
-        if rank == 0:
-            raise KeyError("lr")
+    found = {"here": 1} if rank == 0 else {}
+    with pytest.raises(ValueError if rank == 0 else KeyError, match="here"), distributed.agreed():
+        found["here"]
+    with pytest.raises(ValueError, match="^rank 0: two are" if rank else "^two are"), distributed.agreed():
+        refuse_zero(rank)
     with distributed.agreed():
         pass
     distributed.check_same({"Experiment.seed": 0, "torch": "2"})

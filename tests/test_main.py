@@ -77,7 +77,7 @@ def test_flags_override_the_file_and_the_gin_lines(main):
     assert (experiment.steps, experiment.seed, experiment.batch_size, experiment.precision) == (7, 3, 5, "fp32")
     assert experiment.data.urls == "mnist-heldout"
     assert experiment.task.optimizer.lr == 0.5
-    assert arguments.pop("check_held")() is None
+    assert callable(arguments.pop("check_held"))
     assert arguments == {"workdir": Path("out"), "device": "cpu", "mode": "auto"}
 
 
@@ -106,7 +106,8 @@ def test_another_configuration_does_not_touch_a_run(main, capsys):
     assert (code, len(calls)) == (2, 1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: out/config.gin: .*Adam\.lr is 0\.0002 there and 0\.5 here\. Give another --workdir.*: --allow_change=Adam\.lr\n",
+        r"error: out/config.gin: .*Adam\.lr is 0\.0002 there and 0\.5 here\. "
+        r"Give another --workdir.*: --allow_change=Adam\.lr\n",
         error,
     )
     assert (Path("out/config.gin").read_bytes(), kept.read_bytes()) == (before, b"checkpoint")

@@ -47,7 +47,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
                 file.seek(0)
                 holder = _holder(file.read().decode(errors="replace"))
                 raise ValueError(
-                    f"another run is using {workdir}: {holder}. Wait for it or end it, or give this run another --workdir"
+                    f"another run is using {workdir}: {holder}. Wait for it, end it, or give this run another --workdir"
                 ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise ValueError(f"cannot lock {path}: {error.strerror}. Choose another --workdir") from error
