@@ -263,10 +263,10 @@ def disagreeing_rank(rank: int, folder: str):
     with distributed.agreed():
         pass
     distributed.check_same({"Experiment.seed": 0, "torch": "2"})
-    expected = "rank 1 runs something else: Experiment.seed is 1 there and 0 on rank 0. Start every rank with the same"
+    expected = "rank 1 runs something else: Experiment\\.seed is 1 there and 0 on rank 0\\. Start every rank"
     with pytest.raises(ValueError, match=expected):
         distributed.check_same({"torch": "2", "Experiment.seed": rank})
-    with pytest.raises(ValueError, match="Adam.lr is 0.1 there and absent on rank 0"):
+    with pytest.raises(ValueError, match=r"Adam\.lr is 0\.1 there and absent on rank 0"):
         distributed.check_same({"Adam.lr": 0.1} if rank else {})
     if rank == 0:
         os._exit(0)  # in the middle of what the other goes on with

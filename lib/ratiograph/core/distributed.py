@@ -154,16 +154,17 @@ def start(device: torch.device, minutes: float = 30.0, patience: float = 10.0) -
 
 def _meeting_place(number: int, count: int) -> str:
     """Sets MASTER_ADDR and MASTER_PORT where the launcher has not; returns 'address:port'."""
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")))
-    if not os.environ["MASTER_ADDR"]:
+    address = os.environ.get("MASTER_ADDR") or _first_host(os.environ.get("SLURM_JOB_NODELIST", ""))
+    if not address:
         raise ValueError(f"rank {number} of {count} does not know where the others are: start with torchrun or srun")
+    os.environ["MASTER_ADDR"] = address
     job = _number("SLURM_JOB_ID") if "SLURM_JOB_ID" in os.environ else 0
     os.environ.setdefault("MASTER_PORT", str(20_000 + job % 20_000))
     if not 0 < _number("MASTER_PORT") < 2**16:
         raise ValueError(
             f"the environment variable MASTER_PORT={os.environ['MASTER_PORT']} is no port: give 1 to 65535"
         )
-    return f"{shown(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
+    return f"{shown(address)}:{os.environ['MASTER_PORT']}"
 
 
 def _first_host(nodes: str) -> str:
