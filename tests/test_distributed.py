@@ -270,7 +270,7 @@ def disagreeing_rank(rank: int, folder: str):
         distributed.check_same({"Adam.lr": 0.1} if rank else {})
     if rank == 0:
         os._exit(0)  # in the middle of what the other goes on with
-    with pytest.raises(ValueError, match="^rank 1 ends because another rank has ended"), distributed.joined(CPU):
+    with pytest.raises(ValueError, match=r"^rank 1 ends because another rank has ended"), distributed.joined(CPU):
         distributed.wait_for_all()
     Path(folder, "reached").touch()
     os._exit(0)

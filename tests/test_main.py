@@ -12,7 +12,7 @@ import pytest
 from absl.testing import flagsaver
 
 from ratiograph import command_line, config
-from ratiograph.training import checkpoints, run_folder, trainer
+from ratiograph.training import checkpoints, logs, trainer
 from ratiograph.training.checkpoint_manager import config_digest
 from ratiograph.training.preemption import Preempted
 
@@ -133,7 +133,7 @@ def test_a_change_that_is_allowed_is_taken_and_recorded(main, capsys, allowed):
     assert main(*change, f"--allow_change={allowed}")[0] == 0
     assert main(*change)[0] == 0
     assert "Adam.lr = 0.5\n" in Path("out/config.gin").read_text()
-    found = [(entry["step"], entry["changes"]) for entry in run_folder.read_history(Path("out"))]
+    found = [(entry["step"], entry["changes"]) for entry in logs.read_history(Path("out"))]
     assert found == [(0, {}), (10, {"Adam.lr": ["0.0002", "0.5"]}), (10, {})]
     page = Path("out/report.html").read_text()
     assert "<p>from step 10: Adam.lr = [&#x27;0.0002&#x27;, &#x27;0.5&#x27;]</p>" in page

@@ -37,7 +37,7 @@ from ratiograph.reports.quality import collapse_banner, quality_charts
 from ratiograph.reports.results import class_charts, results_table
 from ratiograph.reports.run_files import RESUME, RunFiles, fields_of, grids, read_run
 from ratiograph.reports.trust import trust
-from ratiograph.training.run_folder import read_history
+from ratiograph.training.logs import read_history
 
 __all__ = ["write_report"]
 

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratiograph.core.foreign import lines_of, parse_json
+from ratiograph.core.files import Missing
+from ratiograph.core.foreign import lines_of, parse_json, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["duration", "make_grid", "read_metrics", "significant"]
+__all__ = ["HISTORY", "duration", "make_grid", "read_history", "read_metrics", "significant"]
+
+HISTORY = "history.jsonl"
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -100,3 +104,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         else:
             records.append(record)
     return records
+
+
+def read_history(workdir: Path) -> list[dict[str, Any]]:
+    """The objects of history.jsonl; [] without a file. Torn lines are left out."""
+    found = []
+    with suppress(Missing, ValueError):
+        for line in lines_of(read_text(workdir / HISTORY)):
+            with suppress(ValueError):
+                entry = parse_json(line, HISTORY)
+                if isinstance(entry, dict) and "ratiograph" in entry and isinstance(entry.get("changes"), dict):
+                    found.append(entry)
+    return found

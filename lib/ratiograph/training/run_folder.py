@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,14 +18,14 @@ import ratiograph
 from ratiograph import config
 from ratiograph.config.differences import Change
 from ratiograph.core.files import Missing, remove_temporaries, write_atomically
-from ratiograph.core.foreign import lines_of, parse_json, read_json, read_text
+from ratiograph.core.foreign import read_json, read_text
 from ratiograph.training import checkpoints
 from ratiograph.training.checkpoint_manager import config_digest
+from ratiograph.training.logs import HISTORY, read_history
 from ratiograph.training.workdir import locked
 
-__all__ = ["claimed", "read_history"]
+__all__ = ["claimed"]
 
-HISTORY = "history.jsonl"
 WRITTEN = (
     *("config.gin", "graph.svg", "metrics.jsonl", HISTORY, "before.json", "diagnostics.json", "evaluation.json"),
     *("report.html", "student*.safetensors", "ratio.safetensors", "samples/step_*.png", "samples/teacher.png"),
@@ -71,18 +70,6 @@ def claimed(
         _note(workdir / HISTORY, reached, found if _results(workdir) else [])
         config.save(cfg, workdir / "config.gin")
         yield check_held
-
-
-def read_history(workdir: Path) -> list[dict[str, Any]]:
-    """The objects of history.jsonl; [] without a file. Torn lines are left out."""
-    found = []
-    with suppress(Missing, ValueError):
-        for line in lines_of(read_text(workdir / HISTORY)):
-            with suppress(ValueError):
-                entry = parse_json(line, HISTORY)
-                if isinstance(entry, dict) and "ratiograph" in entry and isinstance(entry.get("changes"), dict):
-                    found.append(entry)
-    return found
 
 
 def _note(path: Path, step: int, changes: Sequence[Change]) -> None:
