@@ -91,7 +91,7 @@ def load_conditions(conditions: Conditions, folder: Path) -> Conditions:
     found = checkpoints.latest(folder / "checkpoints")
     if found is None:
         raise ValueError(f"{folder}/checkpoints, which holds the conditions of the previews, has no checkpoint")
-    conditions.load_state_dict(found[1]["task"]["conditions"])
+    conditions.load_state_dict(checkpoints.entry(found[1], "task", "conditions", source=folder / "checkpoints"))
     return conditions
 
 
@@ -114,5 +114,6 @@ def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> No
     found = checkpoints.latest(workdir / "checkpoints")
     if not found:
         raise ValueError(f"{workdir} has no checkpoint, which holds the student's weights of the last step (raw)")
-    last = {"student": found[1]["task"]["networks"]["student"]}
-    checkpoints.load_strict({"student": task.student}, last, source=str(workdir / "checkpoints"))
+    source = workdir / "checkpoints"
+    last = {"student": checkpoints.entry(found[1], "task", "networks", "student", source=source)}
+    checkpoints.load_strict({"student": task.student}, last, source=source)

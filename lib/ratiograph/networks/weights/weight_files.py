@@ -126,6 +126,15 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | No
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(metadata or {})))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether ``path`` is a safetensors file with all the bytes that its header promises."""
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def read_header(path: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; errors as of ``load_weights``."""
     return read_tensors(Path(path), names=())[1]
