@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 from ratiograph.config import tree
 from ratiograph.core import distributed
 from ratiograph.core.files import write_atomically
-from ratiograph.core.foreign import read_text
+from ratiograph.core.foreign import read_text, shown
 from ratiograph.core.randomness import BatchGenerator
 from ratiograph.core.types import Batch
 from ratiograph.training import parallel
@@ -42,27 +43,28 @@ def named_device(device: str) -> torch.device:
     """The torch device of ``--device``, which need not exist here; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: torch does not know the name.
+        ValueError: it is none of them.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device={device} is no device: give auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"--device={shown(device)} is no device: give auto, cpu, cuda or cuda:N")
+    return torch.device(device)
 
 
 def choose_device(device: str) -> torch.device:
     """As ``named_device``, for a device that must exist; "cuda" is another GPU for each process of a machine.
 
     Raises:
-        ValueError: torch does not know the name, or sees no GPU.
+        ValueError: as ``named_device``, or torch sees no such GPU.
     """
     chosen = named_device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device={device}, but torch sees no GPU here: use --device=cpu or --device=auto")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", distributed.local_rank())
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+        raise ValueError(f"--device={chosen}, but torch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on")
     return chosen
 
 
