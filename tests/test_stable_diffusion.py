@@ -31,7 +31,7 @@ from ratiograph.networks.teachers.stable_diffusion import (
     EpsilonPrediction,
     SamplePrediction,
     StableDiffusion,
-    VelocityPrediction,
+    VPrediction,
 )
 from ratiograph.networks.weights.pipeline_files import fit, read_part
 from ratiograph.training import trainer
@@ -205,7 +205,7 @@ PROCESSES = [DDPM, VarianceExploding(), VariancePreserving(), RectifiedFlow()]
 
 
 @pytest.mark.parametrize("noising", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("prediction", [EpsilonPrediction, VelocityPrediction, SamplePrediction])
+@pytest.mark.parametrize("prediction", [EpsilonPrediction, VPrediction, SamplePrediction])
 def test_a_perfect_prediction_denoises_perfectly(noising, prediction):
     """Whatever the network predicts, told the truth about it mu is x0, under every process."""
     index = torch.tensor([1.0, 250.0, 640.0, 999.0])
@@ -213,7 +213,7 @@ def test_a_perfect_prediction_denoises_perfectly(noising, prediction):
     x0, noise = latents(4), latents(4, seed=3)
     truth = {
         EpsilonPrediction: noise,
-        VelocityPrediction: alpha * noise - sigma * x0,
+        VPrediction: alpha * noise - sigma * x0,
         SamplePrediction: x0,
     }[prediction]
     network = Told(truth)
@@ -255,7 +255,7 @@ def own_step(prediction, output, x, index):
     return scheduler.step(output, index, x).pred_original_sample
 
 
-@pytest.mark.parametrize("prediction", [EpsilonPrediction, VelocityPrediction, SamplePrediction])
+@pytest.mark.parametrize("prediction", [EpsilonPrediction, VPrediction, SamplePrediction])
 @pytest.mark.parametrize(("network", "sized"), [(SD15UNet, False), (SDXLUNet, True)])
 def test_equals_diffusers_unet_and_scheduler(network, sized, prediction):
     """To the bit at a step of the process, though under EDM's scaling of the same sample in another order."""

@@ -302,11 +302,12 @@ class ADM(EDMUNet):
 
     Args:
         resolution, image_channels, channels, multipliers, blocks, attention_resolutions, dropout: as in ``DDPMPP``.
-        head_channels: channels of an attention head.
+        head_channels: least channels of an attention head: a level of width w has floor(w / head_channels) heads, and
+            a middle that is narrower has no attention, as in the official code.
         classes, augment_labels, label_dropout, checkpointing: as in ``DDPMPP``.
 
     Raises:
-        ValueError: as ``DDPMPP``; a level with attention has a width that is not a multiple of ``head_channels``.
+        ValueError: as ``DDPMPP``; a level with attention is narrower than a head, or its heads do not divide its width.
     """
 
     def __init__(
@@ -326,11 +327,21 @@ class ADM(EDMUNet):
         checkpointing: Checkpointing | None = None,
     ):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
-            if attention and outputs % head_channels:
-                raise ValueError(f"ADM: width {outputs} is no multiple of head_channels={head_channels}: change one")
             heads = outputs // head_channels if attention else 0
+            if heads and outputs % heads:
+                raise ValueError(
+                    f"ADM: width {outputs} with head_channels={head_channels} has {heads} heads, which do not divide "
+                    "it: change one"
+                )
             return ScaleShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
 
+        for level in attended_levels(resolution, len(multipliers), attention_resolutions):
+            width = channels * multipliers[level]
+            if width < head_channels:
+                raise ValueError(
+                    f"ADM: the width at resolution {resolution >> level}, {width}, is less than "
+                    f"head_channels={head_channels}: change one, or take it out of attention_resolutions"
+                )
         known = None
         if classes:
             known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout)
