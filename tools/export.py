@@ -25,6 +25,7 @@ command_line.define_bindings()
 flags.DEFINE_string("teacher", None, "Pipeline's folder for the parts beside the U-Net; the run's own by default.")
 flags.DEFINE_bool("half", False, "Write the U-Net in float16.")
 flags.DEFINE_bool("lora", False, "Write a LoRA, of a student that is one, instead of a pipeline.")
+SETTINGS = "(call it with num_inference_steps=1 and guidance_scale=1.0: the pipeline's own defaults are others)"
 
 
 def main(arguments):
@@ -36,9 +37,9 @@ def main(arguments):
 
     lines, (workdir, out) = FLAGS.gin_param, map(Path, arguments)
     if FLAGS.lora:
-        print(export.export_lora(workdir, out, bindings=lines))
+        print(export.export_lora(workdir, out, bindings=lines), SETTINGS)
     elif export.is_pipeline(export.finished(workdir, lines)[1]):
-        print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half, bindings=lines))
+        print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half, bindings=lines), SETTINGS)
     elif of_pipeline:
         raise ValueError(f"{workdir} trained no student of Stable Diffusion: drop --half and --teacher")
     else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ratiograph.command_line import progress_bar
 from ratiograph.core import distributed
 from ratiograph.core.draws import SampleDraws
+from ratiograph.core.foreign import lines_of, read_text
 from ratiograph.networks import denoisers, samplers
 from ratiograph.networks.autoencoder import Autoencoder
 from ratiograph.networks.conditions import Conditions, FixedLabels, Prompts
@@ -90,7 +91,7 @@ def captions(path: str | None) -> list[str]:
         return []
     if not Path(path).exists():
         raise ValueError(f"No such file: --prompts={path}. Write one, a caption a line")
-    found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
     if not found:
         raise ValueError(f"--prompts={path} holds no caption: write one a line")
     return found
@@ -204,6 +205,12 @@ def sample() -> None:
     def generate(indices: range) -> Tensor:
         """x0 [n, ...]; of a sheet [n, generators, ...], each generator with the same draws."""
         images = [decode(each(SampleDraws(FLAGS.seed, indices, device)).float()).cpu() for each in found.values()]
+        for name, made in zip(found, images, strict=True):
+            if not made.isfinite().all():
+                raise ValueError(
+                    f"samples of the {name.split()[0]} hold NaN or infinity, and are not written: its training diverged, or "
+                    "--precision=fp32 is needed"
+                )
         return torch.stack(images, 1) if isinstance(out, sample_files.CaptionSheet) else images[0]
 
     def labels(indices: range) -> Tensor | None:

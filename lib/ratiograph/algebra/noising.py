@@ -104,6 +104,9 @@ class ScaledLinearDDPM(NoisingProcess):
         self.sigma_table = torch.sqrt(-torch.expm1(log_alpha2))
         self.log_relative_table = torch.log(self.sigma_table / self.alpha_table)
 
+    def __str__(self) -> str:
+        return f"steps={self.steps}, beta_start={self.beta_start:.6g}, beta_end={self.beta_end:.6g}"
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         index = t.round().long()
         dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()

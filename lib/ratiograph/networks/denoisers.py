@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.files import Missing
 from ratiograph.core.foreign import parse_json, shown
@@ -41,6 +42,8 @@ class EDM(Denoiser):
     """
 
     autocast_dtype: torch.dtype | None = None
+    process: ScaledLinearDDPM | None = None
+    """The discrete process that the network was trained on, if there is one."""
 
     def __init__(
         self, *, network: nn.Module, sigma_data: float = 0.5, weights: str | None = None, compiled: bool = False

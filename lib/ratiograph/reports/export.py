@@ -282,6 +282,6 @@ def _write_rest(made: Path, workdir: Path, experiment: object, student: OneStepD
         usage=usage.format(out=Path(out).name, teacher=teacher),
         remark=(
             f"One network evaluation at step {student.timestep}; guidance is part of the student, so `guidance_scale` "
-            "stays 1."
+            "must be set to 1: the pipeline's own default is another."
         ),
     )

@@ -88,10 +88,9 @@ def facts_of(
             f"StableDiffusion.prediction is @{type(prediction).__name__}() ({prediction.name}), and {shown(path)} says "
             f"prediction_type {own_prediction.name}: leave the line out"
         )
-    if process is not None and _numbers(process) != _numbers(own_process):
+    if process is not None and str(process) != str(own_process):
         raise ValueError(
-            f"StableDiffusion.process has {_numbers(process)}, and {shown(path)} says {_numbers(own_process)}: leave "
-            "the line out"
+            f"StableDiffusion.process has {process}, and {shown(path)} says {own_process}: leave the line out"
         )
     return own_prediction, own_process
 
@@ -138,10 +137,6 @@ def _built(path: Path, steps: int, beta_start: float, beta_end: float) -> Scaled
         raise ValueError(
             f"{shown(path)} says {shown(steps)} steps with betas from {beta_start} to {beta_end}: {error}"
         ) from error
-
-
-def _numbers(process: ScaledLinearDDPM) -> str:
-    return f"steps={process.steps}, beta_start={process.beta_start:.6g}, beta_end={process.beta_end:.6g}"
 
 
 # --- the U-Net's configuration ----------------------------------------------------------------------------------------

@@ -51,8 +51,6 @@ class StableDiffusion(EDM):
         ValueError: ``prediction``, ``process`` or ``network`` is another than the folder of ``weights`` says.
     """
 
-    process: ScaledLinearDDPM
-
     def __init__(
         self,
         *,

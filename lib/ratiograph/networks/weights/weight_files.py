@@ -220,7 +220,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         tensors = state_dict(load_torch(path))
     except Refused as error:
         raise ValueError(
-            f"{path} is no file of tensors: refused {error}; nothing was run. Get the file from its makers"
+            f"{path} is damaged or no file of tensors: refused {error}; nothing was run. Get it from its makers"
         ) from error
     except Exception as error:  # a damaged file can raise any error
         raise ValueError(f"{path} is damaged or no file of tensors ({type(error).__name__}): fetch it again") from error
