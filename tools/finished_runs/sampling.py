@@ -208,8 +208,8 @@ def sample() -> None:
         for name, made in zip(found, images, strict=True):
             if not made.isfinite().all():
                 raise ValueError(
-                    f"samples of the {name.split()[0]} hold NaN or infinity, and are not written: its training diverged, or "
-                    "--precision=fp32 is needed"
+                    f"samples of the {name.split()[0]} hold NaN or infinity, and are not written: its training "
+                    "diverged, or it needs --precision=fp32"
                 )
         return torch.stack(images, 1) if isinstance(out, sample_files.CaptionSheet) else images[0]
 

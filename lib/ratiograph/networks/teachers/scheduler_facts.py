@@ -158,7 +158,8 @@ def check_network(network: nn.Module, weights: str | None) -> None:
         if name in own and not name.startswith("_") and not _same(own[name], theirs):
             raise ValueError(
                 f"{type(network).__name__} has {name}={shown(_plain(own[name]))}, and the U-Net's config.json at "
-                f"{shown(weights)} says {shown(_plain(theirs))}: configure the network so, or take @UNetFromFolder()"
+                f"{shown(weights)} says {shown(_plain(theirs))}: set it so, or bind StableDiffusion.network (of a "
+                "LoRA: LoRA.network) to @UNetFromFolder()"
             )
 
 

@@ -22,8 +22,8 @@ from ratiograph.core.foreign import shown
 
 __all__ = ["Array", "DType", "Function", "Refused", "Sealed", "Unpickler", "check_budget", "numpy_names"]
 
-OPCODES = 600_000
-"""The most in one pickle; CIFAR-100's, the largest that is read, has 250,000, an official EDM network 100,000."""
+OPCODES = 400_000
+"""The most in one pickle; CIFAR-100's, the largest that is read, has 200,000, an official EDM network 100,000."""
 SIZES = 2**23
 """The most objects, with repetitions, that all opcodes together may put into others."""
 REPEATED = 2**28

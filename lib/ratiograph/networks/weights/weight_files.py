@@ -132,14 +132,13 @@ def plain_names(tensors: Mapping[str, Tensor], here: Iterable[str] = ()) -> dict
             taken off only if that gives one of them.
     """
     here = set(here)
-    if here and here == set(tensors):
+    if here == set(tensors):
         return dict(tensors)
     plain = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): tensor for name, tensor in tensors.items()}
-    for wrapping in WRAPPINGS:
+    for wrapping in WRAPPINGS if here.isdisjoint(plain) else ():
         inner = {name.removeprefix(f"{wrapping}."): name for name in plain if name.startswith(f"{wrapping}.")}
         whole = len(inner) == len(plain) or wrapping in ("ema", "params_ema")
-        known = not here.isdisjoint(inner) if here else wrapping != "model"
-        if inner and whole and known:
+        if inner and whole and (wrapping != "model" or not here.isdisjoint(inner)):
             return plain_names({short: plain[name] for short, name in inner.items()}, here)
     return plain
 
