@@ -669,7 +669,7 @@ def test_reported_guidance_and_steps():
         assert found == expected, file
 
 
-# --- what the files of the teacher say ---------------------------------------------------------------------------------
+# --- what the files of the teacher say --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
