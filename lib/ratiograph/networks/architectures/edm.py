@@ -302,8 +302,7 @@ class ADM(EDMUNet):
 
     Args:
         resolution, image_channels, channels, multipliers, blocks, attention_resolutions, dropout: as in ``DDPMPP``.
-        head_channels: least channels of an attention head: a level of width w has floor(w / head_channels) heads, and
-            a middle that is narrower has no attention, as in the official code.
+        head_channels: a level of width w has floor(w / head_channels) heads, as in the official code.
         classes, augment_labels, label_dropout, checkpointing: as in ``DDPMPP``.
 
     Raises:
@@ -329,22 +328,13 @@ class ADM(EDMUNet):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
             heads = outputs // head_channels if attention else 0
             if heads and outputs % heads:
-                raise ValueError(
-                    f"ADM: width {outputs} with head_channels={head_channels} has {heads} heads, which do not divide "
-                    "it: change one"
-                )
+                raise ValueError(f"ADM: width {outputs} is no multiple of its {heads} heads: change head_channels")
             return ScaleShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
 
         for level in attended_levels(resolution, len(multipliers), attention_resolutions):
-            width = channels * multipliers[level]
-            if width < head_channels:
-                raise ValueError(
-                    f"ADM: the width at resolution {resolution >> level}, {width}, is less than "
-                    f"head_channels={head_channels}: change one, or take it out of attention_resolutions"
-                )
-        known = None
-        if classes:
-            known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout)
+            if (width := channels * multipliers[level]) < head_channels:
+                raise ValueError(f"ADM: width {width} of an attended level is less than head_channels={head_channels}")
+        known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout) if classes else None
         super().__init__(
             resolution=resolution,
             image_channels=image_channels,
