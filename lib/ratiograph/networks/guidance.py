@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Positive
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition, Encoding, Noisy
+from ratiograph.networks.weights.weight_files import read_tensors
 
 __all__ = ["Clipped", "EmptyPrompt", "Guided", "NoCaption", "NoLabel", "Unconditional"]
 
@@ -96,10 +95,7 @@ class EmptyPrompt(_NoText):
             ValueError: it does not hold the states.
         """
         self.locate(file=self.file)
-        try:
-            tensors = load_file(Path(self.file).expanduser())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"EmptyPrompt.file={self.file!r} is not a safetensors file: {error}") from error
+        tensors = read_tensors(Path(self.file).expanduser())[0]
         if "text" not in tensors or tensors["text"].ndim != 2:
             raise ValueError(f"EmptyPrompt.file={self.file!r} holds no tensor 'text' [L, E]: encode the prompt '' anew")
         self.text, self.pooled = tensors["text"].float(), tensors.get("pooled")

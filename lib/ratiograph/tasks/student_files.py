@@ -10,14 +10,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ratiograph import config
 from ratiograph.networks.conditions import Conditions
 from ratiograph.networks.lora import LoRA
 from ratiograph.networks.students import OneStep
-from ratiograph.networks.weights.weight_files import load_weights
+from ratiograph.networks.weights.weight_files import load_weights, read_tensors
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Experiment
@@ -86,7 +85,7 @@ def load_conditions(conditions: Conditions, folder: Path) -> Conditions:
     if not conditions.needs_data:
         return conditions
     if (folder / CONDITIONS).is_file():
-        conditions.load_state_dict(load_file(folder / CONDITIONS))
+        conditions.load_state_dict(read_tensors(folder / CONDITIONS)[0])
         return conditions
     found = checkpoints.latest(folder / "checkpoints")
     if found is None:

@@ -53,18 +53,14 @@ def named_device(device: str) -> torch.device:
 
 
 def choose_device(device: str) -> torch.device:
-    """As ``named_device``, for a device that must exist; "cuda" is another GPU for each process of a machine.
-
-    Raises:
-        ValueError: as ``named_device``, or torch sees no such GPU.
-    """
+    """As ``named_device``, but a ValueError unless it exists; "cuda" is another GPU for each process of a machine."""
     chosen = named_device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device={device}, but torch sees no GPU here: use --device=cpu or --device=auto")
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", distributed.local_rank())
-    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-        raise ValueError(f"--device={chosen}, but torch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on")
+    if chosen.type == "cpu":
+        return chosen
+    chosen = torch.device("cuda", distributed.local_rank() if chosen.index is None else chosen.index)
+    if chosen.index >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count() or 'no'} GPU here"
+        raise ValueError(f"--device={device}, but torch sees {seen}: use --device=cpu or --device=auto")
     return chosen
 
 

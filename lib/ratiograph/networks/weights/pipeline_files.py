@@ -8,7 +8,6 @@ Only safetensors, JSON and text files are ever read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +15,20 @@ import torch
 from torch import Tensor
 
 from ratiograph.core.files import Missing
-from ratiograph.networks.weights.weight_files import read_tensors, require_fit
+from ratiograph.core.foreign import read_json, shown
+from ratiograph.networks.weights.weight_files import plain_names, read_tensors, require_fit
 
-__all__ = ["HUB", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
+__all__ = [
+    "HUB",
+    "config_of",
+    "fit",
+    "folder_of",
+    "gated",
+    "missing_package",
+    "read_part",
+    "scheduler_of",
+    "weights_of",
+]
 
 HUB = "hf://"
 WHOLE_FILES = ("diffusion_pytorch_model", "model")
@@ -70,16 +80,37 @@ def config_of(source: str | None, part: str) -> dict[str, object] | None:
     """The part's ``config.json``, if it is on this machine already, else None.
 
     Raises:
-        ValueError: the file is not JSON.
+        ValueError: the file is no JSON of an object.
     """
     folder = None if source is None else _stored(source, part)
     path = None if folder is None else folder / "config.json"
     if path is None or not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    return _described(path)
+
+
+def _described(path: Path) -> dict[str, object]:
+    """The object in a JSON file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{shown(path)} holds no JSON object: copy it again")
+    return found
+
+
+def scheduler_of(source: str | None) -> tuple[Path, dict[str, object]] | None:
+    """(path, content) of the scheduler's configuration beside a U-Net, if it is on this machine already, else None.
+
+    Args:
+        source: of the U-Net: a pipeline's folder, its ``unet`` or a file in that, or ``hf://OWNER/NAME``.
+    """
+    unet = None if source is None else _stored(source, "unet")
+    unet = unet and unet.absolute()
+    while unet is not None and unet.name != "unet" and unet.parent.name == "unet":
+        unet = unet.parent
+    if unet is None or unet.name != "unet":
+        return None
+    path = unet.parent / "scheduler" / "scheduler_config.json"
+    return (path, _described(path)) if path.is_file() else None
 
 
 def folder_of(source: str, part: str, argument: str, *, weights: bool = True) -> Path:
@@ -114,7 +145,7 @@ def _downloaded(name: str, part: str, argument: str, weights: bool) -> Path:
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise missing_package("huggingface_hub", argument) from error
-    small = [f"{part}/{pattern}" for pattern in SMALL_FILES]
+    small = ["scheduler/*.json", *(f"{part}/{pattern}" for pattern in SMALL_FILES)]
     wanted = [[*small, *(f"{part}/{stem}{variant}" for stem in WHOLE_FILES)] for variant in VARIANTS]
     command = f"`hf download {name} --include '{part}/*' --local-dir FOLDER`, then {argument}=FOLDER"
     try:
@@ -161,7 +192,7 @@ def read_part(files: Sequence[Path], part: str, config: Mapping[str, object]) ->
     Raises:
         ValueError: a file is torn or no safetensors file.
     """
-    tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
+    tensors = plain_names({name: tensor for path in files for name, tensor in read_tensors(path)[0].items()})
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in tensors):
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
@@ -191,6 +222,7 @@ def fit(kind: str, here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], so
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
     """
+    tensors = plain_names(tensors, here)
     require_fit(here, tensors, kind, source, "the weights' own config.json")
     for name, tensor in here.items():
         if (tensor.device, tensor.dtype) == (tensors[name].device, tensors[name].dtype):
