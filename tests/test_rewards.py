@@ -213,7 +213,6 @@ def test_a_reward_is_not_at_fault_for_samples_that_are_not_finite():
         (lambda x0: x0.sum(), r"gave float32 \[\]"),
         (lambda x0: torch.ones(5, dtype=torch.long), r"gave int64 \[5\]"),
         (lambda x0: 1.0, "gave float for"),
-        (lambda x0: x0 @ x0, r"failed on x0 \[5, 2\]: RuntimeError: .*test_rewards.py, line"),
     ],
 )
 def test_a_reward_of_another_shape_is_named_in_one_line(value, message):

@@ -528,7 +528,7 @@ def test_an_empty_prompt_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="save the text encoder's states of the prompt ''"):
         EmptyPrompt(file=str(tmp_path / "none.safetensors")).load()
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         EmptyPrompt(file=str(tmp_path / "torn.safetensors")).load()
     other = EmptyPrompt(file=empty_prompt(tmp_path / "other.safetensors", text=torch.zeros(3, 16)))
     other.load()
