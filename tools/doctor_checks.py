@@ -26,8 +26,8 @@ from ratiograph.core.contracts import Denoiser, RatioEstimator
 from ratiograph.data.stream import SampleStream
 from ratiograph.networks.weights.weight_files import locate_weights
 from ratiograph.training import checkpoints
+from ratiograph.training.devices import autocast_dtype, choose_device
 from ratiograph.training.experiment import Experiment
-from ratiograph.training.trainer import autocast_dtype, choose_device
 from ratiograph.training.workdir import locked
 
 __all__ = ["Finding", "examine", "findings"]
