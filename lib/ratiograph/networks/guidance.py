@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Positive
 from ratiograph.core.files import Missing
+from ratiograph.core.foreign import parse_json
 from ratiograph.core.types import Condition, Encoding, Noisy
+from ratiograph.data.latents import ENCODERS, shapes
+from ratiograph.networks.weights.weight_files import read_tensors
 
 __all__ = ["Clipped", "EmptyPrompt", "Guided", "NoCaption", "NoLabel", "Unconditional"]
 
@@ -96,13 +97,17 @@ class EmptyPrompt(_NoText):
             ValueError: it does not hold the states.
         """
         self.locate(file=self.file)
-        try:
-            tensors = load_file(Path(self.file).expanduser())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"EmptyPrompt.file={self.file!r} is not a safetensors file: {error}") from error
+        tensors = read_tensors(Path(self.file).expanduser())[0]
         if "text" not in tensors or tensors["text"].ndim != 2:
             raise ValueError(f"EmptyPrompt.file={self.file!r} holds no tensor 'text' [L, E]: encode the prompt '' anew")
         self.text, self.pooled = tensors["text"].float(), tensors.get("pooled")
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`: the states' shapes, and the encoders that the file's header names."""
+        tensors, header = read_tensors(Path(self.file).expanduser())
+        named = parse_json(header.get(ENCODERS, "{}"), self.file)
+        stated = named if isinstance(named, dict) else {}
+        return stated | shapes({name: tensor.shape for name, tensor in tensors.items()})
 
     def forward(self, condition):
         return replace(condition, **{name: self._empty(name, part) for name, part in self.parts(condition).items()})

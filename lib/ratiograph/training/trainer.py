@@ -26,6 +26,7 @@ from ratiograph.core.types import Batch
 from ratiograph.networks.weights import weight_files
 from ratiograph.training import checkpoints, parallel
 from ratiograph.training.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
+from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.faults import Means, StepGuard, Watchdog
 from ratiograph.training.loggers import TensorBoard
@@ -327,7 +328,7 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
     run = _Run(experiment, Path(workdir), choose_device(device), mode)
     run.workdir.mkdir(parents=True, exist_ok=True)
     short = shortage(run.task, experiment.precision, run.device, run.task.parallel.parts)
-    messages = [short] if short else []
+    messages = [*check_encoders(experiment), *([short] if short else [])]
     with Preemption() as preemption, run.checkpoints:
         done, samples = run.start(messages.append)
         with run.logger(done) as logger:

@@ -17,6 +17,7 @@ from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.domains import Scale
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
+from ratiograph.networks.weights.encoder_files import model_facts
 
 __all__ = ["EpsilonPrediction", "Prediction", "SamplePrediction", "StableDiffusion", "VelocityPrediction"]
 
@@ -124,6 +125,10 @@ class StableDiffusion(EDM):
             self.network.draw()
         else:
             self.network.load(self.weights)
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`: those of the model that ``weights`` are part of."""
+        return {} if self.weights is None else model_facts(self.weights)
 
     def native(self, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x' [B, ...], index [B], alpha' [B, 1, ...], sigma' [B, 1, ...]) of a noisy sample."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ratiograph.core.files import Missing
 from ratiograph.networks.weights.weight_files import read_tensors, require_fit
 
-__all__ = ["HUB", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
+__all__ = ["HUB", "beside", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
 
 HUB = "hf://"
 WHOLE_FILES = ("diffusion_pytorch_model", "model")
@@ -64,6 +64,17 @@ def _stored(source: str, part: str) -> Path | None:
         return None
     found = try_to_load_from_cache(source.removeprefix(HUB), f"{part}/config.json")
     return Path(found).parent if isinstance(found, str) else None
+
+
+def beside(source: str, part: str) -> Path | None:
+    """The folder ``part`` of the pipeline that the U-Net ``source`` belongs to, if it is on this machine already."""
+    found = _stored(source, "unet")
+    while found is not None and found.name != "unet" and found.absolute().parent.name == "unet":
+        found = found.absolute().parent
+    if found is None or found.is_file():
+        return None
+    there = (found.absolute().parent if found.name == "unet" else found) / part
+    return there if there.is_dir() else None
 
 
 def config_of(source: str | None, part: str) -> dict[str, object] | None:
