@@ -5,14 +5,14 @@
   python tools/cache_latents.py 'coco/val-{000000..000004}.tar' data/coco-sdxl --teacher=SDXL --resolution=1024
   python tools/cache_latents.py prompts.txt data/prompts --teacher=SD15 --caption_only     a prompt a line, no images
 
-  python tools/cache_latents.py laion/ data/sd15 --teacher=v1-5.safetensors --text_encoder=teachers/stable-diffusion-v1-5
+  python tools/cache_latents.py laion/ data/sd15 --teacher=v1-5-pruned.safetensors --text_encoder=SD15     one file
 
 IN are shards of images and captions as img2dataset writes them (jpg, txt, json) or tools/make_shards.py: with braces, a
-pattern ('laion/*.tar') or a folder of them. OUT gets a shard for each: latents in float16 times the scaling factor, text states, the caption, for SDXL the pooled caption and
-sizes; 0.15 MB a sample for SD 1.5. The teacher says which of the two it is, and OUT/index.json keeps what training
-compares with its own: digests of the encoders' weights, the scaling factor, shapes, and the damaged samples. Interrupted
-in any way, the same command continues at the first shard that is lacking. Images are resized to the resolution and
-cropped to the centre.
+pattern ('laion/*.tar') or a folder of them. OUT gets a shard for each: latents in float16 times the scaling factor,
+text states, the caption, for SDXL the pooled caption and sizes; 0.15 MB a sample for SD 1.5. The teacher says which of
+the two it is. OUT/index.json keeps digests of the encoders' weights, the scaling factor and shapes, which training
+compares with its own model's, and names damaged samples. Interrupted in any way, the same command continues at the
+first shard that is lacking. Images are resized to the resolution and cropped to the centre.
 With --caption_only there are no latents: a generator whose objective asks for no real samples is fed such shards by
 Experiment.data = @CachedCaptionStream().
 """

@@ -29,7 +29,7 @@ from ratiograph.training.checkpoint_manager import CheckpointManager, check_grap
 from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.faults import Means, StepGuard, Watchdog
-from ratiograph.training.loggers import TensorBoard
+from ratiograph.training.loggers import checked
 from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
 from ratiograph.training.memory_plan import memory_plan, shortage
@@ -99,9 +99,7 @@ class _Run:
             best_metric=experiment.best_metric,
         )
         self.samples_here = experiment.samples_each(distributed.ranks())  # of a step, on this process
-        self.loggers = (TensorBoard(),) if experiment.loggers is None else tuple(experiment.loggers)
-        for logger in self.loggers:
-            logger.check()
+        self.loggers = checked(experiment.loggers)
         self.task.accumulation = experiment.accumulation
         self.task.parallel = parallel.choose(mode, self.task, device, lambda parts: memory_plan(self.task).held(parts))
         self._generator = BatchGenerator(device, distributed.rank(), distributed.ranks())
