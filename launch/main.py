@@ -12,7 +12,11 @@ Files are read in order, then --gin_param lines, then the flags for run-level va
 `DATA = ...` and `TEACHER = ...`. A later value wins. Strings in --gin_param need quotes of their own:
 --gin_param="DATA='mnist'".
 
-SIGTERM, SIGUSR1 and Ctrl-C end the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
+A folder goes on with the configuration that began it. --allow_change=Adam.lr accepts another value from here on, which
+WORKDIR/history.jsonl and the report record; a scope or a component stands for all of its parameters.
+
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at
+once.
 
 Exit codes: 0 done, 1 the run failed, 2 the configuration or the command line is wrong, 75 the run was asked to end and
 the same command goes on, 130 ended at once.
@@ -33,22 +37,11 @@ flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/<name of 
 flags.DEFINE_string("parallel", "auto", "How processes share a run: auto, none, ddp (copies), fsdp, hsdp (shards).")
 flags.DEFINE_list("loggers", None, "Where metrics go beside the run's folder: tensorboard, wandb, trackio.")
 flags.DEFINE_bool("resume", True, "Continue from the last checkpoint; --noresume refuses if there is one.")
+flags.DEFINE_multi_string("allow_change", [], "A binding that may differ from the run's so far; repeatable.")
 flags.DEFINE_bool("dry_run", False, "Build on the meta device, without weights or data, print the graph, stop.")
 
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "trackio": "Trackio"}
 INTERRUPTED = "ended at once; the same command goes on from the last checkpoint"
-
-HARMLESS = [
-    f"Experiment.{name}"
-    for name in (
-        *("steps", "accumulation", "log_every", "preview_every", "preview_samples", "teacher_evaluations", "loggers"),
-        *("checkpoint_every", "keep_last", "keep_every", "best_metric", "evaluate_every"),
-        *("max_bad_steps", "hang_minutes"),
-    )
-]
-HARMLESS += [f"WeightsAndBiases.{name}" for name in ("project", "entity", "name", "group", "tags")]
-HARMLESS += [f"Trackio.{name}" for name in ("project", "name", "group")]
-"""Run-level values that a run may go on with changed: no step depends on them."""
 
 
 def parse_flags(config):
@@ -60,33 +53,6 @@ def parse_flags(config):
     if FLAGS.loggers is not None:
         lines.append(f"Experiment.loggers = [{', '.join(f'@{LOGGERS[name]}()' for name in FLAGS.loggers)}]")
     return config.parse(FLAGS.gin_file, lines, command_line.overrides(*command_line.OVERRIDES))
-
-
-def claim(config, cfg, workdir):
-    """Refuses a folder that holds another run's results; what no step depends on may differ."""
-    saved = workdir / "config.gin"
-    results = [*sorted(workdir.glob("checkpoints/*.pt")), *workdir.glob("*.safetensors")]
-    if results and not FLAGS.resume:
-        raise config.ConfigError(
-            f"--noresume: {workdir} already holds {results[0].relative_to(workdir)}. Give another --workdir, "
-            "delete the folder, or drop --noresume to continue its run."
-        )
-    differing = config.changes(cfg, saved, ignore=HARMLESS) if saved.exists() else []
-    if results and differing:
-        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise config.ConfigError(
-            f"{saved}: the folder holds a run of another configuration: {differing[0]}{more}. "
-            "Give another --workdir, or delete the folder to start over."
-        )
-    steps = config.to_dict(cfg)["Experiment.steps"]
-    reached = max((int(path.stem.rpartition("_")[2]) for path in workdir.glob("checkpoints/step_*.pt")), default=0)
-    if reached > steps:
-        raise config.ConfigError(
-            f"{workdir} is at step {reached} already, beyond the {steps} asked for: ask for --steps={reached} or more, "
-            "or give another --workdir."
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, saved)
 
 
 def dry_run(config, cfg):
@@ -108,23 +74,29 @@ def run(config, cfg):
     """Builds, trains and writes the report; rerunning the same command resumes."""
     import torch
 
+    import ratiograph
     from ratiograph.core import distributed
     from ratiograph.reports.run_and_report import run_and_report
-    from ratiograph.training import parallel, trainer, workdir
+    from ratiograph.training import parallel, trainer
+    from ratiograph.training.run_folder import claimed
 
-    config.check_files(cfg)
     folder = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
-    distributed.start(trainer.choose_device(FLAGS.device))
-    with contextlib.ExitStack() as stack:
-        stack.callback(distributed.stop)
-        torch.manual_seed(config.to_dict(cfg)["Experiment.seed"])  # random weights are made while building
-        with parallel.building(FLAGS.parallel):
-            experiment = config.build(cfg)
-        if distributed.is_main():
-            stack.enter_context(workdir.locked(folder))
-            claim(config, cfg, folder)
-        distributed.wait_for_all()
-        report = run_and_report(experiment, workdir=folder, device=FLAGS.device, mode=FLAGS.parallel)
+    device, values = trainer.choose_device(FLAGS.device), config.to_dict(cfg)
+    versions = {"ratiograph": ratiograph.__version__, "torch": torch.__version__}
+    with distributed.joined(device), contextlib.ExitStack() as stack:
+        distributed.check_same({**versions, "--parallel": FLAGS.parallel, "the device": device.type, **values})
+        with distributed.agreed():
+            config.check_files(cfg)
+            torch.manual_seed(values["Experiment.seed"])  # random weights are made while building
+            with parallel.building(FLAGS.parallel):
+                experiment = config.build(cfg)
+            held = contextlib.nullcontext(lambda: None)
+            if distributed.is_main():
+                held = claimed(folder, cfg, resume=FLAGS.resume, allowed=FLAGS.allow_change)
+            check_held = stack.enter_context(held)
+        report = run_and_report(
+            experiment, workdir=folder, device=FLAGS.device, mode=FLAGS.parallel, check_held=check_held
+        )
         if distributed.is_main():
             print(f"done: {report}", flush=True)
 

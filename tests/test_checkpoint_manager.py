@@ -203,12 +203,8 @@ def test_graph_nodes_blame_the_node_that_differs():
     assert str(error.value).startswith(expected)
 
 
-def test_the_configuration_s_digest_ignores_what_concerns_the_run_alone(tmp_path):
-    path = tmp_path / "config.gin"
-    assert config_digest(path) == ""
-    path.write_text("Experiment.steps = 5\nAdam.lr = 0.1\n")
-    one = config_digest(path)
-    path.write_text("Experiment.steps = 9\nAdam.lr = 0.1\n")
-    assert config_digest(path) == one
-    path.write_text("Experiment.steps = 9\nAdam.lr = 0.2\n")
-    assert config_digest(path) != one
+def test_the_configuration_s_digest_ignores_what_concerns_the_run_alone():
+    assert config_digest("") == ""
+    one = config_digest("Experiment.steps = 5\nAdam.lr = 0.1\n")
+    assert config_digest("Experiment.steps = 9\nAdam.lr = 0.1\n") == one
+    assert config_digest("Experiment.steps = 9\nAdam.lr = 0.2\n") != one

@@ -32,6 +32,7 @@ from official import (
 from ratiograph import config
 from ratiograph.algebra.noising import RectifiedFlow, VarianceExploding, VariancePreserving
 from ratiograph.core.types import Condition, Noisy, expand
+from ratiograph.networks.architectures.edm import ADM
 from ratiograph.networks.denoisers import EDM
 from ratiograph.networks.edm_weights import Description, convert_file, our_name
 from ratiograph.networks.preconditioning import VEPreconditioned, VPPreconditioned
@@ -350,3 +351,54 @@ def test_tool_reports_one_line(tool, arguments, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def endless(levels: int = 60) -> bytes:
+    """{t: 1} of tuples t = (u, u), whose hash takes 2^levels steps."""
+    pairs = b"".join(b"h%ch%c\x86q%c0" % (k, k, k + 1) for k in range(levels))
+    return b"\x80\x02}K\x01\x85q\x000" + pairs + b"h%cK\x01s." % levels
+
+
+BOMBS = {
+    "tuples of tuples": (endless(), "builds more than it holds"),
+    "a memo": (b"\x80\x02}r\x00\x00\x00\x7f.", "a memo of 2,130,706,432 places"),
+    "a deep tuple": (b"\x80\x02)" + 100_000 * b"\x85" + b".", "more than 500 deep"),
+    "opcodes": (b"\x80\x02" + 300_000 * b"N0" + b"N.", "more than 400,000 opcodes"),
+    "bytes again": (b"\x80\x03B\x00\x00\x10\x00" + 2**20 * b"a" + b"q\x000" + 300 * b"h\x000" + b"N.", "builds more"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("suffix", [".pkl", ".pt"])
+def test_bombs_are_refused_before_anything_is_built(name, suffix):
+    data, message = BOMBS[name]
+    Path(f"net{suffix}").write_bytes(data)
+    with pytest.raises(ValueError, match=f"net{suffix}: refused .*{message}"):
+        read_network(f"net{suffix}")
+
+
+@pytest.mark.parametrize(("width", "heads"), [(96, 1), (160, 2), (32, 0)])
+def test_adm_of_any_width_has_the_heads_of_the_official_code(width, heads):
+    ours = random(ADM(**{**SMALL, "channels": width, "attention_resolutions": (4,) if heads else ()}))
+    torch.save(official_state(ours), "net.pt")
+    convert_file("net.pt", "out")
+    network = rebuilt(Path("out")).network
+    assert [block.attention.heads if block.attention else 0 for block in network.middle] == [2 * width // 64, 0]
+    if not heads:
+        return
+    # The official attention, written out: channels // 64 heads, channels ordered (head, channel, query-key-value).
+    layer, x = network.encoder[1].blocks[0].attention, torch.randn(2, 2 * width, 4, 4)
+    heads = 2 * width // 64
+    q, k, v = layer.query_key_value(layer.norm(x)).reshape(2 * heads, 2 * width // heads, 3, -1).unbind(2)
+    weights = torch.einsum("ncq,nck->nqk", q, k / k.shape[1] ** 0.5).softmax(2)
+    expected = layer.project(torch.einsum("nqk,nck->ncq", weights, v).reshape(x.shape))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_foreign_names_do_not_reach_the_terminal_or_gin(monkeypatch):
+    torch.save(official_state(random(NETWORKS["ddpmpp"]())), "a\n\x1b[2Jb.pt")
+    convert_file("a\n\x1b[2Jb.pt", "out")
+    assert (Path("out") / "network.gin").read_text().startswith("# The network of a\\n\\x1b[2Jb.pt, ")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from ratiograph.algebra.normalization import Clamped, MeanNormalized, RatioNorma
 from ratiograph.algebra.objective import Term
 from ratiograph.algebra.ratio_losses import LogisticLoss, R1Penalized
 from ratiograph.algebra.weightings import JensenShannon
-from ratiograph.core import distributed
+from ratiograph.core import averaging, distributed
 from ratiograph.core.randomness import BatchGenerator
 from ratiograph.core.types import Batch, Condition
 from ratiograph.networks.ratios import StudentScoreHeadRatio
@@ -80,11 +83,11 @@ def test_ranks_take_the_steps_of_one_process(ranks, tmp_path):
 
 
 def average_of_rank(rank: int, folder: str):
-    distributed.BUCKET = 10  # so that there are several buckets
+    averaging.BUCKET = 10  # so that there are several buckets
     parameters = [nn.Parameter(torch.zeros(n, dtype=kind)) for n, kind in KINDS]
     for k, parameter in enumerate(parameters[:-1]):
         parameter.grad = torch.full_like(parameter, (k + 1) * 3.0**rank)
-    distributed.average_gradients(parameters)
+    averaging.average_gradients(parameters)
     metrics = distributed.average_metrics({"a": 1.0 + rank, "b": 4.0}, CPU)
     torch.save({"gradients": [p.grad for p in parameters[:-1]], "metrics": metrics}, f"{folder}/{rank}.pt")
     assert parameters[-1].grad is None
@@ -117,9 +120,9 @@ def layouts_of_rank(rank: int, folder: str):
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradient_layouts()]
     for parameter, gradient in zip(parameters, gradient_layouts(), strict=True):
         parameter.grad = gradient if rank else 3 * gradient
-    averaging = distributed.Averaging(parameters)
-    assert averaging
-    averaging.finish()
+    begun = averaging.Averaging(parameters)
+    assert begun
+    begun.finish()
     torch.save([(p.grad.clone(), p.grad.stride()) for p in parameters], f"{folder}/{rank}.pt")
 
 
@@ -209,9 +212,9 @@ def test_one_process_is_left_alone():
     layer = nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
     before = copy.deepcopy(layer.weight.grad)
-    distributed.average_gradients(layer.parameters())
+    averaging.average_gradients(layer.parameters())
     assert torch.equal(layer.weight.grad, before)
-    assert not distributed.Averaging(layer.parameters())
+    assert not averaging.Averaging(layer.parameters())
     assert distributed.average_metrics({"a": 1.0}, CPU) == {"a": 1.0}
     assert (distributed.rank(), distributed.ranks(), distributed.is_main()) == (0, 1, True)
 
@@ -237,9 +240,88 @@ def test_processes_of_a_machine(monkeypatch, torchrun, srun, count):
 
 
 def test_processes_that_cannot_meet_are_told_how_to_start(monkeypatch):
-    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}.items():
+    numbers = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    for name, value in numbers.items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "SLURM_JOB_NODELIST", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="rank 1 of 2 does not know where the others are: start with torchrun or srun"):
         distributed.start(CPU)
+
+
+def refuse_zero(rank: int):
+    if not rank:
+        raise ValueError("two are needed")
+
+
+def disagreeing_rank(rank: int, folder: str):
+    found = {"here": 1} if rank == 0 else {}
+    with pytest.raises(ValueError if rank == 0 else KeyError, match="here"), distributed.agreed():
+        found["here"]
+    with pytest.raises(ValueError, match="^rank 0: two are" if rank else "^two are"), distributed.agreed():
+        refuse_zero(rank)
+    with distributed.agreed():
+        pass
+    distributed.check_same({"Experiment.seed": 0, "torch": "2"})
+    expected = "rank 1 runs something else: Experiment\\.seed is 1 there and 0 on rank 0\\. Start every rank"
+    with pytest.raises(ValueError, match=expected):
+        distributed.check_same({"torch": "2", "Experiment.seed": rank})
+    with pytest.raises(ValueError, match=r"Adam\.lr is 0\.1 there and absent on rank 0"):
+        distributed.check_same({"Adam.lr": 0.1} if rank else {})
+    if rank == 0:
+        os._exit(0)  # in the middle of what the other goes on with
+    with pytest.raises(ValueError, match=r"^rank 1 ends because another rank has ended"), distributed.joined(CPU):
+        distributed.wait_for_all()
+    Path(folder, "reached").touch()
+    os._exit(0)
+
+
+def test_a_mistake_of_one_rank_ends_all_with_a_line(tmp_path):
+    together(disagreeing_rank, 2, str(tmp_path))
+    assert (tmp_path / "reached").exists()
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (TORCHRUN | {"RANK": "banana"}, "variable RANK='banana' is no number"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "variable WORLD_SIZE='' is no number"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "variable LOCAL_RANK='-1' is no number"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        (TORCHRUN | {"MASTER_PORT": "x"}, "variable MASTER_PORT='x' is no number"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7a"}, "variable SLURM_JOB_ID='7a' is no number"),
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "x"}, "variable SLURM_PROCID='x' is no number"),
+        (SLURM | {"SLURM_NTASKS": "two"}, "variable SLURM_NTASKS='two' is no number"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_named(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.start(CPU)
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967290"}], ids=["sbatch", "salloc"])
+def test_a_process_that_srun_did_not_start_runs_alone_and_says_so(monkeypatch, capsys, step):
+    for name, value in (SLURM | step).items():
+        monkeypatch.setenv(name, value)
+    distributed.start(CPU)
+    assert (distributed.ranks(), distributed.local_rank()) == (1, 0)
+    assert capsys.readouterr().out == (
+        "this process runs alone: the job has 2 tasks, and srun starts them (srun python ...)\n"
+    )
+
+
+def test_ranks_that_never_come_end_the_run_with_a_line(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (TORCHRUN | {"MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"rank 0 of 2 did not meet the others at 127.0.0.1:{port} .*use srun"):
+        distributed.start(CPU, patience=1 / 60)

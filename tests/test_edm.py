@@ -438,7 +438,7 @@ def test_sizes_that_do_not_fit_are_named(arguments, message):
 
 
 def test_adm_names_a_width_that_its_heads_do_not_divide():
-    with pytest.raises(ValueError, match="width 16 is no multiple of head_channels=64"):
+    with pytest.raises(ValueError, match="width 16 of an attended level is less than head_channels=64"):
         MAKE["adm"](head_channels=64)
 
 

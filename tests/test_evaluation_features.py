@@ -141,7 +141,7 @@ def test_file_of_another_network_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds another network"):
         EfficientNetLite0Features(weights=str(tmp_path / "w.pth")).load()
     (tmp_path / "w.pth").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="damaged or no file of weights"):
+    with pytest.raises(ValueError, match="damaged or no file of tensors"):
         EfficientNetLite0Features(weights=str(tmp_path / "w.pth")).load()
 
 

@@ -26,7 +26,7 @@ from ratiograph.networks.teachers.stable_diffusion import (
     EpsilonPrediction,
     SamplePrediction,
     StableDiffusion,
-    VelocityPrediction,
+    VPrediction,
 )
 from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 from ratiograph.networks.weights import weight_files
@@ -116,7 +116,7 @@ def test_latents_of_sdxl_to_the_bit(sdxl, tmp_path):
 
 
 @pytest.mark.parametrize("timestep", [999, 399, 20])
-@pytest.mark.parametrize("prediction", [EpsilonPrediction, VelocityPrediction, SamplePrediction])
+@pytest.mark.parametrize("prediction", [EpsilonPrediction, VPrediction, SamplePrediction])
 def test_one_step_of_the_scheduler_is_mu(timestep, prediction):
     class Told(torch.nn.Module):
         shape, classes, feature_channels = (4, 8, 8), 0, (4,)

@@ -9,7 +9,10 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -227,3 +230,23 @@ def test_trackio_itself(tmp_path):
         (30, 7.5),
     ]
     assert [step for step, row in told if "samples" in row] == [30, 30]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FileNotFoundError(2, "No such file")])
+def test_a_failure_of_tensorboard_s_own_thread_is_one_line(tmp_path, monkeypatch, capfd, error):
+    hook, out = threading.excepthook, io.StringIO()
+    with RunLogger(tmp_path, 9, loggers=[TensorBoard()], console=Console(file=out, width=200)) as log:
+        log.log(1, {"loss/x": 1.0})
+        monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", Mock(side_effect=error))
+        for step in (2, 3, 4):
+            log.log(step, {"loss/x": 1.0})
+            time.sleep(0.05)
+    assert out.getvalue().count("TensorBoard does not log: ") == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert threading.excepthook is hook
+
+
+def test_a_torn_id_is_replaced(tmp_path):
+    (tmp_path / "id").write_bytes(b"\xff\xfe\x00")
+    assert re.fullmatch(r"[0-9a-f]{8}", kept_id(tmp_path / "id"))

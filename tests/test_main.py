@@ -1,6 +1,7 @@
 """The command line: what each flag overrides, what a run leaves first, and one clear line for every mistake."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from absl.testing import flagsaver
 
 from ratiograph import command_line, config
-from ratiograph.training import trainer
+from ratiograph.training import checkpoints, logs, trainer
+from ratiograph.training.checkpoint_manager import config_digest
 from ratiograph.training.preemption import Preempted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +77,7 @@ def test_flags_override_the_file_and_the_gin_lines(main):
     assert (experiment.steps, experiment.seed, experiment.batch_size, experiment.precision) == (7, 3, 5, "fp32")
     assert experiment.data.urls == "mnist-heldout"
     assert experiment.task.optimizer.lr == 0.5
+    assert callable(arguments.pop("check_held"))
     assert arguments == {"workdir": Path("out"), "device": "cpu", "mode": "auto"}
 
 
@@ -103,7 +106,9 @@ def test_another_configuration_does_not_touch_a_run(main, capsys):
     assert (code, len(calls)) == (2, 1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: out/config.gin: .*Adam\.lr is 0\.0002 there and 0\.5 here\. Give another --workdir.*\n", error
+        r"error: out/config.gin: .*Adam\.lr is 0\.0002 there and 0\.5 here\. "
+        r"Give another --workdir.*: --allow_change=Adam\.lr\n",
+        error,
     )
     assert (Path("out/config.gin").read_bytes(), kept.read_bytes()) == (before, b"checkpoint")
 
@@ -117,6 +122,84 @@ def test_what_no_step_depends_on_may_change(main):
     saved = Path("out/config.gin")
     saved.write_text(re.sub(r"Experiment\.(keep_every|hang_minutes).*\n", "", saved.read_text()))
     assert main("--workdir=out")[0] == 0
+
+
+@pytest.mark.parametrize("allowed", ["Adam.lr", "Adam"])
+def test_a_change_that_is_allowed_is_taken_and_recorded(main, capsys, allowed):
+    main("--workdir=out")
+    finished("out")
+    change = ("--workdir=out", "--gin_param=Adam.lr=0.5")
+    assert main(*change, "--allow_change=Adam.betas")[0] == 2
+    assert main(*change, f"--allow_change={allowed}")[0] == 0
+    assert main(*change)[0] == 0
+    assert "Adam.lr = 0.5\n" in Path("out/config.gin").read_text()
+    found = [(entry["step"], entry["changes"]) for entry in logs.read_history(Path("out"))]
+    assert found == [(0, {}), (10, {"Adam.lr": ["0.0002", "0.5"]}), (10, {})]
+    page = Path("out/report.html").read_text()
+    assert "<p>from step 10: Adam.lr = [&#x27;0.0002&#x27;, &#x27;0.5&#x27;]</p>" in page
+    assert main("--workdir=out", "--allow_change=Adm.lr")[0] == 2
+    assert "--allow_change=Adm.lr: this configuration has no such binding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.gin", "report.html", "student.safetensors", "samples/step_00000000.png"])
+def test_a_stranger_s_file_is_not_written_over(main, capsys, name):
+    path = Path("theirs") / name
+    path.parent.mkdir(parents=True)
+    path.write_text("theirs\n")
+    assert main("--workdir=theirs")[0] == 2
+    assert f"{path} is there already, and theirs is no run's folder" in capsys.readouterr().err
+    assert [p for p in Path("theirs").rglob("*") if p.is_file()] == [path]
+    path.rename("theirs/slurm-7.out")
+    assert main("--workdir=theirs")[0] == 0
+
+
+def test_a_folder_is_a_run_s_without_its_lock(main):
+    main("--workdir=out")
+    Path("out/.lock").unlink()
+    assert main("--workdir=out")[0] == 0
+
+
+@pytest.mark.parametrize("text", [None, b"", b"\x00" * 64, b"Adam.lr = 0.5"])
+def test_where_the_configuration_is_lost_the_checkpoint_s_digest_decides(main, capsys, text):
+    main("--workdir=out")
+    saved = Path("out/config.gin")
+    whole = saved.read_bytes()
+    digest = config_digest(whole.decode())
+    checkpoints.save(Path("out/checkpoints"), 3, {"step": 3, "task": {}, "run": {"config": digest}})
+    saved.unlink() if text is None else saved.write_bytes(text)
+    assert main("--workdir=out", "--gin_param=Adam.lr=0.5")[0] == 2
+    assert "out/config.gin is lost or torn, and the checkpoint of step 3 was made with" in capsys.readouterr().err
+    assert main("--workdir=out")[0] == 0
+    assert saved.read_bytes() == whole
+
+
+def test_other_files_in_the_folder_of_checkpoints_are_left_alone(main):
+    main("--workdir=out")
+    path = finished("out")
+    for name in ("step_best.pt", "step_00000090 (copy).pt"):
+        path.with_name(name).write_bytes(b"")
+    assert main("--workdir=out")[0] == 0
+
+
+def test_temporaries_of_ended_processes_are_removed_and_others_stay(main):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = Path("out/samples")
+    here.mkdir(parents=True)
+    left = [Path(f"out/.student.safetensors.{gone.pid}.tmp"), here / f".step_00000002.png.{gone.pid}.tmp"]
+    kept = [here / f".step_00000002.png.{os.getppid()}.tmp", here / ".notes.tmp"]
+    for path in left + kept:
+        path.write_bytes(b"")
+    assert main("--workdir=out")[0] == 0
+    assert [path.exists() for path in left + kept] == [False, False, True, True]
+
+
+def test_loader_settings_may_change(main):
+    main("--workdir=out")
+    finished("out")
+    lines = [f"--gin_param=ShardStream.{line}" for line in ("workers=1", "prefetch=2", "memory_megabytes=8")]
+    assert main("--workdir=out", *lines)[0] == 0
+    assert main("--workdir=out", "--gin_param=ShardStream.shuffle_buffer=7")[0] == 2
 
 
 def test_a_folder_in_use_is_left_alone(main, capsys):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,16 +21,18 @@ from ratiograph.training.preemption import EXIT_CODE, Preempted, Preemption
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["Experiment.evaluator = None", "Experiment.batch_size = 16", "Experiment.log_every = 4", "MLP.width = 8"]
 
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
+
 
 def send(number):
     os.kill(os.getpid(), number)
 
 
 def handlers():
-    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    return [signal.getsignal(number) for number in SIGNALS]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_waits_for_the_step_and_is_named(number):
     before, reached = handlers(), []
 
@@ -45,6 +49,37 @@ def test_a_signal_waits_for_the_step_and_is_named(number):
         run()
     assert reached == [number.name]
     assert handlers() == before
+
+
+def test_under_nohup_a_terminal_s_end_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            send(signal.SIGHUP)
+        assert preemption.received == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_printed_to_a_closed_terminal_is_no_error():
+    """The process's terminal closes, which sends SIGHUP, and printing goes on until its step ends."""
+    pid, terminal = pty.fork()
+    if not pid:
+        code = 1
+        with suppress(BaseException):
+            try:
+                with Preemption() as preemption, preemption.at_step_ends():
+                    os.write(1, b"ready")
+                    while not preemption.received:
+                        time.sleep(0.01)
+                    os.write(1, b"saved")
+            except Preempted:
+                code = EXIT_CODE
+        os._exit(code)
+    os.read(terminal, 5)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == EXIT_CODE
 
 
 def test_a_signal_after_the_ranks_were_asked_waits_for_the_next_question():

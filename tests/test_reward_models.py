@@ -554,10 +554,10 @@ def test_files_that_do_not_fit(clip, hps, judged, tmp_path):
     with pytest.raises(ValueError, match=r"layers|0\.weight"):
         AestheticReward(weights=str(clip), head=str(tmp_path / "head.pth")).load()
     (tmp_path / "torn.pt").write_bytes((judged[0] / "ImageReward.pt").read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"torn\.pt is no file of tensors"):
+    with pytest.raises(ValueError, match=r"torn\.pt is damaged or no file of tensors"):
         ImageReward(weights=str(tmp_path / "torn.pt"), tokenizer=str(judged[0]), **TINY).load()
     torch.save({"state_dict": CLIPHead}, tmp_path / "code.pt")  # a class: more than tensors
-    with pytest.raises(ValueError, match=r"code\.pt is no file of tensors"):
+    with pytest.raises(ValueError, match=r"code\.pt is damaged or no file of tensors"):
         HPSv2Reward(weights=str(tmp_path / "code.pt"), model=hps[0]).load()
     with pytest.raises(ValueError, match="no model of open_clip"):
         HPSv2Reward(weights=str(hps[1]), model="tiny-hpz")

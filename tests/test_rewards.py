@@ -204,3 +204,22 @@ def test_a_reward_is_not_at_fault_for_samples_that_are_not_finite():
     reward(x0, FREE)
     whole = x0[x0.isfinite().all(1)]
     torch.testing.assert_close(take_means(reward)["Rooted"], whole[:, 0].sqrt().mean().float())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda x0: x0, r"gave float32 \[5, 2\] for x0 \[5, 2\]"),
+        (lambda x0: x0.sum(), r"gave float32 \[\]"),
+        (lambda x0: torch.ones(5, dtype=torch.long), r"gave int64 \[5\]"),
+        (lambda x0: 1.0, "gave float for"),
+    ],
+)
+def test_a_reward_of_another_shape_is_named_in_one_line(value, message):
+    class Own(Reward):
+        def log_reward(self, x0, condition):
+            return value(x0)
+
+    with pytest.raises(ValueError, match=f"the reward Own {message}") as error:
+        Own()(torch.zeros(5, 2), Condition())
+    assert "\n" not in str(error.value)

@@ -385,3 +385,12 @@ def test_points_are_no_images(run, tmp_path):
     assert (code, "samples of shape [2] are no images" in error) == (1, True)
     assert run("--samples=3", f"--out={tmp_path}/x.npz", folder=tmp_path)[0] == 0
     assert arrays(tmp_path / "x.npz")["x0"].shape == (3, 2)
+
+
+def test_samples_of_nan_are_not_written(run, workdir, tmp_path, monkeypatch):
+    from ratiograph.networks.students import OneStep
+
+    monkeypatch.setattr(OneStep, "forward", lambda self, z, condition: z * float("nan"))
+    code, error = run("--samples=4", f"--out={tmp_path / 'nan.png'}")
+    assert (code, "samples of the student hold NaN or infinity, and are not written" in error) == (1, True)
+    assert not (tmp_path / "nan.png").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ from ratiograph.networks.teachers.stable_diffusion import (
     EpsilonPrediction,
     SamplePrediction,
     StableDiffusion,
-    VelocityPrediction,
+    VPrediction,
 )
 from ratiograph.networks.weights.pipeline_files import fit, read_part
 from ratiograph.training import trainer
@@ -205,7 +206,7 @@ PROCESSES = [DDPM, VarianceExploding(), VariancePreserving(), RectifiedFlow()]
 
 
 @pytest.mark.parametrize("noising", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("prediction", [EpsilonPrediction, VelocityPrediction, SamplePrediction])
+@pytest.mark.parametrize("prediction", [EpsilonPrediction, VPrediction, SamplePrediction])
 def test_a_perfect_prediction_denoises_perfectly(noising, prediction):
     """Whatever the network predicts, told the truth about it mu is x0, under every process."""
     index = torch.tensor([1.0, 250.0, 640.0, 999.0])
@@ -213,7 +214,7 @@ def test_a_perfect_prediction_denoises_perfectly(noising, prediction):
     x0, noise = latents(4), latents(4, seed=3)
     truth = {
         EpsilonPrediction: noise,
-        VelocityPrediction: alpha * noise - sigma * x0,
+        VPrediction: alpha * noise - sigma * x0,
         SamplePrediction: x0,
     }[prediction]
     network = Told(truth)
@@ -255,7 +256,7 @@ def own_step(prediction, output, x, index):
     return scheduler.step(output, index, x).pred_original_sample
 
 
-@pytest.mark.parametrize("prediction", [EpsilonPrediction, VelocityPrediction, SamplePrediction])
+@pytest.mark.parametrize("prediction", [EpsilonPrediction, VPrediction, SamplePrediction])
 @pytest.mark.parametrize(("network", "sized"), [(SD15UNet, False), (SDXLUNet, True)])
 def test_equals_diffusers_unet_and_scheduler(network, sized, prediction):
     """To the bit at a step of the process, though under EDM's scaling of the same sample in another order."""
@@ -527,7 +528,7 @@ def test_an_empty_prompt_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="save the text encoder's states of the prompt ''"):
         EmptyPrompt(file=str(tmp_path / "none.safetensors")).load()
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         EmptyPrompt(file=str(tmp_path / "torn.safetensors")).load()
     other = EmptyPrompt(file=empty_prompt(tmp_path / "other.safetensors", text=torch.zeros(3, 16)))
     other.load()
@@ -666,3 +667,69 @@ def test_reported_guidance_and_steps():
             flat["Distillation.student_score_updates"],
         )
         assert found == expected, file
+
+
+# --- what the files of the teacher say --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "sd"
+    tiny_pipelines.sd15(folder)
+    return folder
+
+
+def told(whole, tmp_path, **said):
+    """A copy of the pipeline whose scheduler says so."""
+    folder = tmp_path / "sd"
+    shutil.copytree(whole, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    return str(folder)
+
+
+@pytest.mark.parametrize("source", ["", "unet", "unet/diffusion_pytorch_model.safetensors"])
+def test_prediction_and_betas_are_the_scheduler_files(whole, tmp_path, source):
+    said = {"prediction_type": "v_prediction", "beta_end": 0.014, "num_train_timesteps": 500}
+    folder = told(whole, tmp_path, **said)
+    model = StableDiffusion(network=UNetFromFolder(folder=folder), weights=str(Path(folder) / source))
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert isinstance(model.prediction, VPrediction)
+    assert torch.equal(model.native_alpha, scheduler.alphas_cumprod.sqrt())
+    assert OneStepDDPM(denoiser=model, timestep=499).process is model.process
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "message"),
+    [
+        ({"prediction_type": "v_prediction"}, {"prediction": EpsilonPrediction()}, "EpsilonPrediction.*v_prediction"),
+        ({}, {"process": ScaledLinearDDPM(beta_end=0.02)}, r"beta_end=0\.02.*beta_end=0\.012"),
+        ({"prediction_type": "flow"}, {}, "prediction_type flow"),
+        ({"rescale_betas_zero_snr": True}, {}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "linear"}, {}, "beta_schedule linear"),
+        ({"beta_start": None}, {}, "states no num_train_timesteps"),
+        ({"trained_betas": [0.1, 0.1, 0.4]}, {}, "trained_betas"),
+    ],
+)
+def test_a_line_that_contradicts_the_folder_is_refused(whole, tmp_path, said, given, message):
+    folder = told(whole, tmp_path, **said)
+    with pytest.raises(ValueError, match=message) as error:
+        StableDiffusion(network=UNetFromFolder(folder=folder), weights=folder, **given)
+    assert "scheduler_config.json" in str(error.value)
+
+
+def test_betas_of_an_export_are_their_process(whole, tmp_path):
+    betas = ScaledLinearDDPM().betas[:400].tolist()
+    folder = told(whole, tmp_path, num_train_timesteps=400, trained_betas=betas)
+    model = StableDiffusion(network=UNetFromFolder(folder=folder), weights=folder)
+    torch.testing.assert_close(model.process.alpha_table, ScaledLinearDDPM().alpha_table[:400])
+
+
+@pytest.mark.parametrize(("name", "value"), [("attention_head_dim", 4), ("norm_num_groups", 8), ("sample_size", 16)])
+def test_a_network_of_another_configuration_is_refused_though_its_tensors_fit(whole, tmp_path, name, value):
+    folder = Path(told(whole, tmp_path))
+    network = UNetFromFolder(folder=str(folder))
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"UNetFromFolder has {name}=\d+, and .* says {value}: "):
+        StableDiffusion(network=network, weights=str(folder))

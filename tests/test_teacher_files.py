@@ -150,3 +150,11 @@ def test_a_frozen_network_computes_what_autocast_does(name):
     held = {type(module): {p.dtype for p in module.parameters(recurse=False)} for module in frozen.modules()}
     assert held[torch.nn.Conv2d] == held[torch.nn.Linear] == {torch.bfloat16}
     assert held[torch.nn.GroupNorm] == {torch.float32}
+
+
+@pytest.mark.parametrize("described", ["[]", "{", 9000 * "[", '{"denoiser": 3}', '{"denoiser": "EDM"}'])
+def test_a_header_that_describes_no_denoiser_is_one_line(described):
+    denoiser = graph("net.safetensors")
+    save_weights(Path("net.safetensors"), denoiser, {"denoiser": described})
+    with pytest.raises(ValueError, match=r"^(the header of )?net\.safetensors"):
+        denoiser.load()

@@ -119,3 +119,15 @@ def test_bad_input_says_what_to_do(sd15, tmp_path):
     (tmp_path / "torn" / "text_encoder").rename(tmp_path / "torn" / "other")
     with pytest.raises(FileNotFoundError, match="no text_encoder at"):
         SD15CaptionEncoder(weights=str(tmp_path / "torn")).load()
+
+
+def test_a_tokenizer_without_a_length_takes_the_encoder_s(sd15, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(sd15[0], folder)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "model_max_length"}))
+    captions = ["ab", "a b c " * 20]
+    assert torch.equal(
+        loaded(SD15CaptionEncoder, folder).encode(captions).text,
+        loaded(SD15CaptionEncoder, sd15[0]).encode(captions).text,
+    )

@@ -220,6 +220,7 @@ def test_a_run_interrupted_after_its_last_step_writes_its_own_evaluation(tmp_pat
     experiment.task.weights = weights
     trainer.train(experiment, workdir=tmp_path, device="cpu")
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"title": "long"}
+    assert json.loads((tmp_path / "evaluation_step_00000002.json").read_text()) == {"title": "short"}
 
 
 def test_memory_and_throughput_are_logged_and_told(tmp_path, capsys):
@@ -322,3 +323,44 @@ def test_auto_precision_takes_bf16_only_in_hardware(monkeypatch, has):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="is no device"):
         trainer.choose_device("gpu0")
+
+
+def test_what_is_lost_or_torn_of_a_finished_run_is_made_again(tmp_path, capsys):
+    def finish(steps):
+        torch.manual_seed(0)
+        changes = [*TINY, "Experiment.evaluator = @DigitsEvaluator()"]
+        experiment = config.build(config.parse(["gin/mnist_sba.gin"], changes, {"Experiment.steps": steps}))
+        experiment.evaluator.before = lambda *_: [{"name": "untrained"}]
+        experiment.evaluator.after = lambda task, device, seed, before, folder: {"rows": before}
+        trainer.train(experiment, workdir=tmp_path, device="cpu")
+
+    finish(2)
+    names = ("student.safetensors", "ratio.safetensors", "evaluation.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    (tmp_path / names[0]).unlink()
+    for name in (*names[1:], "diagnostics.json"):
+        truncated(tmp_path / name)
+    finish(2)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    assert not (tmp_path / "diagnostics.json").exists()  # the next checkpoint has a new one
+    truncated(tmp_path / "before.json")
+    finish(3)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"rows": []}
+    assert re.search(r"before\.json is no JSON .*Removed", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {"step": 2, "run": {}}, "it has no task"),
+        (lambda state: [1], "it has no run"),
+        (lambda state: state | {"task": {"networks": {}}}, "of another graph"),
+        (lambda state: state | {"task": state["task"] | {"optimizers": {}}}, "another version .*KeyError"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_named(tmp_path, change, message):
+    run(tmp_path, steps=2)
+    folder = tmp_path / "checkpoints"
+    checkpoints.save(folder, 2, change(checkpoints.latest(folder)[1]))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, steps=3)

@@ -1,7 +1,10 @@
 """weight_files.py: safetensors in and out."""
 
+import zipfile
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ratiograph.networks.weights import weight_files
@@ -30,3 +33,48 @@ def test_wrong_torn_and_missing_weights_are_clear_errors(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"teacher\.safetensors is not a whole safetensors file"):
         weight_files.load_weights(path, net(5))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "ema.", "state_dict.model."])
+def test_names_of_wrappers_are_taken_off(prefix, tmp_path):
+    source, target = net(), net()
+    save_file({f"{prefix}{name}": t.clone() for name, t in source.state_dict().items()}, tmp_path / "w.safetensors")
+    weight_files.load_weights(tmp_path / "w.safetensors", target)
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
+def test_the_middle_of_a_name_and_nested_dicts():
+    tensor = torch.ones(2)
+    assert [*weight_files.plain_names({"network._orig_mod.a": tensor, "b": tensor})] == ["network.a", "b"]
+    assert [*weight_files.plain_names({"ema.a": tensor, "model.a": tensor})] == ["a"]
+    assert [*weight_files.plain_names({"model.a": tensor}, here=["model.a"])] == ["model.a"]
+    for wrapped in ({"ema": {"a": tensor}, "step": 3}, {"state_dict": {"model": {"module.a": tensor}}}):
+        assert weight_files.state_dict(wrapped) == {"a": tensor}
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_with_file_and_tensor(name, value, tmp_path):
+    tensors = {"a": torch.zeros(3), "b": torch.tensor([0.0, value, 1.0], dtype=torch.bfloat16)}
+    (save_file if name.endswith("s") else torch.save)(tensors, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} holds NaN or infinity, first in its tensor b"):
+        weight_files.read_state(tmp_path / name)
+
+
+def test_packed_archives_of_torch_are_refused_before_torch_reads_them(tmp_path):
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    assert weight_files.read_state(tmp_path / "plain.pt")["a"].shape == (10**6,)
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in plain.namelist():
+            packed.writestr(member, plain.read(member))
+    with pytest.raises(ValueError, match=r"packed\.pt is damaged or no file of tensors: refused compressed members"):
+        weight_files.read_state(tmp_path / "packed.pt")
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match="the tensor a, which is larger than its storage"):
+        weight_files.read_state(tmp_path / "wide.pt")

@@ -62,6 +62,17 @@ def test_what_a_killed_run_started_does_not_keep_its_lock(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_that_was_removed_is_no_longer_held(tmp_path, replaced):
+    with locked(tmp_path) as check_held:
+        check_held()
+        (tmp_path / ".lock").rename(tmp_path / "elsewhere")
+        if replaced:
+            (tmp_path / ".lock").write_text("")
+        with pytest.raises(ValueError, match=r"\.lock was removed or replaced while this run held it"):
+            check_held()
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write .*\.lock: File exists"), locked(tmp_path / "file"):

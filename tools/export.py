@@ -14,6 +14,7 @@ The parts beside the U-Net are the teacher's, from the run's own --teacher or fr
 model card (README.md) with the run's numbers and its graph, and the config.gin that repeats the run.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -25,6 +26,7 @@ command_line.define_bindings()
 flags.DEFINE_string("teacher", None, "Pipeline's folder for the parts beside the U-Net; the run's own by default.")
 flags.DEFINE_bool("half", False, "Write the U-Net in float16.")
 flags.DEFINE_bool("lora", False, "Write a LoRA, of a student that is one, instead of a pipeline.")
+SETTINGS = "call it with num_inference_steps=1, guidance_scale=1.0: the pipeline's own defaults are others"
 
 
 def main(arguments):
@@ -37,8 +39,10 @@ def main(arguments):
     lines, (workdir, out) = FLAGS.gin_param, map(Path, arguments)
     if FLAGS.lora:
         print(export.export_lora(workdir, out, bindings=lines))
+        print(SETTINGS, file=sys.stderr)
     elif export.is_pipeline(export.finished(workdir, lines)[1]):
         print(export.export_pipeline(workdir, out, teacher=FLAGS.teacher, half=FLAGS.half, bindings=lines))
+        print(SETTINGS, file=sys.stderr)
     elif of_pipeline:
         raise ValueError(f"{workdir} trained no student of Stable Diffusion: drop --half and --teacher")
     else:

@@ -339,7 +339,7 @@ def is_finished(cell: Cell, cfg: config.Config) -> bool:
     if not results or not saved.exists():
         return False
     remedy = "Give another --folder or row name, or delete the folder"
-    if differing := config.changes(cfg, saved, ignore=["Experiment.steps"]):
+    if differing := config.changes(cfg, saved):
         raise ValueError(f"row '{cell.name}': {cell.folder} holds another run: {differing[0]}. {remedy}")
     values = config.to_dict(cfg)
     logged = read_metrics(cell.folder / "metrics.jsonl")

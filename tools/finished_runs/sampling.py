@@ -205,6 +205,12 @@ def sample() -> None:
     def generate(indices: range) -> Tensor:
         """x0 [n, ...]; of a sheet [n, generators, ...], each generator with the same draws."""
         images = [decode(each(SampleDraws(FLAGS.seed, indices, device)).float()).cpu() for each in found.values()]
+        for name, made in zip(found, images, strict=True):
+            if not made.isfinite().all():
+                raise ValueError(
+                    f"samples of the {name.split()[0]} hold NaN or infinity, and are not written: its training "
+                    "diverged, or it needs --precision=fp32"
+                )
         return torch.stack(images, 1) if isinstance(out, sample_files.CaptionSheet) else images[0]
 
     def labels(indices: range) -> Tensor | None:

@@ -105,13 +105,17 @@ class ScaledLinearDDPM(NoisingProcess):
     ):
         if not (steps >= 2 and 0 < beta_start < beta_end < 1):
             raise ValueError("ScaledLinearDDPM needs steps >= 2 and 0 < beta_start < beta_end < 1")
+        self.steps, self.beta_start, self.beta_end = steps, beta_start, beta_end
         self.t_range = (0.0, steps - 1.0)
         # On the CPU even when the graph is built on the meta device: the table is data, not a weight.
-        beta = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64, device="cpu").square()
-        log_alpha2 = torch.log1p(-beta).cumsum(0)
+        self.betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64, device="cpu").square()
+        log_alpha2 = torch.log1p(-self.betas).cumsum(0)
         self.alpha_table = torch.exp(log_alpha2 / 2)
         self.sigma_table = torch.sqrt(-torch.expm1(log_alpha2))
         self.log_relative_table = torch.log(self.sigma_table / self.alpha_table)
+
+    def __str__(self) -> str:
+        return f"steps={self.steps}, beta_start={self.beta_start:.6g}, beta_end={self.beta_end:.6g}"
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         index = t.round().long()

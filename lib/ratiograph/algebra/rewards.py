@@ -44,12 +44,30 @@ class Reward(nn.Module):
         raise NotImplementedError
 
     def forward(self, x0: Tensor, condition: Condition) -> Tensor:
-        """``log_reward``; its mean over the samples whose x0 is finite is recorded for ``take_means``."""
-        log_reward = self.log_reward(x0, condition)
+        """``log_reward``; its mean over the samples whose x0 is finite is recorded for ``take_means``.
+
+        Raises:
+            ValueError: it raised an error, or returned something else than a number [B] for each sample.
+        """
+        log_reward = self._checked(x0, condition)
         finite = x0.detach().flatten(1).isfinite().all(1)
         values = torch.where(finite, log_reward.detach().float(), 0.0)
         sums = torch.stack([values.sum(), finite.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
+        return log_reward
+
+    def _checked(self, x0: Tensor, condition: Condition) -> Tensor:
+        name = type(self).__name__
+        log_reward = self.log_reward(x0, condition)
+        numbers = isinstance(log_reward, Tensor) and log_reward.is_floating_point()
+        if not numbers or log_reward.shape != x0.shape[:1]:
+            found = type(log_reward).__name__
+            if isinstance(log_reward, Tensor):
+                found = f"{str(log_reward.dtype).removeprefix('torch.')} {list(log_reward.shape)}"
+            raise ValueError(
+                f"the reward {name} gave {found} for x0 {list(x0.shape)}: its log_reward must return floating-point "
+                f"numbers [B], here [{len(x0)}]"
+            )
         return log_reward
 
     def take_mean(self) -> Tensor | None:

@@ -5,7 +5,7 @@ Imports `core` alone; it finds the components of other rooms by walking the pack
 """
 
 from ratiograph.config.components import is_component, register
-from ratiograph.config.configuration import Config, build, parse, save, to_dict
+from ratiograph.config.configuration import Config, build, parse, save, text, to_dict
 from ratiograph.config.differences import changes
 from ratiograph.config.locating import check_files
 from ratiograph.config.values import ConfigError
@@ -20,5 +20,6 @@ __all__ = [
     "parse",
     "register",
     "save",
+    "text",
     "to_dict",
 ]

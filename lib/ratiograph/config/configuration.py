@@ -38,9 +38,10 @@ from ratiograph.config.values import (
     spell,
     writable,
 )
+from ratiograph.core.files import write_atomically
 from ratiograph.core.foreign import shown
 
-__all__ = ["Config", "build", "parse", "save", "to_dict"]
+__all__ = ["Config", "build", "parse", "save", "text", "to_dict"]
 
 REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, RuntimeError, MemoryError, OSError)
 """What constructors, torch's included, raise for values that they cannot work with."""
@@ -70,7 +71,8 @@ class Config:
 # --- the public functions -----------------------------------------------------------------------------------
 
 
-def _text(cfg: Config) -> str:
+def text(cfg: Config) -> str:
+    """The whole configuration, defaults included, as one gin file that parses to the same one."""
     lines = [*(f"import {module}" for module in cfg.imports)]
     lines += [assignment(name, s.value) for name, s in cfg.macros.items()]
     for (scope, name), values in cfg.values().items():
@@ -163,11 +165,12 @@ def _refusal(cfg: Config, error: Exception) -> str:
 
 
 def save(cfg: Config, path: str | Path) -> None:
-    """Writes the whole configuration, defaults included, as one gin file that parses to the same one."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(_text(cfg), encoding="utf-8")
-    aside.replace(path)
+    """Writes ``text(cfg)``.
+
+    Raises:
+        ValueError: the file cannot be written; an earlier one is intact.
+    """
+    write_atomically(Path(path), text(cfg).encode())
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

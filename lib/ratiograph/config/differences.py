@@ -8,16 +8,17 @@ default that one file spells out and an older one does not.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ratiograph.config.components import components
 from ratiograph.config.configuration import Config, parse
 from ratiograph.config.reader import gin_text, parse_text, short
 from ratiograph.config.values import ConfigError, Statement, expand, literal, spell
 
-__all__ = ["ABSENT", "Difference", "bindings", "changes", "differences", "full_bindings", "read_bindings"]
+__all__ = ["ABSENT", "Change", "Difference", "bindings", "changes", "differences", "full_bindings", "read_bindings"]
 
 ABSENT = "–"
 """Written for a run that has no such component."""
@@ -31,6 +32,18 @@ class Difference:
 
     name: str
     values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A binding with another value there than here, in gin's words; 'absent' without such a component."""
+
+    name: str
+    there: str
+    here: str
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.there} there and {self.here} here"
 
 
 def read_bindings(path: Path) -> dict[str, object]:
@@ -78,20 +91,27 @@ def bindings(cfg: Config) -> dict[str, object]:
     }
 
 
-def changes(cfg: Config, path: str | Path, *, ignore: Collection[str] = ()) -> list[str]:
-    """Where ``cfg`` and a saved configuration differ: 'SBA.lam is 0.5 there and 2.0 here', one a binding.
+def changes(cfg: Config, path: str | Path) -> list[Change]:
+    """Where ``cfg`` and a saved configuration differ, without parameters on which no step of a run depends.
+
+    A component's class lists those by name in its ``harmless``.
 
     Args:
         cfg: the configuration "here".
         path: the saved one "there"; parameters that it leaves out have their present defaults.
-        ignore: bindings that may differ, e.g. ``["Experiment.steps"]``.
 
     Raises:
         ConfigError: as ``read_bindings``.
     """
     found = differences({"there": full_bindings(Path(path), cfg.root), "here": bindings(cfg)})
     rows = [(d.name, *("absent" if value == ABSENT else value for value in d.values)) for d in found]
-    return [f"{name} is {there} there and {here} here" for name, there, here in rows if name not in ignore]
+    return [Change(*row) for row in rows if not _is_harmless(row[0])]
+
+
+def _is_harmless(binding: str) -> bool:
+    component, _, parameter = binding.rpartition("/")[2].rpartition(".")
+    known = components.get(component)
+    return known is not None and parameter in getattr(known.make, "harmless", ())
 
 
 def differences(runs: Mapping[str, Bindings]) -> list[Difference]:

@@ -5,8 +5,8 @@ compute the same numbers. Per-sample scalars are few, so they are gathered whole
 Gradients are averaged once an update, after all backward passes, in buckets.
 
 Every exchange waits for the slowest rank, so there are few: what is gathered at one place is sent together, and an
-exchange whose result is not needed at once (`Gathering`, `Averaging`) runs beside the networks. All ranks must begin
-the same exchanges in the same order.
+exchange whose result is not needed at once (`Gathering`, `averaging.Averaging`) runs beside the networks. All ranks
+must begin the same exchanges in the same order.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ import datetime
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from ratiograph.core.foreign import shown
 
 __all__ = [
-    "Averaging",
     "Gathering",
+    "agreed",
     "any_rank",
-    "average_gradients",
     "average_metrics",
+    "check_same",
     "from_main",
     "gather",
     "gather_together",
     "is_main",
+    "joined",
     "local_rank",
     "own_part",
     "rank",
@@ -43,10 +48,6 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
-
-BUCKET = 32 * 2**20
-"""Elements of a bucket of gradients: the latency of an exchange does not show, and the copy is small."""
-
 
 _hosts: dist.ProcessGroup | None = None
 """The group for messages between hosts: gloo where GPUs use nccl; None, the default group, elsewhere."""
@@ -67,13 +68,37 @@ def is_main() -> bool:
     return rank() == 0
 
 
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+
 def _environment() -> tuple[int, int, int]:
     """(rank, ranks, rank on this machine) as ``torchrun`` or ``srun`` tell them; (0, 1, 0) without either."""
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), *([_SLURM] if _by_srun() else [])):
         if all(name in os.environ for name in names):
-            number, count, local = (int(os.environ[name]) for name in names)
+            number, count, local = map(_number, names)
+            if number >= count:
+                raise ValueError(f"{names[0]}={number} must be below {names[1]}={count}: start with torchrun or srun")
             return number, count, local
     return 0, 1, 0
+
+
+def _number(name: str) -> int:
+    """The environment variable ``name``, a whole number >= 0."""
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ValueError(
+            f"the environment variable {name}='{shown(text)}' is no number: torchrun or srun sets it; unset it, or "
+            "start with one of them"
+        )
+    return int(text)
+
+
+def _by_srun() -> bool:
+    """Whether SLURM numbers this process as one of several that srun started: not in the script of a job itself.
+
+    In a shell of salloc the step's number is one of SLURM's own, beyond 2^31.
+    """
+    return "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_ID") < 2**31
 
 
 def local_rank() -> int:
@@ -88,32 +113,58 @@ def ranks_here() -> int:
     return int(same[1]) if same else ranks()
 
 
-def start(device: torch.device, minutes: float = 30.0) -> None:
+def start(device: torch.device, minutes: float = 30.0, patience: float = 10.0) -> None:
     """Joins the other processes of a ``torchrun`` or ``srun`` launch, over nccl for GPUs and gloo for CPUs.
 
     Args:
         device: where tensors lie that will be exchanged.
-        minutes: how long a rank waits for the others before the run ends with their names.
+        minutes: how long a rank waits for the others in an exchange before the run ends.
+        patience: minutes that it waits for them to start; after 5 seconds a line says so.
 
     Raises:
-        ValueError: more than one process was started without an address where they can meet.
+        ValueError: more than one process was started without an address where they can meet, or they did not come;
+            a variable that says which process this is is no number.
     """
     number, count, _ = _environment()
+    if count == 1 and not _by_srun() and "WORLD_SIZE" not in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        tasks = _number("SLURM_NTASKS")
+        print(f"this process runs alone: the job has {tasks} tasks, and srun starts them (srun python ...)", flush=True)
     if count == 1 or dist.is_initialized():
         return
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")))
-    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000))
-    if not os.environ["MASTER_ADDR"]:
-        raise ValueError(f"rank {number} of {count} does not know where the others are: start with torchrun or srun")
+    place = _meeting_place(number, count)
+    said = threading.Timer(5.0, print, (f"rank {number} of {count} waits at {place} for the others",), {"flush": True})
+    said.daemon = True
+    said.start()
     global _hosts
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=number,
-        world_size=count,
-        timeout=datetime.timedelta(minutes=minutes),
-    )
-    if device.type == "cuda":
-        _hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
+    limit = datetime.timedelta(minutes=minutes)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", number, count, timeout=datetime.timedelta(minutes=patience)))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
+        if device.type == "cuda":
+            _hosts = dist.new_group(backend="gloo", timeout=limit)
+    except (dist.DistError, RuntimeError) as error:
+        raise ValueError(
+            f"rank {number} of {count} did not meet the others at {place} ({shown(error).partition('. ')[0]}). Start "
+            "every rank, by torchrun or by srun (use srun in a job's script), with an address that all can reach"
+        ) from error
+    finally:
+        said.cancel()
+
+
+def _meeting_place(number: int, count: int) -> str:
+    """Sets MASTER_ADDR and MASTER_PORT where the launcher has not; returns 'address:port'."""
+    address = os.environ.get("MASTER_ADDR") or _first_host(os.environ.get("SLURM_JOB_NODELIST", ""))
+    if not address:
+        raise ValueError(f"rank {number} of {count} does not know where the others are: start with torchrun or srun")
+    os.environ["MASTER_ADDR"] = address
+    job = _number("SLURM_JOB_ID") if "SLURM_JOB_ID" in os.environ else 0
+    os.environ.setdefault("MASTER_PORT", str(20_000 + job % 20_000))
+    if not 0 < _number("MASTER_PORT") < 2**16:
+        raise ValueError(
+            f"the environment variable MASTER_PORT={os.environ['MASTER_PORT']} is no port: give 1 to 65535"
+        )
+    return f"{shown(address)}:{os.environ['MASTER_PORT']}"
 
 
 def _first_host(nodes: str) -> str:
@@ -126,6 +177,73 @@ def stop() -> None:
     """Leaves the other processes."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """A context manager of `start` and `stop`: a rank whose exchange fails because another has ended says so.
+
+    Raises:
+        ValueError: as `start`; another rank has ended.
+    """
+    start(device)
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
+        raise ValueError(
+            f"rank {rank()} ends because another rank has ended, whose error says why. The same command goes on from "
+            "the last checkpoint"
+        ) from error
+    finally:
+        stop()
+
+
+_LOST = re.compile(
+    r"Connection (closed|reset|refused|timed out)|Broken pipe|Timed out waiting|communicator was aborted"
+)
+"""What gloo and nccl say when a peer is gone."""
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """An error of the body on some ranks ends it on all: the others raise a ValueError that repeats the first.
+
+    The body must not exchange anything.
+    """
+    mistake: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mistake = error
+    found = _all_objects(None if mistake is None else str(mistake) or repr(mistake))
+    if mistake is not None:
+        raise mistake
+    for number, theirs in enumerate(found):
+        if theirs is not None:
+            raise ValueError(f"rank {number}: {theirs}")
+
+
+def check_same(facts: Mapping[str, object]) -> None:
+    """Raises a ValueError on every rank, which names the first difference, unless all have the same ``facts``."""
+    held = _all_objects(dict(facts))
+    for number, theirs in enumerate(held):
+        for name in {**held[0], **theirs}:
+            here, there = (each.get(name, "absent") for each in (held[0], theirs))
+            if here != there:
+                raise ValueError(
+                    f"rank {number} runs something else: {name} is {shown(there)} there and {shown(here)} on rank 0. "
+                    "Start every rank with the same command, files and versions"
+                )
+
+
+def _all_objects(value: object) -> list:
+    """The ``value`` of every rank, in their order."""
+    held = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(held, value, group=_hosts)
+    return held
 
 
 def any_rank(flag: bool) -> bool:
@@ -207,68 +325,6 @@ def is_sharded(value: object) -> bool:
     # Without that module there is no DTensor, and importing it takes as long as importing all of ours.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
-
-
-class Averaging:
-    """Averages gradients over the ranks in the background, all buckets at once, from construction to ``finish``.
-
-    In between a gradient is a part of its bucket and holds a partial sum: nothing may read or add to ``p.grad``. Which
-    parameters have a gradient must be the same on every rank, as it is for one graph. Gradients of sharded weights
-    (`parallel.Sharded`) are means already.
-
-    Args:
-        parameters: whose gradients are averaged.
-    """
-
-    @torch.no_grad()
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self._work = []
-        if ranks() == 1:
-            return
-        for bucket in _buckets([p for p in parameters if p.grad is not None and not is_sharded(p.grad)]):
-            total = _joined(bucket).div_(ranks())
-            self._work.append(dist.all_reduce(total, async_op=True))
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to wait for."""
-        return bool(self._work)
-
-    def finish(self) -> None:
-        """Waits until the gradients are means; on a GPU, later work on the same stream waits for them instead."""
-        for work in self._work:
-            work.wait()
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces each gradient by its mean over the ranks, see `Averaging`."""
-    Averaging(parameters).finish()
-
-
-def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The gradients one after another [n]; afterwards they are views of it, strides and all: no copy back is due."""
-    gradients = [parameter.grad for parameter in parameters]
-    total = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
-    parts = total.split([gradient.numel() for gradient in gradients])
-    # As empty_like, which keeps the strides of a gradient without holes, and makes those of any other contiguous.
-    strides = [torch.empty_like(gradient, device="meta").stride() for gradient in gradients]
-    views = [part.as_strided(g.shape, stride) for part, g, stride in zip(parts, gradients, strides, strict=True)]
-    torch._foreach_copy_(views, gradients)
-    for parameter, view in zip(parameters, views, strict=True):
-        parameter.grad = view
-    return total
-
-
-def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Neighbours with gradients of one type together, up to ``BUCKET`` elements."""
-    buckets: list[list[nn.Parameter]] = []
-    held = 0
-    for parameter in parameters:
-        if not buckets or held + parameter.numel() > BUCKET or buckets[-1][0].grad.dtype != parameter.grad.dtype:
-            buckets.append([])
-            held = 0
-        buckets[-1].append(parameter)
-        held += parameter.numel()
-    return buckets
 
 
 def average_metrics(metrics: Mapping[str, float], device: torch.device) -> dict[str, float]:

@@ -8,12 +8,15 @@ nothing between.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Missing", "clear_storage_errors", "sync_folder", "write_atomically"]
+__all__ = ["Missing", "clear_storage_errors", "remove_temporaries", "sync_folder", "write_atomically"]
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp", re.DOTALL)
 
 
 class Missing(FileNotFoundError):
@@ -86,3 +89,26 @@ def write_atomically(path: Path, write: bytes | Callable[[BinaryIO], None]) -> N
                 temporary.unlink()
             raise
         sync_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes the temporaries in ``folder`` and in the folders right below it, but not those of other live processes.
+
+    Call it where this process writes nothing there at the moment.
+    """
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        named = _TEMPORARY.fullmatch(path.name)
+        if named and not _is_another_process(int(named[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_another_process(pid: int) -> bool:
+    """Whether such a process lives on this machine. A container often gives a new process the number of the last."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid != os.getpid()

@@ -42,6 +42,8 @@ class SampleStream:
 
     filtered = False
     """Whether ``rejection`` may leave out samples."""
+    harmless = frozenset({"workers", "prefetch", "memory_megabytes"})
+    """The parameters that a run may go on with changed: the samples and their order do not depend on them."""
 
     def __init__(
         self, urls: str, shuffle_buffer: int, workers: int, prefetch: int, memory_megabytes: int, max_damaged: float

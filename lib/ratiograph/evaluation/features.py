@@ -23,7 +23,7 @@ from ratiograph.core.domains import PositiveInt
 from ratiograph.data.remote import cache_folder
 from ratiograph.evaluation.result_cache import file_identity
 from ratiograph.networks.architectures.classifier import DigitClassifier
-from ratiograph.networks.weights.weight_files import load_weights
+from ratiograph.networks.weights.weight_files import load_weights, read_state
 
 __all__ = [
     "DigitFeatures",
@@ -264,14 +264,3 @@ class DigitFeatures(FeatureExtractor):
 
     def logits(self, features):
         return self.classifier.classify(features.to(self.classifier.to_logits.weight.device))
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict saved by torch, read without executing anything in it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or no file of weights ({type(error).__name__}): fetch it again") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no state dict: fetch it again")
-    return state

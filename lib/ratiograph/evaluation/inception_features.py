@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ratiograph.data.embedded import cache_folder
-from ratiograph.evaluation.features import FeatureExtractor, missing_weights, read_state
+from ratiograph.evaluation.features import FeatureExtractor, missing_weights
+from ratiograph.networks.weights.weight_files import read_state, require_finite
 
 __all__ = ["InceptionFeatures", "LegacyInceptionFeatures", "TensorFlowInceptionFeatures"]
 
@@ -47,11 +48,12 @@ class InceptionFeatures(FeatureExtractor):
                 network = torch.jit.load(self.weights, map_location="cpu")
             self._classifier = network.output.weight.detach()
             assert network.layers is not None
-            return network
         except (RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"{self.weights} is not clean-fid's Inception file; fetch it again from {self.url}"
             ) from error
+        require_finite(network.state_dict(), self.weights)
+        return network
 
     def to(self, device):
         self._classifier = self._classifier.to(device)

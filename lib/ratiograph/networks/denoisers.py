@@ -7,17 +7,17 @@ features and the denoised sample come from one pass, and where only features are
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Scale
 from ratiograph.core.files import Missing
+from ratiograph.core.foreign import parse_json, shown
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.compilation import compile_blocks
 from ratiograph.networks.weights.weight_files import load_weights, locate_weights, read_header, shipped
@@ -43,6 +43,8 @@ class EDM(Denoiser):
     """
 
     autocast_dtype: torch.dtype | None = None
+    process: ScaledLinearDDPM | None = None
+    """The discrete process that the network was trained on, if there is one."""
 
     def __init__(
         self, *, network: nn.Module, sigma_data: Scale = 0.5, weights: str | None = None, compiled: bool = False
@@ -75,20 +77,23 @@ class EDM(Denoiser):
         path = locate_weights(self.weights, type(self).__name__)
         described = read_header(path).get("denoiser")
         if described is not None:
-            self._check_description(path, json.loads(described))
+            self._check_description(path, parse_json(described, f"the header of {path}"))
         load_weights(path, self)
 
-    def _check_description(self, path: Path, described: Mapping) -> None:
+    def _check_description(self, path: Path, described: object) -> None:
         """ValueError unless the file describes this denoiser and network; widths are checked by the tensors' shapes."""
         wrong = []
         for kind, module in (("denoiser", self), ("network", self.network)):
-            ours = type(module).__name__
-            if described[kind] != ours:
-                wrong.append(f"its {kind} is a {described[kind]}, here it is a {ours}")
-            for name, theirs in described[f"{kind}_arguments"].items():
-                here = getattr(module, name, theirs)
-                if name in DESCRIBED and here != theirs:
-                    wrong.append(f"its {name} is {theirs}, here it is {here} ({ours}.{name})")
+            ours, found = type(module).__name__, described if isinstance(described, dict) else {}
+            theirs, arguments = found.get(kind), found.get(f"{kind}_arguments")
+            if not isinstance(theirs, str) or not isinstance(arguments, dict):
+                raise ValueError(f"{path} does not say in its header which {kind} it is of: convert it again")
+            if theirs != ours:
+                wrong.append(f"its {kind} is a {shown(theirs)}, here it is a {ours}")
+            for name in arguments.keys() & {*DESCRIBED}:
+                value, here = arguments[name], getattr(module, name, arguments[name])
+                if here != value:
+                    wrong.append(f"its {name} is {shown(value)}, here it is {here} ({ours}.{name})")
         if wrong:
             raise ValueError(
                 f"{path} holds weights of another network: {'; '.join(wrong)}. Configure the network as the file's, or "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import shown
 from ratiograph.data.remote import cache_folder
 from ratiograph.data.shards import file_digest
 from ratiograph.networks.architectures.edm import ADM, DDPMPP, NCSNPP
@@ -62,7 +63,7 @@ def _preconditioning(official: OfficialNetwork, requested: str | None) -> tuple[
     sigma_data = {"sigma_data": float(settings.get("sigma_data", 0.5))}
     known = {"EDMPrecond": EDM, "VPPrecond": VPPreconditioned, "VEPrecond": VEPreconditioned}
     if name is not None and name not in known:
-        raise ValueError(f"its network is a {name}; only {', '.join(known)} can be converted")
+        raise ValueError(f"its network is a {shown(name)}; only {', '.join(known)} can be converted")
     found = known[name].__name__ if name else requested or EDM.__name__
     if requested not in (None, found):
         raise ValueError(f"its network is a {name}, so its denoiser is {found} and not {requested}")
@@ -97,7 +98,7 @@ def _check_filters(tensors: Mapping[str, Tensor]) -> None:
         if name.endswith(".resample_filter"):
             taps = torch.tensor({2: [0.5, 0.5], 4: [0.125, 0.375, 0.375, 0.125]}[tensor.shape[-1]])
             if not torch.allclose(tensor.float(), torch.outer(taps, taps)):
-                raise ValueError(f"{name} is neither (1, 1) nor (1, 3, 3, 1)")
+                raise ValueError(f"{shown(name)} is neither (1, 1) nor (1, 3, 3, 1)")
 
 
 def _architecture(official: OfficialNetwork) -> tuple[str, dict[str, int | float | tuple[int, ...]]]:
@@ -175,7 +176,7 @@ def our_name(name: str, resolution: int) -> str:
     found = re.fullmatch(r"([1-9]\d*)x\1_([a-z_]+)(\d*)", rest[0]) if first in ("enc", "dec") and rest else None
     place = _PLACES.get(f"{first}.{found[2]}") if found else _TOP.get(first)
     if place is None:
-        raise ValueError(f"its tensor {name} has no place in DDPM++, NCSN++ or ADM")
+        raise ValueError(f"its tensor {shown(name)} has no place in DDPM++, NCSN++ or ADM")
     if found:
         level = (resolution // int(found[1])).bit_length() - 1
         place, rest = place.format(level=level, previous=level - 1, index=found[3]), rest[1:]
@@ -211,7 +212,7 @@ def convert(official: OfficialNetwork, preconditioning: str | None = None) -> tu
     try:
         network, network_arguments = _architecture(official)
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"a tensor is missing or has the wrong shape ({error})") from error
+        raise ValueError(f"a tensor is missing or has the wrong shape ({shown(error)})") from error
     description = Description(denoiser, denoiser_arguments, network, network_arguments)
     tensors = _renamed(official.tensors, network_arguments["resolution"])
     with torch.device("meta"):
@@ -266,10 +267,10 @@ def convert_file(path: Path | str, folder: Path | str, preconditioning: str | No
         raise ValueError(f"{path} cannot be converted: {error}") from error
     digest = file_digest(path)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    document = {**asdict(description), "parameters": parameters, "source": path.name, "source_sha256": digest}
-    title = f"The network of {path.name}, {parameters:,} parameters."
+    document = {**asdict(description), "parameters": parameters, "source": shown(path.name), "source_sha256": digest}
+    title = f"The network of {shown(path.name)}, {parameters:,} parameters."
     weights = folder / "weights.safetensors"
-    header = {"source": path.name, "source_sha256": digest, "denoiser": json.dumps(asdict(description))}
+    header = {"source": shown(path.name), "source_sha256": digest, "denoiser": json.dumps(asdict(description))}
     save_weights(weights, denoiser, header)
     write_atomically(folder / "network.json", (json.dumps(document, indent=1) + "\n").encode())
     write_atomically(folder / "network.gin", description.gin(weights, title).encode())

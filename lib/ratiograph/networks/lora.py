@@ -76,7 +76,7 @@ class LoRA(nn.Module):
     def load(self, weights: str) -> None:
         """Loads the base's weights, as the base's own ``load``."""
         base = {name: owner._parameters[key] for name, owner, key in base_slots(self.unet)}
-        fit(type(self.network).__name__, base, self.network.read(weights), weights)
+        fit(f"LoRA.network = @{type(self.network).__name__}()", base, self.network.read(weights), weights)
         self.network.filled = True
 
     def draw(self) -> None:

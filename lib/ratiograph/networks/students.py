@@ -60,11 +60,14 @@ class OneStepDDPM(OneStep):
     Args:
         denoiser: the network.
         timestep: T, an index of the process: 999 for SD 1.5, 399 for SDXL in DMD2.
-        process: the discrete process; Stable Diffusion's by default.
+        process: the discrete process; None takes the denoiser's own, Stable Diffusion's where it has none.
     """
 
     def __init__(self, *, denoiser: EDM, timestep: NonNegativeInt = 999, process: ScaledLinearDDPM | None = None):
-        process = ScaledLinearDDPM() if process is None else process
+        own = denoiser.process
+        process = process or own or ScaledLinearDDPM()
+        if own is not None and str(process) != str(own):
+            raise ValueError(f"OneStepDDPM.process has {process}, and its denoiser's has {own}: leave the line out")
         last = int(process.t_range[1])
         if not 0 <= timestep <= last:
             raise ValueError(f"OneStepDDPM.timestep={timestep} must be a step of the process, 0 to {last}")

@@ -22,6 +22,7 @@ from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
 from ratiograph.networks.weights.encoder_files import text_facts
 from ratiograph.networks.weights.pipeline_files import folder_of, missing_package, weights_of
+from ratiograph.networks.weights.weight_files import require_finite
 
 __all__ = ["CaptionEncoder", "SD15CaptionEncoder", "SDXLCaptionEncoder"]
 
@@ -57,6 +58,11 @@ class CaptionEncoder(nn.Module):
             folder = self._folder(self.weights, tokenizer, weights=False)
             tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True))
             encoders.append(_read(getattr(transformers, model), self._folder(self.weights, encoder, weights=True)))
+            words, known = len(tokenizers[-1]), encoders[-1].config.vocab_size
+            if words > known:
+                raise ValueError(
+                    f"{folder} has {words:,} words, {encoder} beside it knows {known:,}: they are of different models"
+                )
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
 
     @classmethod
@@ -101,11 +107,11 @@ class CaptionEncoder(nn.Module):
     def _ids(self, number: int, captions: Sequence[str]) -> Tensor:
         if not self.tokenizers:
             raise ValueError(f"{type(self).__name__} has no weights yet: call load() first")
-        tokenizer = self.tokenizers[number]
+        tokenizer, places = self.tokenizers[number], self.encoders[number].config.max_position_embeddings
         tokens = tokenizer(
             list(captions),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=min(tokenizer.model_max_length, places),  # 1e30 where the tokenizer's files name no length
             truncation=True,
             return_tensors="pt",
         )
@@ -158,6 +164,7 @@ def _read(model: type, folder: Path) -> nn.Module:
         raise ValueError(
             f"{folder} lacks {absent[0]} and {len(absent) - 1} more weights of a {model.__name__}: copy it again"
         )
+    require_finite(encoder.state_dict(), folder)
     return encoder.requires_grad_(False).eval()
 
 

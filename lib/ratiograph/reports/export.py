@@ -22,10 +22,12 @@ import torch
 from torch import nn
 
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import read_json
 from ratiograph.networks.lora import LoRA
 from ratiograph.networks.students import OneStep, OneStepDDPM
 from ratiograph.networks.teachers.stable_diffusion import StableDiffusion
 from ratiograph.networks.weights.pipeline_files import HUB, SMALL_FILES, folder_of, weights_of
+from ratiograph.networks.weights.weight_files import read_tensors
 from ratiograph.reports import model_card
 from ratiograph.tasks import student_files
 from ratiograph.tasks.student_files import CONDITIONS, WEIGHTS
@@ -118,7 +120,7 @@ def export_pipeline(
     experiment, student = load_student(Path(workdir), bindings)
     source = _pipeline(student.denoiser.weights if teacher is None else teacher)
     with _whole_folder(out) as made:
-        index = json.loads((source / "model_index.json").read_text())
+        index = read_json(source / "model_index.json")
         for part, kind in index.items():
             if isinstance(kind, list) and part not in ("unet", "scheduler"):
                 index[part] = kind if _copy_part(source / part, made / part) else [None, None]
@@ -252,12 +254,12 @@ def _copy_part(source: Path, target: Path) -> bool:
     for path in (path for pattern in SMALL_FILES for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)
     for path in weights_of(source):
-        tensors = safetensors.torch.load_file(path)
+        tensors = read_tensors(path)[0]
         single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         safetensors.torch.save_file(single, target / path.name.replace(".fp16.", "."), metadata={"format": "pt"})
     written = target / "config.json"
     if written.is_file():
-        described = json.loads(written.read_text())
+        described = read_json(written)
         named = {name: "float32" for name in ("dtype", "torch_dtype") if name in described}
         written.write_text(json.dumps(described | named, indent=2) + "\n")
     return True
@@ -280,6 +282,6 @@ def _write_rest(made: Path, workdir: Path, experiment: object, student: OneStepD
         usage=usage.format(out=Path(out).name, teacher=teacher),
         remark=(
             f"One network evaluation at step {student.timestep}; guidance is part of the student, so `guidance_scale` "
-            "stays 1."
+            "must be set to 1: the pipeline's own default is another."
         ),
     )

@@ -45,6 +45,7 @@ USE_PIPELINE = """import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float16).to("cuda")
+# Without guidance_scale=1.0 the pipeline guides by its own 7.5, which files cannot change and a student does not need.
 image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
 USE_LORA = """import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -52,6 +53,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{teacher}", torch_dtype=torch.float16).to("cuda")
 pipeline.scheduler = DDIMScheduler.from_pretrained("{out}", subfolder="scheduler")
 pipeline.load_lora_weights("{out}")
+# Without guidance_scale=1.0 the pipeline guides by its own 7.5, which files cannot change and a student does not need.
 image = pipeline("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]"""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ratiograph.core import distributed
@@ -13,7 +14,14 @@ from ratiograph.training.experiment import Experiment
 __all__ = ["run_and_report"]
 
 
-def run_and_report(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: str = "auto") -> Path:
+def run_and_report(
+    experiment: Experiment,
+    *,
+    workdir: Path,
+    device: str = "auto",
+    mode: str = "auto",
+    check_held: Callable[[], None] = lambda: None,
+) -> Path:
     """Trains ``experiment`` with `trainer.train`, and writes the pictures and the report of the run.
 
     Args:
@@ -22,6 +30,7 @@ def run_and_report(experiment: Experiment, *, workdir: Path, device: str = "auto
             ``teacher_evaluations``, and ``report.html`` beside what training leaves.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         mode: how several processes hold the networks, as of `parallel.choose`.
+        check_held: as of `trainer.train`.
 
     Returns:
         The path of ``report.html``.
@@ -32,7 +41,7 @@ def run_and_report(experiment: Experiment, *, workdir: Path, device: str = "auto
     workdir = Path(workdir)
     if distributed.is_main():
         graph_picture.save(experiment, workdir)
-    trainer.train(experiment, workdir=workdir, device=device, mode=mode)
+    trainer.train(experiment, workdir=workdir, device=device, mode=mode, check_held=check_held)
     teacher_grid.draw_once(experiment, workdir, trainer.choose_device(device))
     if distributed.is_main():
         write_report(workdir)

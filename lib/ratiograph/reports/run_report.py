@@ -3,8 +3,9 @@
 It is written from the files in the run's folder alone, and any of them may be missing: ``metrics.jsonl`` -> curves,
 ``diagnostics.json`` -> whether the ratio can be trusted, ``samples/step_*.png`` -> grids over training, and with
 ``samples/teacher.png`` the teacher above the student, ``evaluation.json`` -> table, histograms, figures and notes, with
-published results where they compare, ``graph.svg`` -> the graph, ``config.gin`` -> the configuration. An *evaluation
-row* is one sampler's measurements. The fields of evaluation.json, each optional::
+published results where they compare, ``graph.svg`` -> the graph, ``history.jsonl`` -> changes on the way,
+``config.gin`` -> the configuration. An *evaluation row* is one sampler's measurements. The fields of evaluation.json,
+each optional::
 
     {"title": str,
      "rows": [{"name": str, "evaluations": int, "samples": int, "highlight": bool, "collapsed": bool,
@@ -36,6 +37,7 @@ from ratiograph.reports.quality import collapse_banner, quality_charts
 from ratiograph.reports.results import class_charts, results_table
 from ratiograph.reports.run_files import RESUME, TEACHER, RunFiles, grids, read_run
 from ratiograph.reports.trust import trust
+from ratiograph.training.logs import read_history
 
 __all__ = ["write_report"]
 
@@ -68,6 +70,7 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
         *(collapse_banner(run.records, evaluation), _results(run), _samples(run), quality, _classes(evaluation)),
         *(_trust(trusted), _figures(run.workdir, evaluation), _notes(run), _graph(run.workdir)),
         run_curves(run.records, charted),
+        _changes(run.workdir),
         _configuration(run.workdir / "config.gin"),
     ]
     state = run.state() or ("" if any(sections) else "Nothing has been measured here yet.")
@@ -147,6 +150,17 @@ def _trust(body: str) -> str:
         "real. p is the teacher or the data, q the student. Below each chart: how to read it, and what to do."
     )
     return section("Can the ratio be trusted?", body, hint) if body else ""
+
+
+def _changes(workdir: Path) -> str:
+    """The bindings that were changed on the way, with the step from which they hold."""
+    lines = [
+        f"<p>from step {escape(str(entry.get('step')))}: {escape(shown(name))} = {escape(shown(values))}</p>"
+        for entry in read_history(workdir)
+        for name, values in entry["changes"].items()
+    ]
+    hint = "Values of the configuration that this run was told to go on with: before and after."
+    return section("Changes on the way", "".join(lines), hint) if lines else ""
 
 
 def _configuration(path: Path) -> str:

@@ -10,14 +10,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ratiograph import config
 from ratiograph.networks.conditions import Conditions
 from ratiograph.networks.lora import LoRA
 from ratiograph.networks.students import OneStep
-from ratiograph.networks.weights.weight_files import load_weights
+from ratiograph.networks.weights.weight_files import load_weights, read_tensors
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Experiment
@@ -86,12 +85,12 @@ def load_conditions(conditions: Conditions, folder: Path) -> Conditions:
     if not conditions.needs_data:
         return conditions
     if (folder / CONDITIONS).is_file():
-        conditions.load_state_dict(load_file(folder / CONDITIONS))
+        conditions.load_state_dict(read_tensors(folder / CONDITIONS)[0])
         return conditions
     found = checkpoints.latest(folder / "checkpoints")
     if found is None:
         raise ValueError(f"{folder}/checkpoints, which holds the conditions of the previews, has no checkpoint")
-    conditions.load_state_dict(found[1]["task"]["conditions"])
+    conditions.load_state_dict(checkpoints.entry(found[1], "task", "conditions", source=folder / "checkpoints"))
     return conditions
 
 
@@ -114,5 +113,6 @@ def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> No
     found = checkpoints.latest(workdir / "checkpoints")
     if not found:
         raise ValueError(f"{workdir} has no checkpoint, which holds the student's weights of the last step (raw)")
-    last = {"student": found[1]["task"]["networks"]["student"]}
-    checkpoints.load_strict({"student": task.student}, last, source=str(workdir / "checkpoints"))
+    source = workdir / "checkpoints"
+    last = {"student": checkpoints.entry(found[1], "task", "networks", "student", source=source)}
+    checkpoints.load_strict({"student": task.student}, last, source=source)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from ratiograph.config.tree import Node
 from ratiograph.core.files import write_atomically
 from ratiograph.networks.weights.weight_files import listed
 from ratiograph.training import checkpoints
+from ratiograph.training.experiment import Task
 
-__all__ = ["CheckpointManager", "check_graph", "config_digest", "graph_nodes"]
+__all__ = ["CheckpointManager", "check_graph", "config_digest", "graph_nodes", "load_state"]
 
 
 def graph_nodes(node: Node, path: str = "") -> dict[str, str]:
@@ -52,11 +53,29 @@ def check_graph(here: Mapping[str, str], there: Mapping[str, str], source: Path 
         )
 
 
-def config_digest(path: Path) -> str:
-    """SHA-256 of a saved configuration without the run-level lines of ``Experiment``; '' without a file."""
-    if not path.is_file():
+def load_state(task: Task, nodes: Mapping[str, str], state: Mapping[str, Any], source: Path) -> Mapping[str, Any]:
+    """Loads a checkpoint's state into ``task``, whose `graph_nodes` are ``nodes``; returns the state of the run itself.
+
+    Raises:
+        ValueError: the checkpoint is of another graph or of another version of this program.
+    """
+    run, held = (checkpoints.entry(state, name, source=source) for name in ("run", "task"))
+    check_graph(nodes, run.get("graph", nodes), source)
+    try:
+        task.load_training_state(held)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source} holds a checkpoint of another version of ratiograph ({error!r}). Use the version that made it, "
+            "or give this run another --workdir"
+        ) from error
+    return run
+
+
+def config_digest(text: str) -> str:
+    """SHA-256 of the text of a saved configuration without the run-level lines of ``Experiment``; '' of no text."""
+    if not text:
         return ""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("Experiment.")]
+    lines = [line for line in text.splitlines() if not line.startswith("Experiment.")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -68,9 +87,19 @@ class CheckpointManager(AbstractContextManager):
         keep_last: how many of the last ones are kept, >= 1.
         keep_every: checkpoints at multiples of this step are never removed; 0 for none.
         best_metric: name of a metric; the checkpoint with its smallest value is never removed. None for none.
+        check_held: called before each save, as of `workdir.locked`.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, best_metric: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        best_metric: str | None = None,
+        check_held: Callable[[], None] = lambda: None,
+    ):
+        self.check_held = check_held
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
         self.best_metric = best_metric
         self.best: tuple[int, float] | None = None
@@ -88,7 +117,7 @@ class CheckpointManager(AbstractContextManager):
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """`checkpoints.latest`; also restores ``best`` from it."""
         found = checkpoints.latest(self.folder)
-        best = found[1].get("run", {}).get("best") if found else None
+        best = checkpoints.entry(found[1], "run", source=self.folder).get("best") if found else None
         self.best = tuple(best) if best else None
         return found
 
@@ -112,8 +141,10 @@ class CheckpointManager(AbstractContextManager):
         """Copies the state and starts to write it.
 
         Raises:
-            ValueError: the state holds something else than plain values, or the previous checkpoint was not written.
+            ValueError: the state holds something else than plain values, the previous checkpoint was not written, or
+                ``check_held`` raised.
         """
+        self.check_held()
         self.wait()
         state = {"step": step, "task": task, "run": {**run, "best": list(self.best) if self.best else None}}
         checkpoints.check_plain(state, "state")
@@ -130,6 +161,12 @@ class CheckpointManager(AbstractContextManager):
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def newest(self) -> str:
+        """Which checkpoint the run would go on from."""
+        self.wait()
+        saved = checkpoints.steps(self.folder)
+        return f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was due yet"
 
     def _kept(self, step: int, best: tuple[int, float] | None) -> bool:
         every = self.keep_every > 0 and step % self.keep_every == 0

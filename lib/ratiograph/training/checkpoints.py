@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ratiograph.core.files import clear_storage_errors, write_atomically
+from ratiograph.core.files import clear_storage_errors, remove_temporaries, write_atomically
 from ratiograph.networks.weights.weight_files import differences, listed
 
-__all__ = ["check_plain", "latest", "load_strict", "save", "steps"]
+__all__ = ["check_plain", "entry", "latest", "load_strict", "save", "steps"]
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 _SIDECAR_NAME = re.compile(r"step_(\d+)\.pt\.sha256")
@@ -109,9 +109,7 @@ def save(
     assert step >= 0, step
     folder, path = Path(folder), _path(folder, step)
     check_plain(state, "state")
-    with clear_storage_errors(folder):  # what an earlier process left when it was killed while saving
-        for temporary in folder.glob(".step_*.tmp"):
-            temporary.unlink(missing_ok=True)
+    remove_temporaries(folder)  # what an earlier process left when it was killed while saving
 
     def write(file: BinaryIO) -> None:
         hashing = _HashingFile(file)
@@ -186,6 +184,23 @@ def latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
             "this run from step 0, or copy an undamaged step_*.pt with its .sha256 into it"
         )
     return None
+
+
+def entry(state: object, *names: str, source: Path | str) -> Mapping[str, Any]:
+    """``state[name][name] ...`` of a state that was read from ``source``.
+
+    Raises:
+        ValueError: there is none, or it is no mapping: the state of another version, or of another program.
+    """
+    found = state
+    for depth, name in enumerate(names, 1):
+        found = found.get(name) if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"{source} holds a checkpoint of another version of ratiograph: it has no {'.'.join(names[:depth])}. "
+                "Use the version that made it, or give this run another --workdir"
+            )
+    return found
 
 
 def load_strict(

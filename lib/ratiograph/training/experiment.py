@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Interval
@@ -190,6 +190,13 @@ class Experiment:
     Raises:
         ValueError: for a task without the data it needs, or values out of range.
     """
+
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "accumulation", "log_every", "preview_every", "preview_samples", "teacher_evaluations", "loggers"}
+        | {"checkpoint_every", "keep_last", "keep_every", "best_metric", "evaluate_every"}
+        | {"max_bad_steps", "hang_minutes"}
+    )
+    """The parameters that a run may go on with changed: no step depends on them."""
 
     task: Task
     data: DataStream | None = None

@@ -15,19 +15,45 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ratiograph.core.distributed import any_rank, is_sharded
 from ratiograph.training.experiment import Task
 
-__all__ = ["Faults", "Means", "StepGuard", "Watchdog"]
+__all__ = ["REMEDY", "Faults", "Means", "StepGuard", "Watchdog", "check_weights"]
+
+REMEDY = (
+    "Lower Adam.lr (--gin_param='Adam.lr=...' --allow_change=Adam.lr), clamp the weighting "
+    "(--gin_param='Clamped.limit=...' --allow_change=Clamped.limit), or compute in fp32 (--precision=fp32 "
+    "--allow_change=Experiment.precision): the same command with one of these goes on from there"
+)
+"""What to do about gradients or weights that are not finite."""
 
 _EXPONENTIALS = ("ratio/", "divergence/")
 """Metrics of these groups are exponentials of the log-ratio l: they may overflow, and no weight learns from them."""
+
+
+def check_weights(task: Task, step: int, remedy: Callable[[], str]) -> None:
+    """Raises a ValueError with ``remedy()``, on all ranks, if a weight that ``task`` trains is not finite."""
+    broken = _not_finite(task.trained().items())
+    if any_rank(bool(broken)):
+        raise ValueError(f"the weights of {', '.join(broken) or 'a network'} at step {step} are not finite; {remedy()}")
+
+
+def _not_finite(networks: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """The names of the networks with a weight that is not finite; of sharded weights this process looks at its own."""
+    found = []
+    for name, network in networks:
+        held = (p.detach() for p in network.parameters())
+        finite = [(p.to_local() if is_sharded(p) else p).isfinite().all() for p in held]
+        if finite and not torch.stack(finite).all():
+            found.append(name)
+    return found
 
 
 class Means:
@@ -116,16 +142,15 @@ class StepGuard:
         for name, watcher in self._watchers.items():
             self.task.optimizers[name].watchers.remove(watcher)
 
+    def streak(self) -> int:
+        """The number of bad steps in a row, up to the last one. Synchronises the device."""
+        return int(self._in_a_row)
+
     def read(self) -> Faults:
         """The counts so far. Synchronises the device."""
         skipped, longest = (int(count) for count in torch.stack([self._skipped, self._longest]).tolist())
         new, self._read = skipped - self._read, skipped
         return Faults(skipped, new, longest)
-
-    def broken(self) -> list[str]:
-        """The networks whose weights are not finite, by name. Synchronises the device."""
-        networks = self.task.named_children()
-        return [name for name, each in networks if not all(p.isfinite().all() for p in each.parameters())]
 
     def report(self, bad: Mapping[str, int]) -> str:
         """A sentence on the terms and networks that were not finite; ``bad`` is the second result of `Means.read`."""
@@ -134,7 +159,7 @@ class StepGuard:
         rewards = [f"the reward {name.removeprefix('reward/')}" for name in bad if name.startswith("reward/")]
         losses = [f"the {name}" for name in bad if name.startswith("loss/")]
         updates = [f"{count} updates of {name}" for name, count in counts.items() if count]
-        broken = [f"the weights of {name}" for name in self.broken()]
+        broken = [f"the weights of {name}" for name in _not_finite(self.task.named_children())]
         causes = ", ".join([*rewards, *terms, *losses, *broken]) or "the gradient"
         return f"not finite: {causes}; left out: {', '.join(updates)}"
 

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from ratiograph.core.files import clear_storage_errors, write_atomically
+from ratiograph.core.files import Missing, clear_storage_errors, write_atomically
+from ratiograph.core.foreign import read_text
 from ratiograph.training.logs import read_metrics
 
 __all__ = ["Logger", "TensorBoard", "Trackio", "WeightsAndBiases"]
@@ -142,11 +144,17 @@ class TensorBoard(Logger):
     def start(self, run):
         from torch.utils.tensorboard import SummaryWriter
 
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         purge = run.step + 1 if run.step else None
         self._board = SummaryWriter(str(run.workdir / "tensorboard"), purge_step=purge)
         if run.config and not run.step:
             self._board.add_text("config.gin", "".join(f"    {line}\n" for line in run.config.splitlines()))
         return ""
+
+    def _thread_failed(self, failure):
+        """Keeps TensorBoard's own thread from printing a traceback: the next call here raises the same error."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._hook(failure)
 
     def scalars(self, step, values):
         for name, value in values.items():
@@ -157,7 +165,10 @@ class TensorBoard(Logger):
         self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self):
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 class WeightsAndBiases(Logger):
@@ -176,6 +187,7 @@ class WeightsAndBiases(Logger):
     """
 
     package = "wandb"
+    harmless = frozenset({"project", "entity", "name", "group", "tags"})
 
     def __init__(
         self,
@@ -236,6 +248,7 @@ class Trackio(Logger):
     """
 
     package = "trackio"
+    harmless = frozenset({"project", "name", "group"})
 
     def __init__(self, *, project: str = "ratiograph", name: str | None = None, group: str | None = None):
         self.project, self.name, self.group = project, name, group
@@ -272,8 +285,8 @@ def checked(loggers: Sequence[Logger] | None) -> tuple[Logger, ...]:
 
 def kept_id(path: Path) -> str:
     """The id in the file ``path``; where there is none, a new one of 8 hexadecimal digits, which is written there."""
-    with suppress(FileNotFoundError):
-        found = path.read_text(encoding="utf-8").strip()
+    with suppress(Missing, ValueError):
+        found = read_text(path).strip()
         if re.fullmatch(r"\w+", found):
             return found
     new = secrets.token_hex(4)  # from the operating system, which leaves the run's random numbers as they are

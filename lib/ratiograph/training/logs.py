@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratiograph.core.foreign import parse_json, read_bytes, shown
+from ratiograph.core.files import Missing
+from ratiograph.core.foreign import lines_of, parse_json, read_bytes, read_text, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["duration", "make_grid", "read_metrics", "significant"]
+__all__ = ["HISTORY", "duration", "make_grid", "read_history", "read_metrics", "significant"]
+
+HISTORY = "history.jsonl"
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -116,3 +120,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
+def read_history(workdir: Path) -> list[dict[str, Any]]:
+    """The objects of history.jsonl; [] without a file. Torn lines are left out."""
+    found = []
+    with suppress(Missing, ValueError):
+        for line in lines_of(read_text(workdir / HISTORY)):
+            with suppress(ValueError):
+                entry = parse_json(line, HISTORY)
+                if isinstance(entry, dict) and "ratiograph" in entry and isinstance(entry.get("changes"), dict):
+                    found.append(entry)
+    return found

@@ -16,7 +16,8 @@ from annotated_types import Len
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ratiograph.core.distributed import Averaging, is_sharded, ranks
+from ratiograph.core.averaging import Averaging
+from ratiograph.core.distributed import is_sharded, ranks
 from ratiograph.core.domains import Fraction, NonNegative, NonNegativeInt, Positive
 from ratiograph.training.parallel import spread
 

@@ -1,6 +1,6 @@
 """Several processes for one graph: each holds a copy of every network, or a shard of every weight.
 
-With copies (``ddp``) the gradients are averaged once for each update (`distributed.Averaging`). Shards are PyTorch's
+With copies (``ddp``) the gradients are averaged once for each update (`averaging.Averaging`). Shards are PyTorch's
 ``fully_shard`` (FSDP2): the weights of a block are gathered when it runs and freed after it, its gradients are averaged
 and split during the backward pass, and optimisers and averages hold only their own shard. ``hsdp`` shards over the
 processes of each machine and keeps a copy on each machine: weights never travel between machines, gradients do once.

@@ -1,4 +1,5 @@
-"""Ends a run on a signal without loss: SIGTERM or SIGUSR1 from a scheduler, SIGINT from a person.
+"""Ends a run on a signal without loss: SIGTERM or SIGUSR1 from a scheduler, SIGINT from a person, SIGHUP from a
+terminal that closes (not under nohup, which has it ignored).
 
 During training the current step is finished and its checkpoint written; before the first and after the last step the
 run ends at once. Either way `Preempted` is raised and the process ends with `EXIT_CODE`, which tells a scheduler to
@@ -7,6 +8,7 @@ start the same command again. Further signals change nothing, except that a seco
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ __all__ = ["EXIT_CODE", "Preempted", "Preemption"]
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run ended on a signal, and the same command continues it."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(BaseException):
@@ -38,7 +40,10 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            taken = [number for number in _SIGNALS if not (nohup and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._receive) for number in taken}
+            self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -56,6 +61,9 @@ class Preemption:
         return others
 
     def _receive(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:  # what is printed to a closed terminal would raise errors before the run is saved
+            for descriptor in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         first = not self.received
         self.received = self.received or signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
@@ -78,12 +86,15 @@ class Preemption:
         if self.received:
             self._end()
 
-    def end_if_received(self, step: int, steps: int) -> None:
-        """Call when the checkpoint of ``step`` is written.
+    def end_if_received(self, step: int, steps: int, saved: bool = True) -> None:
+        """Call when the checkpoint of ``step`` is written, or ``saved`` says that none is due in a row of bad steps.
 
         Raises:
             Preempted: a signal was received.
         """
         if self.received:
-            where = f"after step {step} of {steps}, and its checkpoint is written"
-            raise Preempted(f"stopped by {self.received} {where}. The same command goes on from there")
+            where, then = "and its checkpoint is written", "there"
+            if not saved:
+                where, then = "in a row of steps without a finite gradient", "the last checkpoint"
+            after = f"stopped by {self.received} after step {step} of {steps}, {where}"
+            raise Preempted(f"{after}. The same command goes on from {then}")

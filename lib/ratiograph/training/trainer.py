@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import tempfile
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,19 +21,20 @@ import torch
 from ratiograph.config import tree
 from ratiograph.core import distributed
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import read_text, shown
 from ratiograph.core.randomness import BatchGenerator
 from ratiograph.core.types import Batch
-from ratiograph.networks.weights import weight_files
-from ratiograph.training import checkpoints, parallel
-from ratiograph.training.checkpoint_manager import CheckpointManager, check_graph, config_digest, graph_nodes
+from ratiograph.training import parallel
+from ratiograph.training.checkpoint_manager import CheckpointManager, config_digest, graph_nodes, load_state
 from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
-from ratiograph.training.faults import Means, StepGuard, Watchdog
+from ratiograph.training.faults import REMEDY, Means, StepGuard, Watchdog, check_weights
 from ratiograph.training.loggers import checked
 from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
-from ratiograph.training.memory_plan import memory_plan, shortage
+from ratiograph.training.memory_plan import explained, memory_plan, shortage
 from ratiograph.training.preemption import Preemption
+from ratiograph.training.results import set_aside, whole, write_results
 from ratiograph.training.run_logger import RunLogger, SilentLogger
 
 __all__ = ["autocast_dtype", "choose_device", "named_device", "step_seed", "train"]
@@ -43,27 +44,24 @@ def named_device(device: str) -> torch.device:
     """The torch device of ``--device``, which need not exist here; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: torch does not know the name.
+        ValueError: it is none of them.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device={device} is no device: give auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"--device={shown(device)} is no device: give auto, cpu, cuda or cuda:N")
+    return torch.device(device)
 
 
 def choose_device(device: str) -> torch.device:
-    """As ``named_device``, for a device that must exist; "cuda" is another GPU for each process of a machine.
-
-    Raises:
-        ValueError: torch does not know the name, or sees no GPU.
-    """
+    """As ``named_device``, but a ValueError unless it exists; "cuda" is another GPU for each process of a machine."""
     chosen = named_device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device={device}, but torch sees no GPU here: use --device=cpu or --device=auto")
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", distributed.local_rank())
+    if chosen.type == "cpu":
+        return chosen
+    chosen = torch.device("cuda", distributed.local_rank() if chosen.index is None else chosen.index)
+    if chosen.index >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count() or 'no'} GPU here"
+        raise ValueError(f"--device={device}, but torch sees {seen}: use --device=cpu or --device=auto")
     return chosen
 
 
@@ -83,6 +81,8 @@ def step_seed(seed: int, *position: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+Check = Callable[[], None]
+
 _PREPARE, _FIT, _PREVIEW, _STEP = range(4)
 """Positions of a run that have seeds of their own; that of a step also has its number."""
 
@@ -90,13 +90,16 @@ _PREPARE, _FIT, _PREVIEW, _STEP = range(4)
 class _Run:
     """One call of ``train``."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, device: torch.device, mode: str):
+    def __init__(self, experiment: Experiment, workdir: Path, device: torch.device, mode: str, check_held: Check):
         self.experiment, self.task, self.workdir, self.device = experiment, experiment.task, workdir, device
+        self.postponed = False
+        """Whether a checkpoint is due that waits for a good step."""
         self.checkpoints = CheckpointManager(
             workdir / "checkpoints",
             keep_last=experiment.keep_last,
             keep_every=experiment.keep_every,
             best_metric=experiment.best_metric,
+            check_held=check_held,
         )
         self.samples_here = experiment.samples_each(distributed.ranks())  # of a step, on this process
         self.loggers = checked(experiment.loggers)
@@ -106,7 +109,7 @@ class _Run:
         self._common_generator = torch.Generator(device)
         self.nodes = graph_nodes(tree.describe(experiment.task))
         config = workdir / "config.gin"
-        self.config, self.config_digest = config.read_text("utf-8") if config.exists() else "", config_digest(config)
+        self.config = read_text(config) if config.exists() else ""
 
     def logger(self, done: int) -> RunLogger | SilentLogger:
         """The logger for the steps after ``done``: only that of the main process writes and prints."""
@@ -161,12 +164,12 @@ class _Run:
 
     def resume(self, done: int, state: dict, tell: Callable[[str], None]) -> tuple[int, int]:
         """Loads a checkpoint; returns (steps done, samples read)."""
-        run = state.get("run", {})
-        if "graph" in run:
-            check_graph(self.nodes, run["graph"], self.checkpoints.folder)
-        self.task.load_training_state(state["task"])
+        run = load_state(self.task, self.nodes, state, self.checkpoints.folder)
+        check_weights(self.task, done, lambda: "delete that checkpoint to go on from the one before it")
+        if distributed.is_main():
+            whole(self.workdir / "diagnostics.json", dict, tell)
         tell(f"resumed from step {done} of {self.experiment.steps}")
-        if run.get("config", self.config_digest) != self.config_digest:
+        if run.get("config", config_digest(self.config)) != config_digest(self.config):
             tell("the configuration is not the one that the checkpoint was made with")
         return done, run.get("samples", done * self.experiment.batch_size)
 
@@ -187,18 +190,26 @@ class _Run:
         state = self.task.training_state()
         if not distributed.is_main():
             return
-        self.checkpoints.save(step, state, {"samples": samples, "config": self.config_digest, "graph": self.nodes})
+        self.checkpoints.save(
+            step, state, {"samples": samples, "config": config_digest(self.config), "graph": self.nodes}
+        )
         summary = self.task.summary()
         if summary:
             text = json.dumps({"step": step, **summary}, indent=1)
             write_atomically(self.workdir / "diagnostics.json", text.encode())
 
     def preview(self, step: int, logger: RunLogger) -> None:
-        """Logs a grid of samples from noise that is the same at every step."""
+        """Logs a grid of samples from noise that is the same at every step.
+
+        Raises:
+            ValueError: this is the last step, and a sample is not finite.
+        """
         with self.task.parallel.whole():
             if not distributed.is_main():
                 return
             samples = self.task.preview(self.experiment.preview_samples, self.common_generator(_PREVIEW))
+        if step == self.experiment.steps and samples is not None and not samples.isfinite().all():
+            raise ValueError(f"the samples of step {step} are not finite; {self.remedy()}")
         if samples is not None and samples.ndim == 4:
             logger.image(step, "samples", make_grid(samples))
 
@@ -225,7 +236,7 @@ class _Run:
         """
         experiment, means, guard = self.experiment, Means(self.device), StepGuard(self.task, self.device)
         if distributed.is_main():  # a finished run that goes on needs a new evaluation
-            (self.workdir / "evaluation.json").unlink(missing_ok=True)
+            set_aside(self.workdir, done)
         batches = self.batches(samples) if self.task.needs_data else itertools.repeat(None)
         first, waited, started = samples, 0.0, time.perf_counter()
         logged = started
@@ -244,8 +255,8 @@ class _Run:
                 # All ranks agree once a step: a signal that comes later takes effect after the next one.
                 last = preemption.join(distributed.any_rank(bool(preemption.received))) or step == experiment.steps
                 evaluation = self.evaluate(step, logger)
-                saving = self.checkpoints.improves(step, evaluation) or last or step % experiment.checkpoint_every == 0
-                if saving or evaluation or step % experiment.log_every == 0:
+                saving = self.is_due(step, last, evaluation, guard)
+                if saving or self.postponed or evaluation or step % experiment.log_every == 0:
                     now = time.perf_counter()
                     usage = {"data/wait_fraction": waited / (now - logged), "memory/peak_gb": peak_memory(self.device)}
                     self.record(step, means, guard, evaluation | usage, logger)
@@ -253,16 +264,27 @@ class _Run:
                 if step == experiment.steps or step % experiment.preview_every == 0:
                     self.preview(step, logger)
                 if saving:
-                    if broken := guard.broken():
-                        raise self.diverged(f"the weights of {', '.join(broken)} are not finite at step {step}")
+                    check_weights(self.task, step, self.remedy)
                     self.save(step, samples)
                 if last:
                     self.checkpoints.wait()
                     distributed.wait_for_all()
-                    preemption.end_if_received(step, experiment.steps)
+                    preemption.end_if_received(step, experiment.steps, saving)
         guard.remove()
         rate, memory = (samples - first) / (time.perf_counter() - started), peak_memory(self.device)
         logger.message(f"{significant(rate, 3)} images/s, at most {significant(memory, 3)} GB of memory")
+
+    def is_due(self, step: int, last: bool, evaluation: dict[str, float], guard: StepGuard) -> bool:
+        """Whether to save a checkpoint after ``step``: not before a good step, except after the run's last."""
+        due = self.postponed or last or step % self.experiment.checkpoint_every == 0
+        bad = bool(due or evaluation) and distributed.any_rank(guard.streak() > 0)
+        due = (not bad and self.checkpoints.improves(step, evaluation)) or due
+        self.postponed = due and bad and step < self.experiment.steps
+        return due and not self.postponed
+
+    def remedy(self) -> str:
+        """What to do about gradients, weights or samples that are not finite."""
+        return f"{self.checkpoints.newest()}. {REMEDY}"
 
     def record(self, step: int, means: Means, guard: StepGuard, extra: dict, logger: RunLogger) -> None:
         """Logs the metrics since the last time and the skipped updates; raises where too many were skipped in a row."""
@@ -278,36 +300,19 @@ class _Run:
         report = guard.report(bad)
         logger.message(f"step {step}: {faults.new} steps without a finite gradient since the last line; {report}")
         if faults.longest >= min(self.experiment.max_bad_steps, self.experiment.steps):
-            raise self.diverged(f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}")
-
-    def diverged(self, what: str) -> ValueError:
-        """The error that ends a run of which ``what`` is true."""
-        saved = checkpoints.steps(self.checkpoints.folder)
-        kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was due yet"
-        return ValueError(
-            f"{what}; {kept}. Lower Adam.lr, clamp the weighting (Clamped.limit), or run with --precision=fp32; "
-            "rerunning the command resumes"
-        )
-
-    def finish(self, logger: RunLogger) -> None:
-        """Writes the final weights and the evaluation. All ranks take part; the main one writes."""
-        metadata = {"config": self.config} if self.config else {}
-        for name, module in self.task.weights().items():
-            gathered = parallel.Gathered(module)
-            if distributed.is_main():
-                weight_files.save_weights(self.workdir / f"{name}.safetensors", gathered, metadata)
-        if self.experiment.evaluator:
-            logger.message("evaluating")
-            stored = self.workdir / "before.json"
-            before = json.loads(stored.read_text()) if stored.exists() else []
-            with self.task.parallel.whole(), tempfile.TemporaryDirectory() as unused:
-                folder = self.workdir if distributed.is_main() else Path(unused)
-                document = self.experiment.evaluator.after(self.task, self.device, self.experiment.seed, before, folder)
-            if distributed.is_main():
-                write_atomically(self.workdir / "evaluation.json", json.dumps(document, indent=1).encode())
+            raise ValueError(
+                f"{faults.longest} steps in a row up to step {step} had no finite gradient; {report}; {self.remedy()}"
+            )
 
 
-def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: str = "auto") -> Path:
+def train(
+    experiment: Experiment,
+    *,
+    workdir: Path,
+    device: str = "auto",
+    mode: str = "auto",
+    check_held: Check = lambda: None,
+) -> Path:
     """Runs ``experiment`` to its last step, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
@@ -315,6 +320,7 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
         workdir: folder of the run; see ``WORKSPACE.md`` for the files it leaves.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         mode: how several processes hold the networks, "auto", "none", "ddp", "fsdp" or "hsdp"; see `parallel.choose`.
+        check_held: called by the main process before each checkpoint, as of `workdir.locked`.
 
     Returns:
         The folder, which `reports.run_report.write_report` makes a page of.
@@ -323,11 +329,12 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
         ValueError: anything that the user can mend, with the remedy; earlier checkpoints are intact.
         Preempted: the run ended on a signal; the same call continues it.
     """
-    run = _Run(experiment, Path(workdir), choose_device(device), mode)
+    run = _Run(experiment, Path(workdir), choose_device(device), mode, check_held)
     run.workdir.mkdir(parents=True, exist_ok=True)
     short = shortage(run.task, experiment.precision, run.device, run.task.parallel.parts)
     messages = [*check_encoders(experiment), *([short] if short else [])]
-    with Preemption() as preemption, run.checkpoints:
+    fits = explained(run.task, experiment.precision, experiment.batch_size, experiment.accumulation)
+    with fits, Preemption() as preemption, run.checkpoints:
         done, samples = run.start(messages.append)
         with run.logger(done) as logger:
             for message in messages:
@@ -336,8 +343,5 @@ def train(experiment: Experiment, *, workdir: Path, device: str = "auto", mode: 
                 run.preview(0, logger)
             if done < experiment.steps:
                 run.loop(done, samples, logger, preemption)
-            unevaluated = not (run.workdir / "evaluation.json").exists()
-            distributed.wait_for_all()  # every rank has read this before one writes the file
-            if done < experiment.steps or unevaluated:
-                run.finish(logger)
+            write_results(experiment, run.workdir, run.device, run.config, logger.message, done < experiment.steps)
     return run.workdir

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ratiograph.core.files import Missing
-from ratiograph.training.checkpoints import latest, load_strict, steps
+from ratiograph.training.checkpoints import entry, latest, load_strict, steps
 from ratiograph.training.parallel import spread_like
 
 __all__ = ["WarmStart"]
@@ -44,7 +44,7 @@ class WarmStart:
         found = latest(folder)
         if found is None:
             raise ValueError(f"WarmStart.run={self.run!r}: {folder} holds no checkpoint; give the workdir of a run")
-        saved = found[1]["task"]["networks"]
+        saved = entry(found[1], "task", "networks", source=folder)
         taken = [n for n in networks if n in saved] if self.nodes is None else list(self.nodes)
         unknown = [name for name in taken if name not in networks]
         if unknown or not taken:

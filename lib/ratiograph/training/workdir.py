@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ratiograph.core.files import clear_storage_errors
 
@@ -23,8 +25,10 @@ __all__ = ["locked"]
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds the lock of ``workdir`` while the body runs; the folder is made if missing.
+
+    Yields a function that raises a ValueError if ``.lock`` was removed or replaced, so that another run may have begun.
 
     Do not nest uses for one folder in one process: leaving the inner one frees the lock.
 
@@ -34,16 +38,16 @@ def locked(workdir: Path) -> Iterator[None]:
     path = Path(workdir) / ".lock"
     with clear_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closing it must write nothing: the disk may be full
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
+                holder = _holder(file.read().decode(errors="replace"))
                 raise ValueError(
-                    f"another run is using {workdir}: {_holder(file.read())}. Wait for it or end it, or give this run "
-                    "another --workdir"
+                    f"another run is using {workdir}: {holder}. Wait for it, end it, or give this run another --workdir"
                 ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise ValueError(f"cannot lock {path}: {error.strerror}. Choose another --workdir") from error
@@ -51,9 +55,20 @@ def locked(workdir: Path) -> Iterator[None]:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with clear_storage_errors(path):
             file.truncate(0)
-            file.write(json.dumps(holder) + "\n")
-            file.flush()
-        yield
+            file.write(json.dumps(holder).encode() + b"\n")
+        yield functools.partial(_check_held, file, path)
+
+
+def _check_held(file: BinaryIO, path: Path) -> None:
+    held = os.fstat(file.fileno())
+    with suppress(FileNotFoundError):
+        there = os.stat(path)
+        if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
+            return
+    raise ValueError(
+        f"{path} was removed or replaced while this run held it, so that another run may write into the folder: "
+        "this one ends without a further checkpoint. The same command goes on from the last one"
+    )
 
 
 def _holder(text: str) -> str:

@@ -305,11 +305,11 @@ class ADM(EDMUNet):
 
     Args:
         resolution, image_channels, channels, multipliers, blocks, attention_resolutions, dropout: as in ``DDPMPP``.
-        head_channels: channels of an attention head.
+        head_channels: a level of width w has floor(w / head_channels) heads, as in the official code.
         classes, augment_labels, label_dropout, checkpointing: as in ``DDPMPP``.
 
     Raises:
-        ValueError: as ``DDPMPP``; a level with attention has a width that is not a multiple of ``head_channels``.
+        ValueError: as ``DDPMPP``; a level with attention is narrower than a head, or its heads do not divide its width.
     """
 
     def __init__(
@@ -329,14 +329,15 @@ class ADM(EDMUNet):
         checkpointing: Checkpointing | None = None,
     ):
         def make(inputs: int, outputs: int, *, attention: bool, resample: Resample | None) -> Block:
-            if attention and outputs % head_channels:
-                raise ValueError(f"ADM: width {outputs} is no multiple of head_channels={head_channels}: change one")
             heads = outputs // head_channels if attention else 0
+            if heads and outputs % heads:
+                raise ValueError(f"ADM: width {outputs} is no multiple of its {heads} heads: change head_channels")
             return ScaleShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
 
-        known = None
-        if classes:
-            known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout)
+        for level in attended_levels(resolution, len(multipliers), attention_resolutions):
+            if (width := channels * multipliers[level]) < head_channels:
+                raise ValueError(f"ADM: width {width} of an attended level is less than head_channels={head_channels}")
+        known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout) if classes else None
         super().__init__(
             resolution=resolution,
             image_channels=image_channels,

@@ -150,7 +150,7 @@ class TextUNet(nn.Module):
         if not files:
             raise Missing(
                 weights,
-                f"no U-Net weights at {weights}: give --teacher a .safetensors file, or a folder with unet/{WEIGHTS}. "
+                f"no U-Net weights at {weights}: give a .safetensors file, or a folder with unet/{WEIGHTS}. "
                 f"{cls.source}",
             )
         return files

@@ -25,9 +25,9 @@ from ratiograph.networks.rewards.image_rewards import (
     fill,
     normalised,
     path_of,
-    read_tensors,
 )
 from ratiograph.networks.weights.pipeline_files import HUB, missing_package, weights_of
+from ratiograph.networks.weights.weight_files import read_state
 
 __all__ = ["AestheticReward", "CLIPReward", "PickScoreReward"]
 
@@ -113,7 +113,7 @@ class _CLIPTowers(PretrainedReward):
         if config is not None and config != self.config:  # a model of the hub, whose config.json came with the weights
             self.config, like = config, next(self.network.parameters())
             self.network = self._empty().to(like.device, like.dtype)
-        tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+        tensors = {name: tensor for path in files for name, tensor in read_state(path).items()}
         fill(self.network, {k: v for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
         self.embed_captions, self.loaded = CaptionCache(self._embed_captions), True
 
@@ -214,7 +214,7 @@ class AestheticReward(_CLIPTowers):
     def load(self) -> None:
         path = path_of(self.head, "AestheticReward.head", self.source, ())
         super().load()
-        tensors = read_tensors(path)
+        tensors = read_state(path)
         fill(self.layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, path)
 
     def score(self, images, condition):

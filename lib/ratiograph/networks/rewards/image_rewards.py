@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from pickle import UnpicklingError
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from ratiograph.data import captions
 from ratiograph.networks.autoencoder import Autoencoder
 from ratiograph.networks.checkpointing import directly, recomputed
 from ratiograph.networks.weights.pipeline_files import HUB, gated, missing_package
-from ratiograph.networks.weights.weight_files import differences, listed
+from ratiograph.networks.weights.weight_files import differences, listed, plain_names
 
 __all__ = ["DecodedReward"]
 
@@ -138,31 +136,13 @@ def path_of(source: str, argument: str, hint: str, patterns: Sequence[str]) -> P
         ) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a state dict saved by torch; no code of the file is run.
-
-    Raises:
-        ValueError: the file is incomplete, or holds more than tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is no file of tensors: it is incomplete or holds other objects ({type(error).__name__}); fetch it "
-            "again"
-        ) from error
-    state = state.get("state_dict", state)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copies ``tensors`` into those of ``module``, which keep their dtype and device.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; then ``module`` is unchanged.
     """
+    tensors = plain_names(tensors, module.state_dict())
     found = list(differences("", module.state_dict(), tensors))
     if found:
         raise ValueError(f"{path} is not the model it should be: {listed(found)}. Give the published file")

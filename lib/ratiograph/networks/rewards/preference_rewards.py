@@ -20,9 +20,9 @@ from ratiograph.networks.rewards.image_rewards import (
     normalised,
     padded,
     path_of,
-    read_tensors,
 )
 from ratiograph.networks.weights.pipeline_files import HUB, missing_package
+from ratiograph.networks.weights.weight_files import read_state
 
 __all__ = ["HPSv2Reward", "ImageReward"]
 
@@ -80,7 +80,7 @@ class HPSv2Reward(PretrainedReward):
             FileNotFoundError, ValueError: there are none, or they do not fit; says how to get them.
         """
         path = self.locate(weights=self.weights)
-        fill(self.network, read_tensors(path), path)
+        fill(self.network, read_state(path), path)
         self.embed_captions, self.loaded = CaptionCache(self._embed_captions), True
 
     def _embed_captions(self, texts: list[str]) -> Tensor:
@@ -188,7 +188,7 @@ class ImageReward(PretrainedReward):
         from transformers import BertTokenizer
 
         path, words = self.locate(weights=self.weights, tokenizer=self.tokenizer)
-        tensors = published_names(read_tensors(path))
+        tensors = published_names(read_state(path))
         for name, module in (("vision", self.vision), ("text", self.text), ("layers", self.layers)):
             part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             fill(module, part, path)

@@ -17,51 +17,19 @@ from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.domains import Scale
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
+from ratiograph.networks.teachers.scheduler_facts import (
+    EpsilonPrediction,
+    Prediction,
+    SamplePrediction,
+    VPrediction,
+    check_network,
+    facts_of,
+)
 from ratiograph.networks.weights.encoder_files import model_facts
 
-__all__ = ["EpsilonPrediction", "Prediction", "SamplePrediction", "StableDiffusion", "VelocityPrediction"]
+__all__ = ["EpsilonPrediction", "Prediction", "SamplePrediction", "StableDiffusion", "VPrediction"]
 
 SAME_LEVEL = 1e-4  # relative difference in s by rounding alone; neighbouring indices are 4e-3 apart or more
-
-
-class Prediction:
-    """Base class: what the network's output F means.
-
-    ``name`` is diffusers' word for it. The order of operations is that of its schedulers, so that the results are too.
-    """
-
-    name: str
-
-    def denoised(self, x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """mu of F = ``output`` [B, ...] at the native x' = ``x`` [B, ...], with alpha' and sigma' [B, 1, ...]."""
-        raise NotImplementedError
-
-
-class EpsilonPrediction(Prediction):
-    """F is the noise: mu = (x' - sigma' F) / alpha' (Ho et al. 2020; SD 1.x and SDXL base)."""
-
-    name = "epsilon"
-
-    def denoised(self, x, output, alpha, sigma):
-        return (x - sigma * output) / alpha
-
-
-class VelocityPrediction(Prediction):
-    """F is alpha' noise - sigma' x0: mu = alpha' x' - sigma' F (Salimans & Ho 2022; SD 2.x at 768)."""
-
-    name = "v_prediction"
-
-    def denoised(self, x, output, alpha, sigma):
-        return alpha * x - sigma * output
-
-
-class SamplePrediction(Prediction):
-    """F is x0 itself: mu = F."""
-
-    name = "sample"
-
-    def denoised(self, x, output, alpha, sigma):
-        return output
 
 
 class StableDiffusion(EDM):
@@ -72,12 +40,17 @@ class StableDiffusion(EDM):
 
     Args:
         network: ``SD15UNet``, ``SDXLUNet``, ``UNetFromFolder``, or a ``LoRA`` of one.
-        prediction: what the network predicts; the noise by default.
-        process: the process that the network was trained on; Stable Diffusion's 1000 steps by default.
+        prediction: what the network predicts; None takes what the folder of ``weights`` says in its
+            ``scheduler/scheduler_config.json``, the noise where there is none.
+        process: the process that the network was trained on; None takes the folder's too, Stable Diffusion's 1000 steps
+            where there is none.
         weights: a pipeline's folder in diffusers' format, its ``unet`` folder, a ``.safetensors`` file of either or of
             the whole model in its authors' naming, or ``hf://OWNER/NAME``; None starts from random weights.
         sigma_data: standard deviation of the latents, for EDM's training weight.
         compiled: whether the network's blocks are compiled by torch when they first run, see `compilation`.
+
+    Raises:
+        ValueError: ``prediction``, ``process`` or ``network`` is another than the folder of ``weights`` says.
     """
 
     def __init__(
@@ -91,8 +64,8 @@ class StableDiffusion(EDM):
         compiled: bool = False,
     ):
         super().__init__(network=network, sigma_data=sigma_data, weights=weights, compiled=compiled)
-        self.prediction = EpsilonPrediction() if prediction is None else prediction
-        self.process = ScaledLinearDDPM() if process is None else process
+        check_network(network, weights)
+        self.prediction, self.process = facts_of(weights, prediction, process)
         beta = _single_precision_beta(self.process)
         # diffusers' arithmetic, float32 throughout: up to 5e-7 and 1.3e-5 from the exact scales, which mu shows where
         # alpha is small.
@@ -152,8 +125,5 @@ class StableDiffusion(EDM):
 
 def _single_precision_beta(process: ScaledLinearDDPM) -> Tensor:
     """beta [steps] of the process in float32, computed as diffusers does; on the CPU even under the meta device."""
-    signal = process.alpha_table.square()
-    first, last = 1 - signal[0], 1 - signal[-1] / signal[-2]
-    # Rounded, as beta_start = 0.00085 comes back from the process's tables as 0.00085000000000000006.
-    ends = [round(float(beta), 12) ** 0.5 for beta in (first, last)]
-    return torch.linspace(*ends, len(process.alpha_table), dtype=torch.float32, device="cpu").square()
+    ends = (process.beta_start**0.5, process.beta_end**0.5)
+    return torch.linspace(*ends, process.steps, dtype=torch.float32, device="cpu").square()

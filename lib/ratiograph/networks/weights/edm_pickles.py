@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ratiograph.core.foreign import shown
 from ratiograph.networks.weights.restricted_pickles import (
     Array,
     DType,
@@ -30,6 +29,8 @@ from ratiograph.networks.weights.restricted_pickles import (
     Unpickler,
     numpy_names,
 )
+from ratiograph.networks.weights.torch_files import load_torch
+from ratiograph.networks.weights.weight_files import require_finite, state_dict
 
 __all__ = ["OfficialNetwork", "read_network"]
 
@@ -57,8 +58,9 @@ class _Record(Sealed):
     __slots__ = ("class_name", "state")
 
     def __init__(self, description: dict):
-        if description["type"] != "class" or not isinstance(description["class_name"], str):
-            raise Refused(f"a record of type {description['type']!r}")
+        kind = description["type"]
+        if kind != "class" or not isinstance(description["class_name"], str):
+            raise Refused(f"a record of type '{shown(kind) if isinstance(kind, str) else type(kind).__name__}'")
         self.class_name, self.state = description["class_name"], description["state"] or {}
 
 
@@ -95,7 +97,7 @@ def _scalar(dtype: DType, data: bytes) -> float:
 
 
 def _storage(data: bytes) -> _Value:
-    storage = _torch_load(io.BytesIO(data))
+    storage = load_torch(io.BytesIO(data))
     if not isinstance(storage, torch.storage.TypedStorage):
         raise Refused(f"a {type(storage).__name__} in place of a storage")
     with warnings.catch_warnings():  # typed storages are deprecated, and what the files hold
@@ -130,41 +132,42 @@ _ALLOWED = {
 }
 
 
-def _torch_load(file: io.BytesIO | Path) -> object:
-    """``torch.load`` of tensors alone; anything else is `Refused` by its name."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise (Refused(found[1]) if found else error) from error
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _state_tensors(module: _Record | _Container, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all tensors that the module's ``state_dict()`` would hold."""
+def _modules(module: _Record | _Container) -> dict[str, _Record | _Container]:
+    """``module``, by the name '', and all modules in it, each with a dot after its name.
+
+    Raises:
+        Refused: one is in two places, as in no network; a pickle could repeat it without end.
+    """
+    found, seen = {"": module}, {id(module)}
+    waiting = [("", module)]
+    while waiting:
+        prefix, parent = waiting.pop()
+        for name, child in parent.state["_modules"].items():
+            if child is None:
+                continue
+            if id(child) in seen:
+                raise Refused("one module in two places")
+            seen.add(id(child))
+            found[f"{prefix}{name}."] = child
+            waiting.append((f"{prefix}{name}.", child))
+    return found
+
+
+def _state_tensors(prefix: str, module: _Record | _Container) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the module's own tensors that its ``state_dict()`` would hold."""
     state = module.state
     transient = state.get("_non_persistent_buffers_set", ())
     for name, value in (*state["_parameters"].items(), *state["_buffers"].items()):
         if value is not None and name not in transient:
             yield prefix + name, value.tensor
-    for name, child in state["_modules"].items():
-        if child is not None:
-            yield from _state_tensors(child, f"{prefix}{name}.")
 
 
 def _numbers(module: _Record | _Container) -> dict[str, float]:
     """Plain numbers among the attributes of a module."""
     return {name: value for name, value in module.state.items() if isinstance(value, int | float)}
-
-
-def _dropout(module: _Record | _Container) -> Iterator[float]:
-    """Dropout probabilities of the blocks inside a module."""
-    for child in module.state["_modules"].values():
-        if child is not None:
-            yield from (child.state[name] for name in child.state if name == "dropout")
-            yield from _dropout(child)
 
 
 def _from_pickle(path: Path) -> OfficialNetwork:
@@ -174,15 +177,16 @@ def _from_pickle(path: Path) -> OfficialNetwork:
     if not isinstance(network, _Record):
         raise Refused(f"a {type(network).__name__} in place of a network")
     model = network.state["_modules"]["model"]
-    settings = {"dropout": max(_dropout(model), default=0.0), **_numbers(model), **_numbers(network)}
-    return OfficialNetwork(dict(_state_tensors(model)), network.class_name, settings)
+    parts = _modules(model)
+    dropout = [part.state["dropout"] for name, part in parts.items() if name and "dropout" in part.state]
+    settings = {"dropout": max(dropout, default=0.0), **_numbers(model), **_numbers(network)}
+    tensors = dict(entry for prefix, part in parts.items() for entry in _state_tensors(prefix, part))
+    return OfficialNetwork(tensors, network.class_name, settings)
 
 
 def _from_state_dict(path: Path) -> OfficialNetwork:
-    state = _torch_load(path)
-    if not (isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())):
-        raise Refused("something else than a dict of tensors")
-    return OfficialNetwork({name.removeprefix("model."): tensor for name, tensor in state.items()}, None, {})
+    tensors = state_dict(load_torch(path))
+    return OfficialNetwork({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, None, {})
 
 
 _READERS = {".pkl": _from_pickle, ".pt": _from_state_dict, ".pth": _from_state_dict}
@@ -201,11 +205,13 @@ def read_network(path: Path | str) -> OfficialNetwork:
     if path.suffix not in _READERS:
         raise ValueError(f"{path} is neither a pickle (.pkl) nor a state dict ({', '.join([*_READERS][1:])})")
     try:
-        return _READERS[path.suffix](path)
+        network = _READERS[path.suffix](path)
     except Refused as error:
         raise ValueError(
             f"{path}: refused {error}, which no EDM network needs; nothing was run. Get the file from its makers"
         ) from error
     except Exception as error:  # a damaged file can raise any error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = shown(f"{type(error).__name__}: {error}".splitlines()[0])
         raise ValueError(f"{path} is damaged, or no EDM network ({reason}). Download it again") from error
+    require_finite(network.tensors, path)
+    return network

@@ -8,7 +8,6 @@ Only safetensors, JSON and text files are ever read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +15,21 @@ import torch
 from torch import Tensor
 
 from ratiograph.core.files import Missing
-from ratiograph.networks.weights.weight_files import read_tensors, require_fit
+from ratiograph.core.foreign import read_json, shown
+from ratiograph.networks.weights.weight_files import plain_names, read_tensors, require_fit
 
-__all__ = ["HUB", "beside", "config_of", "fit", "folder_of", "gated", "missing_package", "read_part", "weights_of"]
+__all__ = [
+    "HUB",
+    "beside",
+    "config_of",
+    "fit",
+    "folder_of",
+    "gated",
+    "missing_package",
+    "read_part",
+    "scheduler_of",
+    "weights_of",
+]
 
 HUB = "hf://"
 WHOLE_FILES = ("diffusion_pytorch_model", "model")
@@ -67,13 +78,19 @@ def _stored(source: str, part: str) -> Path | None:
 
 
 def beside(source: str, part: str) -> Path | None:
-    """The folder ``part`` of the pipeline that the U-Net ``source`` belongs to, if it is on this machine already."""
+    """The folder ``part`` of the pipeline that a U-Net belongs to, if it is on this machine already, else None.
+
+    Args:
+        source: of the U-Net: a pipeline's folder, its ``unet`` or a file in that, or ``hf://OWNER/NAME``.
+        part: another part of the pipeline.
+    """
     found = _stored(source, "unet")
-    while found is not None and found.name != "unet" and found.absolute().parent.name == "unet":
-        found = found.absolute().parent
+    found = found and found.absolute()
+    while found is not None and found.name != "unet" and found.parent.name == "unet":
+        found = found.parent
     if found is None or found.is_file():
         return None
-    there = (found.absolute().parent if found.name == "unet" else found) / part
+    there = (found.parent if found.name == "unet" else found) / part
     return there if there.is_dir() else None
 
 
@@ -81,16 +98,28 @@ def config_of(source: str | None, part: str) -> dict[str, object] | None:
     """The part's ``config.json``, if it is on this machine already, else None.
 
     Raises:
-        ValueError: the file is not JSON.
+        ValueError: the file is no JSON of an object.
     """
     folder = None if source is None else _stored(source, part)
     path = None if folder is None else folder / "config.json"
     if path is None or not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    return _described(path)
+
+
+def _described(path: Path) -> dict[str, object]:
+    """The object in a JSON file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{shown(path)} holds no JSON object: copy it again")
+    return found
+
+
+def scheduler_of(source: str | None) -> tuple[Path, dict[str, object]] | None:
+    """(path, content) of the scheduler's configuration beside a U-Net, if there is one; ``source`` as in `beside`."""
+    folder = None if source is None else beside(source, "scheduler")
+    path = None if folder is None else folder / "scheduler_config.json"
+    return (path, _described(path)) if path is not None and path.is_file() else None
 
 
 def folder_of(source: str, part: str, argument: str, *, weights: bool = True) -> Path:
@@ -125,7 +154,7 @@ def _downloaded(name: str, part: str, argument: str, weights: bool) -> Path:
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise missing_package("huggingface_hub", argument) from error
-    small = [f"{part}/{pattern}" for pattern in SMALL_FILES]
+    small = ["scheduler/*.json", *(f"{part}/{pattern}" for pattern in SMALL_FILES)]
     wanted = [[*small, *(f"{part}/{stem}{variant}" for stem in WHOLE_FILES)] for variant in VARIANTS]
     command = f"`hf download {name} --include '{part}/*' --local-dir FOLDER`, then {argument}=FOLDER"
     try:
@@ -172,7 +201,7 @@ def read_part(files: Sequence[Path], part: str, config: Mapping[str, object]) ->
     Raises:
         ValueError: a file is torn or no safetensors file.
     """
-    tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
+    tensors = plain_names({name: tensor for path in files for name, tensor in read_tensors(path)[0].items()})
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in tensors):
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
@@ -202,6 +231,7 @@ def fit(kind: str, here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], so
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
     """
+    tensors = plain_names(tensors, here)
     require_fit(here, tensors, kind, source, "the weights' own config.json")
     for name, tensor in here.items():
         if (tensor.device, tensor.dtype) == (tensors[name].device, tensors[name].dtype):

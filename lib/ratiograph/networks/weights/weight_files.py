@@ -8,13 +8,18 @@ several networks that start from one file share its memory, and a frozen one nev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from ratiograph.core.files import write_atomically
+from ratiograph.core.files import Missing, write_atomically
+from ratiograph.core.foreign import shown
+from ratiograph.networks.weights.restricted_pickles import Refused
+from ratiograph.networks.weights.torch_files import load_torch
 
 __all__ = [
     "differences",
@@ -22,11 +27,15 @@ __all__ = [
     "load_part",
     "load_weights",
     "locate_weights",
+    "plain_names",
     "read_header",
+    "read_state",
     "read_tensors",
     "register_converter",
+    "require_finite",
     "require_fit",
     "save_weights",
+    "state_dict",
 ]
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -35,6 +44,9 @@ Converter = Callable[[Path, str | None], Path]
 """(file, class name of the denoiser that takes it) -> the safetensors file that it was converted to."""
 
 _converters: dict[str, Converter] = {}
+
+WRAPPINGS = ("ema", "params_ema", "state_dict", "model", "module")
+"""Where training scripts put the weights in a larger dict; the first that is there is taken."""
 
 
 def register_converter(*suffixes: str) -> Callable[[Converter], Converter]:
@@ -79,13 +91,69 @@ def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tenso
             yield f"{name}{key} is a tensor here and a {type(found[key]).__name__} in the file"
         elif found[key].shape != tensor.shape:
             yield f"{name}{key} has shape {list(tensor.shape)} here and {list(found[key].shape)} in the file"
-    yield from (f"{name}{key} is in the file and not here" for key in found if key not in here)
+    yield from (f"{name}{shown(key)} is in the file and not here" for key in found if key not in here)
 
 
 def listed(sentences: list[str], limit: int = 3) -> str:
     """The first ``limit`` of the sentences, and how many more there are."""
     rest = len(sentences) - limit
     return "; ".join(sentences[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def state_dict(found: object) -> dict[str, Tensor]:
+    """The tensors of a state dict that ``torch.save`` wrote, alone or in a larger dict under a name of ``WRAPPINGS``.
+
+    Raises:
+        Refused: there is something else; the message says what.
+    """
+    while isinstance(found, dict) and not any(isinstance(value, Tensor) for value in found.values()):
+        name = next((name for name in WRAPPINGS if isinstance(found.get(name), dict)), None)
+        if name is None:
+            break
+        found = found[name]
+    if not isinstance(found, dict):
+        raise Refused("something else than a dict of tensors")
+    for name, tensor in found.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise Refused(f"something else than a dict of tensors: {shown(name)}, a {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise Refused(f"the tensor {shown(name)}, which has no values of its own")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise Refused(f"the tensor {shown(name)}, which is larger than its storage")
+    return plain_names(found)
+
+
+def plain_names(tensors: Mapping[str, Tensor], here: Iterable[str] = ()) -> dict[str, Tensor]:
+    """``tensors`` without what wrappers put into names: ``_orig_mod.`` of torch.compile, ``module.`` of DDP, ``ema.``.
+
+    Args:
+        tensors: by their names in a file.
+        here: names in the module that takes them; if these are the file's own, nothing is changed, and ``model.`` is
+            taken off only if that gives one of them.
+    """
+    here = set(here)
+    if here == set(tensors):
+        return dict(tensors)
+    plain = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): tensor for name, tensor in tensors.items()}
+    for wrapping in WRAPPINGS if here.isdisjoint(plain) else ():
+        inner = {name.removeprefix(f"{wrapping}."): name for name in plain if name.startswith(f"{wrapping}.")}
+        whole = len(inner) == len(plain) or wrapping in ("ema", "params_ema")
+        if inner and whole and (wrapping != "model" or not here.isdisjoint(inner)):
+            return plain_names({short: plain[name] for short, name in inner.items()}, here)
+    return plain
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raises a ValueError that names the first of ``tensors`` with a NaN or an infinite number, and its file."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            values = tensor if tensor.element_size() > 1 else tensor.float()
+            # A minimum and a maximum are NaN if one number is, and need no memory.
+            if not all(bool(end.isfinite()) for end in values.aminmax()):
+                raise ValueError(
+                    f"{shown(source)} holds NaN or infinity, first in its tensor {shown(name)}: the training that "
+                    "wrote it diverged, or the file is damaged. Give other weights"
+                )
 
 
 def require_fit(
@@ -126,28 +194,69 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, str] | No
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(metadata or {})))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether ``path`` is a safetensors file with all the bytes that its header promises."""
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def read_header(path: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; errors as of ``load_weights``."""
-    return read_tensors(Path(path), names=())[1]
+    return _read(Path(path), names=())[1]
 
 
-def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header strings) of a safetensors file; all tensors, or those of ``names``. Errors as `load_weights`."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header strings) of a safetensors file. Errors as of `read_state`."""
+    tensors, header = _read(Path(path))
+    require_finite(tensors, path)
+    return tensors, header
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a state dict that ``torch.save`` wrote; no code of the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or of another kind, or a tensor holds a NaN or an infinite number.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return plain_names(read_tensors(path)[0])
+    try:
+        tensors = state_dict(load_torch(path))
+    except Refused as error:
+        raise ValueError(
+            f"{path} is damaged or no file of tensors: refused {error}; nothing was run. Get it from its makers"
+        ) from error
+    except Exception as error:  # a damaged file can raise any error
+        raise ValueError(f"{path} is damaged or no file of tensors ({type(error).__name__}): fetch it again") from error
+    require_finite(tensors, path)
+    return tensors
+
+
+def _read(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}. Give the path of a safetensors file (--teacher for the teacher), or train one first"
+        raise Missing(
+            str(path),
+            f"no weights at {path}. Give the path of a safetensors file (--teacher for the teacher), or train one "
+            "first",
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys() if names is None else names
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or convert it again") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({shown(error)}). Copy or convert it again"
+        ) from error
 
 
 def _load_tensors(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Gives the module ``tensors`` in its dtypes: assigned, or copied into weights that are tied or on a GPU."""
     here = module.state_dict()
+    tensors = plain_names(tensors, here)
     require_fit(here, tensors, type(module).__name__, path, "the file's own gin file")
     tied = len({tensor.data_ptr() for tensor in here.values()}) < len(here)
     if tied or any(tensor.device.type != "cpu" for tensor in here.values()):
@@ -170,8 +279,8 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file (or a torn one), or a tensor is missing, left over or of another
-            shape.
+        ValueError: not a safetensors file (or a torn one), or a tensor is missing, left over, of another shape or not
+            finite.
     """
     tensors, metadata = read_tensors(Path(path))
     _load_tensors(Path(path), module, tensors)
@@ -189,6 +298,6 @@ def load_part(path: Path, module: nn.Module, prefix: str) -> None:
     Raises:
         FileNotFoundError, ValueError: as ``load_weights``, but tensors of the rest are not looked at.
     """
-    tensors, _ = read_tensors(Path(path))
+    tensors = plain_names(read_tensors(Path(path))[0])
     wanted = {key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors}
     _load_tensors(Path(path), module, wanted)
