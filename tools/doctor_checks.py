@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from ratiograph.training.experiment import Experiment
 from ratiograph.training.loggers import checked
 from ratiograph.training.memory import available_memory
 from ratiograph.training.memory_plan import memory_plan, shortage
+from ratiograph.training.run_folder import check_folder
 from ratiograph.training.trainer import autocast_dtype, choose_device
 from ratiograph.training.workdir import locked
 
@@ -60,6 +62,7 @@ def findings(
     *,
     workdir: Path,
     device: str = "auto",
+    allowed: Sequence[str] = (),
 ) -> Iterator[Finding]:
     """Checks everything that a run needs, one after another; raises nothing and leaves nothing behind.
 
@@ -69,6 +72,7 @@ def findings(
         gin_files, bindings, overrides: as of `config.parse`.
         workdir: folder of the run, which need not exist.
         device: as of `trainer.train`.
+        allowed: as of `run_folder.claimed`.
     """
     yield _environment()
     try:
@@ -86,7 +90,7 @@ def findings(
             yield _failure("configuration", error)
         return
     yield Finding("configuration", True, f"{', '.join(gin_files)}: {type(experiment.task).__name__}")
-    for subject, check in _checks(experiment, not missing, workdir, device):
+    for subject, check in _checks(cfg, experiment, not missing, workdir, device, allowed):
         try:
             with warnings.catch_warnings(action="ignore"):
                 yield Finding(subject, True, check())
@@ -102,7 +106,7 @@ def _failure(subject: str, error: Exception) -> Finding:
 
 
 def _checks(
-    experiment: Experiment, complete: bool, workdir: Path, device: str
+    cfg: config.Config, experiment: Experiment, complete: bool, workdir: Path, device: str, allowed: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], str]]]:
     """(subject, check) in order; a check returns what it found, or raises what would end the run."""
     yield "device", lambda: _device(device, experiment)
@@ -111,7 +115,7 @@ def _checks(
     if complete:
         yield "weights", lambda: _weights(experiment)
         yield "data", lambda: _data(experiment)
-    yield "workdir", lambda: _workdir(workdir)
+    yield "workdir", lambda: _workdir(workdir, cfg, experiment.steps, allowed)
     yield "disk space", lambda: _space(experiment, workdir)
 
 
@@ -182,7 +186,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
 
 
-def _workdir(workdir: Path) -> str:
+def _workdir(workdir: Path, cfg: config.Config, steps: int, allowed: Sequence[str]) -> str:
     folder = _existing(workdir)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --workdir")
@@ -193,9 +197,13 @@ def _workdir(workdir: Path) -> str:
         raise ValueError(f"{folder}: {error.strerror}. Check its permissions, or choose another --workdir") from error
     if not workdir.is_dir():
         return f"{workdir} will be made"
-    with locked(workdir):
-        found = checkpoints.latest(workdir / "checkpoints")
-    return f"{workdir}, to go on from step {found[0]}" if found else f"{workdir}, to begin at step 0"
+    with locked(workdir) if (workdir / ".lock").is_file() else nullcontext():  # none is left where there was none
+        reached, changes = check_folder(workdir, cfg, allowed=allowed)
+        checkpoints.latest(workdir / "checkpoints")
+    changed = f" with {len(changes)} changes" if changes else ""
+    if reached == steps:
+        return f"{workdir} holds this run, finished{changed}: the command makes its page anew and trains nothing"
+    return f"{workdir}, to go on from step {reached}{changed}" if reached else f"{workdir}, to begin at step 0"
 
 
 def _space(experiment: Experiment, workdir: Path) -> str:
