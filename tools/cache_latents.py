@@ -5,10 +5,14 @@
   python tools/cache_latents.py 'coco/val-{000000..000004}.tar' data/coco-sdxl --teacher=SDXL --resolution=1024
   python tools/cache_latents.py prompts.txt data/prompts --teacher=SD15 --caption_only     a prompt a line, no images
 
-IN are shards of images and captions as img2dataset writes them (jpg, txt, json) or tools/make_shards.py. OUT gets a
-shard for each: latents in float16 times the scaling factor, text states, the caption, for SDXL the pooled caption and
-sizes; 0.15 MB a sample for SD 1.5. The teacher says which of the two it is. Interrupted in any way, the same command
-continues at the first shard that is lacking. Images are resized to the resolution and cropped to the centre.
+  python tools/cache_latents.py laion/ data/sd15 --teacher=v1-5-pruned.safetensors --text_encoder=SD15     one file
+
+IN are shards of images and captions as img2dataset writes them (jpg, txt, json) or tools/make_shards.py: with braces, a
+pattern ('laion/*.tar') or a folder of them. OUT gets a shard for each: latents in float16 times the scaling factor,
+text states, the caption, for SDXL the pooled caption and sizes; 0.15 MB a sample for SD 1.5. The teacher says which of
+the two it is. OUT/index.json keeps digests of the encoders' weights, the scaling factor and shapes, which training
+compares with its own model's, and names damaged samples. Interrupted in any way, the same command continues at the
+first shard that is lacking. Images are resized to the resolution and cropped to the centre.
 With --caption_only there are no latents: a generator whose objective asks for no real samples is fed such shards by
 Experiment.data = @CachedCaptionStream().
 """
@@ -21,7 +25,13 @@ from absl import flags
 from ratiograph import command_line
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("teacher", None, "The pipeline in diffusers' format: folder, or hf://OWNER/NAME.", required=True)
+flags.DEFINE_string(
+    "teacher",
+    None,
+    "The pipeline in diffusers' format: folder, or hf://OWNER/NAME; or a .safetensors file of the whole model.",
+    required=True,
+)
+flags.DEFINE_string("text_encoder", None, "A pipeline whose text encoders and tokenizers are taken; default: teacher.")
 flags.DEFINE_integer("resolution", None, "Pixels of the images; default: 512 for SD 1.5, 1024 for SDXL.", lower_bound=8)
 flags.DEFINE_string("empty_prompt", None, "Also write the states of the empty prompt to this file, for guidance.")
 flags.DEFINE_bool("caption_only", False, "IN is a text file with a prompt a line; no latents are made.")
@@ -40,13 +50,15 @@ FILTERS = ("minimum_aesthetic", "minimum_side", "maximum_watermark")
 
 def samples_and_settings(source, encoder, resolution, device):
     """What the cache will hold, and the settings that an interrupted command must repeat."""
+    from preparation.input_shards import input_shards
     from preparation.latent_cache import CachedImages, CachedPrompts
     from ratiograph.core.foreign import lines_of, read_text
     from ratiograph.data.captioned import CaptionedStream
-    from ratiograph.data.embedded import resolve
     from ratiograph.networks.autoencoder import Autoencoder
 
     settings = {"source": source, "teacher": FLAGS.teacher}
+    if FLAGS.text_encoder:
+        settings["text_encoder"] = FLAGS.text_encoder
     if FLAGS.caption_only:
         if not Path(source).is_file():
             raise ValueError(f"no file of prompts at {source}: with --caption_only, IN has a prompt a line")
@@ -59,7 +71,13 @@ def samples_and_settings(source, encoder, resolution, device):
     autoencoder = Autoencoder(weights=FLAGS.teacher, chunk=FLAGS.batch_size)
     autoencoder.load()
     images = CachedImages(
-        stream, resolve(source), autoencoder.to(device), encoder, FLAGS.sample_seed, FLAGS.batch_size, FLAGS.workers
+        stream,
+        input_shards(source),
+        autoencoder.to(device),
+        encoder,
+        FLAGS.sample_seed,
+        FLAGS.batch_size,
+        FLAGS.workers,
     )
     return images, settings | filters | {"resolution": resolution, "sample_seed": FLAGS.sample_seed}
 
@@ -70,9 +88,10 @@ def summary(folder, index, samples):
     count = sum(entry["samples"] for entry in shards.values())
     urls = f"{folder}/shard-{{000000..{len(shards) - 1:06d}}}.tar"
     stream = " --gin_param='Experiment.data = @CachedCaptionStream()' --gin_param='CachedCaptionStream.urls = %DATA'"
+    damaged = sum(len(entry.get("damaged", ())) for entry in shards.values())
+    named = f", named in {folder}/index.json" if damaged else ""
     return (
-        f"{count:,} samples in {len(shards):,} shards, {samples.skipped:,} filtered out, "
-        f"{getattr(samples, 'damaged', 0):,} damaged\n"
+        f"{count:,} samples in {len(shards):,} shards, {samples.skipped:,} filtered out, {damaged:,} damaged{named}\n"
         f"train with --data={shlex.quote(urls)}{stream if FLAGS.caption_only else ''}"
     )
 
@@ -84,7 +103,8 @@ def main(arguments):
 
     source, folder = arguments[0], Path(arguments[1])
     device = choose_device(FLAGS.device)
-    encoder, usual_resolution = encoder_of(FLAGS.teacher)
+    argument = "text_encoder" if FLAGS.text_encoder else "teacher"
+    encoder, usual_resolution = encoder_of(FLAGS[argument].value, f"--{argument}")
     encoder.load()
     encoder.to(device)
     if FLAGS.empty_prompt:

@@ -1,7 +1,7 @@
-"""The checks of tools/doctor.py: one for each thing that a run will need.
+"""The checks of tools/doctor.py: what a launch asks before its first step, asked one after another.
 
-Networks are built on the meta device, so that nothing takes memory. Of weight files only the headers are read: which
-tensors there are, and their shapes.
+Networks are built on the meta device, so that nothing takes memory; their weights are read as a launch reads them, and
+compared by names and shapes.
 """
 
 from __future__ import annotations
@@ -14,25 +14,30 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ratiograph import config
-from ratiograph.config import tree
-from ratiograph.config.tree import Node
-from ratiograph.core.contracts import Denoiser, RatioEstimator
+from ratiograph.config.locating import missing_files
+from ratiograph.data.remote import is_remote
 from ratiograph.data.stream import SampleStream
-from ratiograph.networks.weights.weight_files import locate_weights
 from ratiograph.training import checkpoints
 from ratiograph.training.devices import autocast_dtype, choose_device
+from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
+from ratiograph.training.loggers import checked
+from ratiograph.training.memory import available_memory
+from ratiograph.training.memory_plan import memory_plan, shortage
+from ratiograph.training.run_folder import check_folder
 from ratiograph.training.workdir import locked
 
-__all__ = ["Finding", "examine", "findings"]
+__all__ = ["Finding", "findings"]
 
 _COPIES = 4  # of a trained weight in a checkpoint: itself, its average, and Adam's two moments
+_LABELS = 64  # samples that are read at least, so that a label out of range shows
 
 
 @dataclass(frozen=True)
@@ -57,57 +62,66 @@ def findings(
     *,
     workdir: Path,
     device: str = "auto",
+    allowed: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """What ``examine`` finds of the run that a configuration describes, after a finding about the configuration itself.
+    """Checks everything that a run needs, one after another; raises nothing and leaves nothing behind.
+
+    Weights and data are looked at where every file that the configuration names is there, as in a launch.
 
     Args:
-        gin_files, bindings, overrides: as of ``config.parse``.
+        gin_files, bindings, overrides: as of `config.parse`.
         workdir: folder of the run, which need not exist.
-        device: as of ``train``.
+        device: as of `trainer.train`.
+        allowed: as of `run_folder.claimed`.
     """
+    yield _environment()
     try:
         cfg = config.parse(gin_files, bindings, overrides)
+        missing = missing_files(cfg)
+    except Exception as error:
+        yield _failure("configuration", error)
+        return
+    yield from (Finding("files", False, line) for line in missing)
+    try:
         with torch.device("meta"):
             experiment = config.build(cfg)
-    except (ValueError, OSError) as error:
-        yield Finding("configuration", False, str(error))
+    except Exception as error:
+        if not missing:
+            yield _failure("configuration", error)
         return
     yield Finding("configuration", True, f"{', '.join(gin_files)}: {type(experiment.task).__name__}")
-    yield from examine(experiment, workdir=workdir, device=device)
-
-
-def examine(experiment: Experiment, *, workdir: Path, device: str = "auto") -> Iterator[Finding]:
-    """Checks everything a run of ``experiment`` needs, one after another; raises nothing and leaves nothing behind.
-
-    Args:
-        experiment: built on the meta device.
-        workdir: folder of the run, which need not exist.
-        device: as of ``train``.
-    """
-    root = tree.describe(experiment)
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("environment", _environment),
-        ("device", lambda: _device(device, experiment)),
-    ]
-    checks += [(f"weights of {where}", lambda name=name: _exists(name)) for where, name in _named_weights(root)]
-    checks += [(f"fit of {where}", load) for where, load in _loads(experiment)]
-    checks += [(f"warm start from {run}", lambda run=run: _warm_start(run)) for run in _warm_starts(root)]
-    checks += [
-        ("data", lambda: _data(experiment)),
-        ("workdir", lambda: _workdir(workdir)),
-        ("disk space", lambda: _space(experiment, workdir)),
-    ]
-    for subject, check in checks:
+    for subject, check in _checks(cfg, experiment, not missing, workdir, device, allowed):
         try:
             with warnings.catch_warnings(action="ignore"):
-                found, ok = check(), True
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            found, ok = str(error).strip().splitlines()[0], False
-        yield Finding(subject, ok, found)
+                yield Finding(subject, True, check())
+        except Exception as error:
+            yield _failure(subject, error)
 
 
-def _environment() -> str:
-    return f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} processors"
+def _failure(subject: str, error: Exception) -> Finding:
+    """A finding in one line; the error's type is told where it is none that is meant for users."""
+    line = " ".join(str(error).split())
+    expected = isinstance(error, ValueError | OSError) and line
+    return Finding(subject, False, line if expected else f"{type(error).__name__}: {line}")
+
+
+def _checks(
+    cfg: config.Config, experiment: Experiment, complete: bool, workdir: Path, device: str, allowed: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(subject, check) in order; a check returns what it found, or raises what would end the run."""
+    yield "device", lambda: _device(device, experiment)
+    yield "memory", lambda: _memory(device, experiment)
+    yield "loggers", lambda: ", ".join(type(each).__name__ for each in checked(experiment.loggers)) or "none"
+    if complete:
+        yield "weights", lambda: _weights(experiment)
+        yield "data", lambda: _data(experiment)
+    yield "workdir", lambda: _workdir(workdir, cfg, experiment.steps, allowed)
+    yield "disk space", lambda: _space(experiment, workdir)
+
+
+def _environment() -> Finding:
+    found = f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} processors"
+    return Finding("environment", True, found)
 
 
 def _device(name: str, experiment: Experiment) -> str:
@@ -116,12 +130,6 @@ def _device(name: str, experiment: Experiment) -> str:
     if device.type != "cuda":
         return f"{device.type} in {precision}, {torch.get_num_threads()} threads; torch sees no GPU it should use"
     found = torch.cuda.get_device_properties(device)
-    wanted = _resident_bytes(experiment)
-    if wanted > found.total_memory:
-        raise ValueError(
-            f"{found.name} has {found.total_memory / 1e9:.1f} GB, and weights, gradients and moments alone take "
-            f"{wanted / 1e9:.1f}: take a larger GPU, or train fewer weights"
-        )
     if not bool(torch.ones(8, device=device).sum() == 8):
         raise ValueError(f"{found.name} adds wrongly: check its driver, or choose another --device")
     count = torch.cuda.device_count()
@@ -131,85 +139,46 @@ def _device(name: str, experiment: Experiment) -> str:
     return f"{count} x {found.name}, {found.total_memory / 1e9:.1f} GB, {precision}{nccl}"
 
 
-def _resident_bytes(experiment: Experiment) -> int:
-    """Bytes on the device at any batch size: weights, and for trained ones average, gradient and moments."""
-    parameters = list(experiment.task.parameters())
-    return sum(p.numel() * p.element_size() * (_COPIES + 1 if p.requires_grad else 1) for p in parameters)
+def _memory(name: str, experiment: Experiment) -> str:
+    """The plan of a launch on one device."""
+    device, samples = choose_device(name), experiment.samples_each(1) // experiment.accumulation
+    short = shortage(experiment.task, experiment.precision, device)
+    if short:
+        raise ValueError(short.removeprefix("warning: "))
+    plan = memory_plan(experiment.task, experiment.precision)
+    batch = ""
+    if plan.activations:
+        batch = f", {plan.held_by(samples, plan.precision) / 1e9:.2g} GB while {samples} samples pass the networks"
+    held = f"{plan.held() / 1e9:.2g} GB of networks, gradients, optimisers and averages"
+    return f"{held}{batch}; {available_memory(device):.1f} GB left"
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights, data and disk -------------------------------------------------------------------------------------------
 
 
-def _nodes(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
-    yield path or node.name, node
-    for child in node.children:
-        yield from _nodes(child, f"{path}.{child.name}" if path else child.name)
-
-
-def _named_weights(root: Node) -> list[tuple[str, str]]:
-    """(path of the first node that names it, name) of every weight file in the graph."""
-    found: dict[str, str] = {}
-    for path, node in _nodes(root):
-        for parameter, value in node.params.items():
-            if parameter.endswith("weights") and isinstance(value, str):
-                found.setdefault(value, path)
-    return [(path, name) for name, path in found.items()]
-
-
-def _exists(name: str) -> str:
-    if "://" in name:
-        return f"{name}: fetched when the run starts, if this machine has no copy"
-    path = locate_weights(name).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: give the path of a file (--teacher for the teacher)")
-    return f"{path}, {path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else f"the folder {path}"
-
-
-def _loads(experiment: Experiment) -> Iterator[tuple[str, Callable[[], str]]]:
-    """A check for each module that loads weights: on the meta device only names and shapes are compared."""
-
-    def load(module: Denoiser | RatioEstimator) -> str:
-        module.load()
-        return f"every tensor of {type(module).__name__} is there, with its shape"
-
-    for path, module in experiment.task.named_modules():
-        names = [getattr(module, name, None) for name in ("weights", "encoder_weights")]
-        local = [name for name in names if isinstance(name, str) and "://" not in name]
-        if isinstance(module, Denoiser | RatioEstimator) and local:
-            yield path, lambda module=module: load(module)
-
-
-def _warm_starts(root: Node) -> list[str]:
-    return [str(node.params["run"]) for _, node in _nodes(root) if node.cls == "WarmStart"]
-
-
-def _warm_start(run: str) -> str:
-    found = checkpoints.steps(Path(run) / "checkpoints")
-    if not found:
-        raise ValueError(f"{run} holds no checkpoint: run what it is to start from first")
-    return f"the checkpoint of step {found[-1]}"
-
-
-# --- data and disk ----------------------------------------------------------------------------------------------------
+def _weights(experiment: Experiment) -> str:
+    experiment.task.load()
+    return "all that the networks start from can be read"
 
 
 def _data(experiment: Experiment) -> str:
-    """Finds every shard and decodes one sample."""
+    """Finds every shard and decodes a first batch."""
     stream = experiment.data
     if stream is None:
         return "none is needed"
+    told = "; ".join(check_encoders(experiment))
     if isinstance(stream, SampleStream):
-        if "://" in stream.urls or stream.urls.startswith("pipe:"):
+        if any(map(is_remote, stream.urls.split("::"))):
             return f"{stream.describe()}: fetched while training, not looked at"
         stream = copy.copy(stream)
-        stream.shuffle_buffer, stream.workers, stream.prefetch = 0, 0, 1  # the first sample, and no more
-    started = time.monotonic()
-    batches = stream.batches(1, experiment.seed)
+        stream.shuffle_buffer, stream.workers, stream.prefetch = 0, 0, 1  # the first samples, and no more
+    started, samples = time.monotonic(), max(experiment.batch_size, _LABELS)
+    batches = stream.batches(samples, experiment.seed)
     batch = next(batches)
     batches.close()
     experiment.task.check_samples(batch)
     shape = "x".join(map(str, batch.images.shape[1:]))
-    return f"{stream.describe()}; a sample {shape} after {time.monotonic() - started:.1f} s"
+    return f"{told and told + '; '}{stream.describe()}; {samples} samples {shape} in {time.monotonic() - started:.1f} s"
 
 
 def _existing(path: Path) -> Path:
@@ -217,7 +186,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
 
 
-def _workdir(workdir: Path) -> str:
+def _workdir(workdir: Path, cfg: config.Config, steps: int, allowed: Sequence[str]) -> str:
     folder = _existing(workdir)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --workdir")
@@ -228,9 +197,13 @@ def _workdir(workdir: Path) -> str:
         raise ValueError(f"{folder}: {error.strerror}. Check its permissions, or choose another --workdir") from error
     if not workdir.is_dir():
         return f"{workdir} will be made"
-    with locked(workdir):
-        found = checkpoints.latest(workdir / "checkpoints")
-    return f"{workdir}, to go on from step {found[0]}" if found else f"{workdir}, to begin at step 0"
+    with locked(workdir) if (workdir / ".lock").is_file() else nullcontext():  # none is left where there was none
+        reached, changes = check_folder(workdir, cfg, allowed=allowed)
+        checkpoints.latest(workdir / "checkpoints")
+    changed = f" with {len(changes)} changes" if changes else ""
+    if reached == steps:
+        return f"{workdir} holds this run, finished{changed}: the command makes its page anew and trains nothing"
+    return f"{workdir}, to go on from step {reached}{changed}" if reached else f"{workdir}, to begin at step 0"
 
 
 def _space(experiment: Experiment, workdir: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ratiograph.core.files import write_atomically
+from ratiograph.core.foreign import read_json, shown
 from ratiograph.core.types import Condition
 from ratiograph.data.captioned import CaptionedStream
 from ratiograph.data.images import to_tensor
-from ratiograph.data.latents import npy_bytes
+from ratiograph.data.latents import ENCODERS, npy_bytes, shapes
 from ratiograph.data.raw_samples import DamagedSample
 from ratiograph.data.shards import INDEX
 from ratiograph.data.tars import Damage
@@ -35,6 +37,15 @@ from ratiograph.networks.text_encoders import CaptionEncoder, SD15CaptionEncoder
 from ratiograph.networks.weights import pipeline_files
 
 __all__ = ["CachedImages", "CachedPrompts", "cache_shards", "encoder_of", "write_empty_prompt"]
+
+log = logging.getLogger(__name__)
+
+
+def _text_facts(encoder: CaptionEncoder) -> dict[str, object]:
+    """The facts of a loaded encoder with the shapes of its states."""
+    return encoder.encoder_facts() | shapes(
+        {name: part.shape[1:] for name, part in encoder.encode([""]).parts().items()}
+    )
 
 
 def _rows(condition: Condition, captions: Sequence[str]) -> list[dict[str, bytes]]:
@@ -63,10 +74,19 @@ class CachedPrompts:
     size: int = 10_000
     batch_size: int = 64
     skipped: int = 0
+    damage: Sequence[str] = ()
 
     def sources(self) -> list[Sequence[str]]:
         """What each shard is made from."""
         return [self.prompts[k : k + self.size] for k in range(0, len(self.prompts), self.size)]
+
+    def named(self, source: Sequence[str]) -> str:
+        """What the index calls the input of a shard."""
+        return f"prompts {hashlib.sha256(json.dumps(list(source)).encode()).hexdigest()[:16]}"
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`."""
+        return _text_facts(self.encoder)
 
     def samples(self, source: Sequence[str], number: int) -> Iterator[dict[str, object]]:
         """The webdataset samples of shard ``number``."""
@@ -101,18 +121,30 @@ class CachedImages:
     seen: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     damaged: int = field(default=0, init=False)
+    damage: list[str] = field(default_factory=list, init=False)
 
     def sources(self) -> Sequence[Path]:
         return self.shards
 
+    def named(self, source: Path) -> str:
+        return source.name
+
+    def encoder_facts(self) -> dict[str, object]:
+        return self.autoencoder.encoder_facts() | _text_facts(self.encoder)
+
     def samples(self, source: Path, number: int) -> Iterator[dict[str, object]]:
+        """As `CachedPrompts.samples`; ``damage`` then has a line for each damaged sample of the shard."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + 2**20 * number)
-        with ThreadPoolExecutor(self.workers) as pool:
-            raws = (pool.submit(self._prepared, raw) for raw in self._taken(source))
-            for futures in _one_ahead(raws, self.batch_size):
-                samples = [sample for sample in (future.result() for future in futures) if sample is not None]
-                if samples:
-                    yield from self._encoded(samples, generator)
+        self.damage = []
+        try:
+            with ThreadPoolExecutor(self.workers) as pool:
+                raws = (pool.submit(self._prepared, raw) for raw in self._taken(source))
+                for futures in _one_ahead(raws, self.batch_size):
+                    samples = [sample for sample in (future.result() for future in futures) if sample is not None]
+                    if samples:
+                        yield from self._encoded(samples, generator)
+        except DamagedSample as error:
+            raise ValueError(f"{error} Or skip damaged samples and have them named: --max_damaged=0.01") from error
         self._check()
 
     def _taken(self, source: Path) -> Iterator[object]:
@@ -133,15 +165,17 @@ class CachedImages:
             return None
 
     def _note(self, why: str) -> None:
+        if not self.stream.tolerant:
+            raise DamagedSample(why)
         self.damaged += 1
-        if self.stream.max_damaged == 0:
-            raise ValueError(why)
+        self.damage.append(why)
+        log.warning("Skipped (%d so far): %s", self.damaged, why)
 
     def _check(self) -> None:
         if self.damaged > self.stream.max_damaged * self.seen:
             raise ValueError(
-                f"{self.damaged} of {self.seen} samples are damaged, and --max_damaged={self.stream.max_damaged}: copy "
-                "the shards again, or allow more"
+                f"{self.damaged} of {self.seen} samples are damaged, and --max_damaged={self.stream.max_damaged}, the "
+                f"last is: {self.damage[-1]} Or raise --max_damaged"
             )
 
     def _encoded(self, samples: Sequence[tuple], generator: torch.Generator | None) -> Iterator[dict[str, object]]:
@@ -198,41 +232,54 @@ def cache_shards(
         advance: called with the shards done and their number, at first and after each.
 
     Returns:
-        The index: ``shards`` by name with ``samples``, ``bytes`` and ``sha256``, and ``settings``.
+        The index: ``shards`` by name with ``samples``, ``bytes``, ``sha256``, ``input`` and the ``damaged`` samples'
+        messages, where there are any; ``settings``; and ``encoders``, facts as of `contracts.Encoded`.
 
     Raises:
-        ValueError: the folder holds a cache with other settings or something else, or too many samples are damaged.
+        ValueError: the folder holds a cache of other inputs, settings or encoders or something else, or too many
+            samples are damaged.
     """
-    index = _earlier(folder, dict(settings))
+    index = _earlier(folder, {"settings": dict(settings), ENCODERS: samples.encoder_facts()})
     sources = samples.sources()
     for number, source in enumerate(sources):
         advance(number, len(sources))
         path = folder / f"shard-{number:06d}.tar"
-        entry = index["shards"].get(path.name)
+        entry, name = index["shards"].get(path.name), samples.named(source)
+        if entry and entry.get("input", name) != name:
+            raise _other(folder, f"input of {path.name}", entry["input"], name)
         if entry and path.is_file() and path.stat().st_size == entry["bytes"]:
             continue
-        index["shards"][path.name] = _write(path, samples.samples(source, number))
+        written = _write(path, samples.samples(source, number))
+        damaged = {"damaged": sorted(samples.damage)} if samples.damage else {}
+        index["shards"][path.name] = written | {"input": name} | damaged
         write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     advance(len(sources), len(sources))
     return index
 
 
-def _earlier(folder: Path, settings: dict) -> dict:
+def _earlier(folder: Path, made: Mapping[str, dict]) -> dict:
+    """The folder's index; a new one with what is ``made`` by where there is none."""
     if not (folder / INDEX).is_file():
         others = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if others and not all(name.startswith("shard-") for name in others):
             raise ValueError(f"{folder} holds {others[0]} and is no cache of latents: give another folder")
-        return {"shards": {}, "settings": settings}
-    index = json.loads((folder / INDEX).read_text())
-    earlier = index.get("settings", {})
-    changed = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{folder} holds a cache with {name} = {earlier.get(name)!r}, here it is {settings.get(name)!r}: give "
-            "another folder, or delete that one"
-        )
+        return {"shards": {}, **made}
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), dict):
+        raise ValueError(f"{folder / INDEX} is no index of a cache of latents: give another folder, or delete that one")
+    for kind, here in made.items():
+        earlier = index.get(kind, here)  # an index that names no encoders is gone on with, and names none
+        for name in {**earlier, **here}:
+            if earlier.get(name) != here.get(name):
+                raise _other(folder, name, earlier.get(name), here.get(name))
     return index
+
+
+def _other(folder: Path, name: str, earlier: object, here: object) -> ValueError:
+    return ValueError(
+        f"{folder} holds a cache with {name} = {shown(repr(earlier))}, here it is {shown(repr(here))}: give another "
+        "folder, or delete that one"
+    )
 
 
 def _write(path: Path, samples: Iterable[Mapping[str, object]]) -> dict:
@@ -250,23 +297,31 @@ def _write(path: Path, samples: Iterable[Mapping[str, object]]) -> dict:
     return record
 
 
-def encoder_of(teacher: str) -> tuple[CaptionEncoder, int]:
-    """(the caption encoder of a pipeline, not loaded, and its usual resolution): SDXL's if its U-Net takes sizes.
+def encoder_of(source: str, argument: str) -> tuple[CaptionEncoder, int]:
+    """(the caption encoder of a pipeline, not loaded, and the pipeline's usual resolution): SDXL's if there are two.
+
+    Args:
+        source: the pipeline.
+        argument: the flag that has this value, for errors.
 
     Raises:
-        ValueError, FileNotFoundError: ``teacher`` is no pipeline in diffusers' format.
+        ValueError, FileNotFoundError: ``source`` is no pipeline in diffusers' format.
     """
-    pipeline_files.folder_of(teacher, "unet", "--teacher", weights=False)
-    unet = pipeline_files.config_of(teacher, "unet")
-    if unet is None:
-        raise ValueError(f"--teacher={teacher} holds no unet/config.json: give a pipeline in diffusers' format")
-    if unet.get("addition_embed_type") == "text_time":
-        return SDXLCaptionEncoder(weights=teacher), 1024
-    return SD15CaptionEncoder(weights=teacher), 512
+    folder = pipeline_files.folder_of(source, "unet", argument, weights=False)
+    if folder.is_file():
+        raise ValueError(
+            f"{argument}={source} is one file, from which the autoencoder can be read but no tokenizer: add "
+            "--text_encoder, a folder in diffusers' format with this model's text_encoder and tokenizer"
+        )
+    unet = pipeline_files.config_of(source, "unet")
+    if unet is None and not (folder / "text_encoder").is_dir():
+        raise ValueError(f"{argument}={source} holds no text_encoder: give a pipeline in diffusers' format")
+    second = (folder / "text_encoder_2").is_dir() if unet is None else unet.get("addition_embed_type") == "text_time"
+    return (SDXLCaptionEncoder(weights=source), 1024) if second else (SD15CaptionEncoder(weights=source), 512)
 
 
 def write_empty_prompt(path: Path, encoder: CaptionEncoder) -> None:
     """Writes `guidance.EmptyPrompt`'s file: the states of the prompt '', ``text`` [L, E] and SDXL's ``pooled`` [P]."""
     parts: dict[str, Tensor] = encoder.encode([""]).parts()
     kept = {name: parts[name][0].float().cpu().contiguous() for name in ("text", "pooled") if name in parts}
-    write_atomically(Path(path), save(kept))
+    write_atomically(Path(path), save(kept, {ENCODERS: json.dumps(encoder.encoder_facts())}))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ratiograph.core.differentiation import twice_differentiable
 from ratiograph.core.types import Batch, Condition, Encoding, Noisy
 
-__all__ = ["DataStream", "Denoiser", "Evaluation", "Needs", "Nodes", "RatioEstimator"]
+__all__ = ["DataStream", "Denoiser", "Encoded", "Evaluation", "Needs", "Nodes", "RatioEstimator"]
 
 
 class Denoiser(nn.Module):
@@ -96,6 +96,20 @@ class DataStream(Protocol):
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """What knows by which autoencoder and text encoders latents and captions' states are made.
+
+    Caches of latents, networks of latents and the encoders themselves; a run needs all of them to agree.
+    """
+
+    def encoder_facts(self) -> dict[str, object]:
+        """Plain values by name, as far as they are known: those of `encoder_files`, and the captions' shapes.
+
+        ``text_tokens`` L and ``text_width`` E of ``text`` [B, L, E], ``pooled_width`` P of ``pooled`` [B, P].
+        """
 
 
 @dataclass(frozen=True)

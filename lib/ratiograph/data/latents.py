@@ -12,6 +12,7 @@ import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,16 +23,45 @@ from annotated_types import Interval
 from torch import Tensor
 
 from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
-from ratiograph.core.foreign import shown
+from ratiograph.core.foreign import read_json, shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import pack
+from ratiograph.data.embedded import sources
 from ratiograph.data.raw_samples import DamagedSample, RawSample
-from ratiograph.data.shards import write_shards
+from ratiograph.data.shards import INDEX, write_shards
 from ratiograph.data.stream import SampleStream
 
 __all__ = ["CachedCaptionStream", "LatentStream"]
 
 RANKS = {"latent": 3, "text": 2, "pooled": 1, "sizes": 1}
+ENCODERS = "encoders"
+"""The key of the facts in a cache's index.json."""
+FACTS = {
+    "latent": ("autoencoder", "scaling_factor", "shift_factor"),
+    "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_tokens", "text_width"),
+    "pooled": ("pooled_width",),
+}
+"""By part of a sample, the facts (see `contracts.Encoded`) of what made it."""
+
+
+def encoders_of(folder: Path) -> dict[str, object]:
+    """The facts in a folder's index.json; {} without an index, or in one that states none.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    try:
+        index = read_json(folder / INDEX)
+    except FileNotFoundError:
+        return {}
+    stated = index.get(ENCODERS) if isinstance(index, dict) else None
+    return stated if isinstance(stated, dict) else {}
+
+
+def shapes(found: Mapping[str, Sequence[int]]) -> dict[str, object]:
+    """The facts that the shapes of one sample's parts state."""
+    facts = dict(zip(("text_tokens", "text_width"), found.get("text", ()), strict=False))
+    return facts | dict(zip(("pooled_width",), found.get("pooled", ()), strict=False))
 
 
 @dataclass
@@ -141,6 +171,34 @@ class CachedCaptionStream(SampleStream):
         stacked = {part: _stack(raw, [sample[part] for sample in arrays], part) for part in arrays[0]}
         images = stacked.pop("latent", torch.zeros(len(raw), 0))
         return Batch(images, Condition(**stacked, caption=_packed(raw, captions)))
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`: what each index.json beside the shards states of the parts that are read.
+
+        Without such an index these are the shapes of a local shard's first sample.
+
+        Raises:
+            ValueError: two of the indexes differ, or one is damaged; a shard is missing.
+        """
+        shards = {(s if isinstance(s, Path) else s.path).parent: s for s in sources(self.urls)}
+        wanted = [fact for part in self.parts for fact in FACTS.get(part, ())]
+        found: dict[str, tuple[object, Path]] = {}
+        for folder, shard in shards.items():
+            stated = encoders_of(folder) or (self._shapes(shard) if isinstance(shard, Path) else {})
+            for fact in wanted:
+                if fact in stated and stated[fact] != found.setdefault(fact, (stated[fact], folder))[0]:
+                    other, place = found[fact]
+                    raise ValueError(
+                        f"the shards of {place} were encoded with {fact} {shown(other)}, those of {folder} with "
+                        f"{shown(stated[fact])}: run tools/cache_latents.py again with one model for both"
+                    )
+        return {fact: value for fact, (value, _) in found.items()}
+
+    def _shapes(self, shard: Path) -> dict[str, object]:
+        with suppress(DamagedSample, StopIteration):  # it is named when it is read for training
+            raw = next(sample for sample in self.read(shard) if isinstance(sample, RawLatent))
+            return shapes({part: raw.array(part).shape for part in self.parts})
+        return {}
 
     def describe(self) -> str:
         """One line for people, from the arguments alone."""

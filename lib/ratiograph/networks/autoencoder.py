@@ -15,22 +15,13 @@ from torch import Tensor, nn
 from ratiograph.core.domains import Positive, PositiveInt
 from ratiograph.core.files import Missing
 from ratiograph.networks.checkpointing import directly, recomputed
+from ratiograph.networks.weights.encoder_files import autoencoder_config, autoencoder_facts
 from ratiograph.networks.weights.frozen import save_only
-from ratiograph.networks.weights.pipeline_files import config_of, fit, folder_of, missing_package, read_part, weights_of
+from ratiograph.networks.weights.pipeline_files import fit, folder_of, missing_package, read_part, weights_of
 
 __all__ = ["Autoencoder"]
 
 PART = "vae"
-STANDARD = {
-    "down_block_types": 4 * ("DownEncoderBlock2D",),
-    "up_block_types": 4 * ("UpDecoderBlock2D",),
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
-"""The configuration of SD 1.x and SD 2.x; SDXL's differs in its scaling factor alone."""
 FOREIGN = ("shift_factor", "latents_mean", "latents_std")
 
 
@@ -41,7 +32,8 @@ class Autoencoder(nn.Module):
         weights: a pipeline's folder in diffusers' format, its ``vae`` folder, a ``.safetensors`` file of either or of
             the whole model in its authors' naming, or ``hf://OWNER/NAME``; None keeps random weights. The architecture
             is that of the ``config.json`` there, and Stable Diffusion's own, 83,653,863 parameters, without one.
-        scaling_factor: of the latents; None takes the configuration's, 0.18215 without one.
+        scaling_factor: of the latents; None takes the configuration's, without one 0.18215, and SDXL's in a file of a
+            whole SDXL model.
         chunk: samples encoded or decoded at a time, at least 1.
         checkpointing: where gradients are needed, keep only the latents of each chunk and decode it again in the
             backward pass; without it the activations, about 2 GB for each 512 x 512 sample, are all kept.
@@ -66,7 +58,7 @@ class Autoencoder(nn.Module):
             raise ValueError(f"Autoencoder.chunk={chunk} must be at least 1")
         self.weights, self.scaling_factor, self.chunk = weights, scaling_factor, chunk
         self.checkpointing, self.double_backward = checkpointing, double_backward
-        self._build(config_of(weights, PART) or STANDARD)
+        self._build(autoencoder_config(weights))
         save_only(self)
 
     def _build(self, config: dict[str, object]) -> None:
@@ -122,10 +114,16 @@ class Autoencoder(nn.Module):
         files = self.locate(weights=self.weights)
         if not files:
             return
-        config = config_of(self.weights, PART)
-        if config is not None and {k: v for k, v in config.items() if not k.startswith("_")} != self.config:
+        config = autoencoder_config(self.weights)
+        if {k: v for k, v in config.items() if not k.startswith("_")} != self.config:
             self._build(config)  # a model of the hub, whose configuration came with the weights
         fit("Autoencoder", self.vae.state_dict(keep_vars=True), read_part(files, PART, self.config), str(files[0]))
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`."""
+        files = [] if self.weights is None else self.locate(weights=self.weights)
+        found = autoencoder_facts(files, autoencoder_config(self.weights)) if files else {}
+        return found and found | {"scaling_factor": self.factor}
 
     def train(self, mode: bool = True) -> Autoencoder:
         """Stays in evaluation mode: it is frozen."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Positive
 from ratiograph.core.files import Missing, expanded
+from ratiograph.core.foreign import parse_json
 from ratiograph.core.types import Condition, Encoding, Noisy
+from ratiograph.data.latents import ENCODERS, shapes
 from ratiograph.networks.weights.weight_files import read_tensors
 
 __all__ = ["Clipped", "EmptyPrompt", "Guided", "NoCaption", "NoLabel", "Unconditional"]
@@ -98,6 +100,13 @@ class EmptyPrompt(_NoText):
         if "text" not in tensors or tensors["text"].ndim != 2:
             raise ValueError(f"EmptyPrompt.file={self.file!r} holds no tensor 'text' [L, E]: encode the prompt '' anew")
         self.text, self.pooled = tensors["text"].float(), tensors.get("pooled")
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`: the states' shapes, and the encoders that the file's header names."""
+        tensors, header = read_tensors(Path(self.file).expanduser())
+        named = parse_json(header.get(ENCODERS, "{}"), self.file)
+        stated = named if isinstance(named, dict) else {}
+        return stated | shapes({name: tensor.shape for name, tensor in tensors.items()})
 
     def forward(self, condition):
         return replace(condition, **{name: self._empty(name, part) for name, part in self.parts(condition).items()})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ratiograph.core.domains import NonNegativeInt
 from ratiograph.core.files import Missing
 from ratiograph.core.types import Condition
+from ratiograph.networks.weights.encoder_files import text_facts
 from ratiograph.networks.weights.pipeline_files import folder_of, missing_package, weights_of
 from ratiograph.networks.weights.weight_files import require_finite
 
@@ -74,6 +75,14 @@ class CaptionEncoder(nn.Module):
         for _, encoder, tokenizer in cls.parts:
             cls._folder(weights, tokenizer, weights=False)
             cls._folder(weights, encoder, weights=True)
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`."""
+        found: dict[str, object] = {}
+        for _, encoder, tokenizer in self.parts:
+            folders = (self._folder(self.weights, part, part == encoder) for part in (encoder, tokenizer))
+            found |= text_facts(*folders)
+        return found
 
     @classmethod
     def _folder(cls, source: str, part: str, weights: bool) -> Path:

@@ -56,8 +56,11 @@ class DenoiserTraining(Task):
         self.augmentation.check(denoiser.network)
         self.weight = EDMWeight(sigma_data=denoiser.sigma_data)
 
-    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+    def load(self) -> None:
         self.denoiser.load()
+
+    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        self.load()
         self.average = self.parallel.copy(self.denoiser)
         self.parallel.place(self, [self.denoiser, self.average], device, autocast_dtype)
         self.optimizers = {"denoiser": self.optimizer.build(self.denoiser.parameters())}

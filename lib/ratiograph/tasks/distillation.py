@@ -149,12 +149,15 @@ class Distillation(Task):
     def nodes(self) -> Nodes:
         return Nodes(self.teacher, self.student_score, self.ratio)
 
-    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+    def load(self) -> None:
         for node in (self.student.denoiser, self.teacher, self.student_score, self.ratio):
             if node is not None:
                 node.load()
         for term in self.objective.terms.values():
             term.target.load()
+
+    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        self.load()
         if self.teacher is not None:
             freeze(self.teacher, autocast_dtype)
         self.average = self.parallel.copy(self.student)

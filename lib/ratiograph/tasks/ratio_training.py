@@ -60,8 +60,11 @@ class RatioTraining(Task):
         self.check_shapes()
         ratio.connect(teacher, None)
 
-    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+    def load(self) -> None:
         self.ratio.load()
+
+    def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+        self.load()
         self.to(device)
         self.optimizers = {"ratio": self.optimizer.build(self.ratio.parameters())}
 

@@ -47,6 +47,9 @@ class Task(nn.Module):
         """The networks a checkpoint must hold, averages included, by name."""
         raise NotImplementedError
 
+    def load(self) -> None:
+        """Reads the files of trained weights into the networks, for ``prepare``. Never called in a dry run."""
+
     def prepare(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
         """Loads or initialises weights, moves to ``device``, builds the optimisers. Never called in a dry run."""
         raise NotImplementedError

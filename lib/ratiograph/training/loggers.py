@@ -275,6 +275,14 @@ class Trackio(Logger):
         self._run.finish()
 
 
+def checked(loggers: Sequence[Logger] | None) -> tuple[Logger, ...]:
+    """The loggers of a run, TensorBoard for None, each after its ``check``."""
+    found = (TensorBoard(),) if loggers is None else tuple(loggers)
+    for logger in found:
+        logger.check()
+    return found
+
+
 def kept_id(path: Path) -> str:
     """The id in the file ``path``; where there is none, a new one of 8 hexadecimal digits, which is written there."""
     with suppress(Missing, ValueError):

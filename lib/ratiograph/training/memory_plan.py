@@ -26,7 +26,17 @@ from ratiograph.networks.guidance import Guided
 from ratiograph.training.memory import available_memory, require_memory
 from ratiograph.training.optim import Adam
 
-__all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "explained", "memory_plan", "render", "require_batch", "shortage"]
+__all__ = [
+    "Activations",
+    "MemoryPlan",
+    "NodeMemory",
+    "activations",
+    "explained",
+    "memory_plan",
+    "render",
+    "require_batch",
+    "shortage",
+]
 
 NODES = ("teacher", "student", "student_score", "ratio", "objective", "denoiser")
 AVERAGED = ("student", "denoiser")

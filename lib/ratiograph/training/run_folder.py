@@ -24,7 +24,7 @@ from ratiograph.training.checkpoint_manager import config_digest
 from ratiograph.training.logs import HISTORY, read_history
 from ratiograph.training.workdir import locked
 
-__all__ = ["claimed"]
+__all__ = ["check_folder", "claimed"]
 
 WRITTEN = (
     *("config.gin", "graph.svg", "metrics.jsonl", HISTORY, "before.json", "diagnostics.json", "evaluation.json"),
@@ -47,29 +47,41 @@ def claimed(
             'student' and 'Adam' for all of a scope or component.
 
     Raises:
-        ConfigError: the folder holds results of another run, of a longer one, or files that no run has written.
-        ValueError: another process holds the folder, or it cannot be written.
+        ConfigError, ValueError: as `check_folder`; another process holds the folder, or it cannot be written.
     """
-    names = [*config.to_dict(cfg)]
-    for each in allowed:
-        if not any(_covers(each, name) for name in names):
-            raise config.ConfigError(f"--allow_change={each}: this configuration has no such binding")
     _check_own(workdir)
     with locked(workdir) as check_held:
         remove_temporaries(workdir)
-        reached = _check_results(workdir, config.to_dict(cfg)["Experiment.steps"], resume)
-        found = _changes(cfg, workdir)
-        refused = [change for change in found if not any(_covers(each, change.name) for each in allowed)]
-        if refused and _results(workdir):
-            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-            raise config.ConfigError(
-                f"{workdir / 'config.gin'}: the folder holds a run of another configuration: {refused[0]}{more}. Give "
-                "another --workdir, delete the folder to start over, or go on with the change: "
-                + " ".join(f"--allow_change={change.name}" for change in refused[:3])
-            )
-        _note(workdir / HISTORY, reached, found if _results(workdir) else [])
+        reached, found = check_folder(workdir, cfg, resume=resume, allowed=allowed)
+        _note(workdir / HISTORY, reached, found)
         config.save(cfg, workdir / "config.gin")
         yield check_held
+
+
+def check_folder(
+    workdir: Path, cfg: config.Config, *, resume: bool = True, allowed: Sequence[str] = ()
+) -> tuple[int, list[Change]]:
+    """(step that a run of ``cfg`` goes on from, how its configuration differs); arguments as of `claimed`.
+
+    Raises:
+        ConfigError: the folder holds results of another run, of a longer one, or files that no run has written.
+    """
+    values = config.to_dict(cfg)
+    for each in allowed:
+        if not any(_covers(each, name) for name in values):
+            raise config.ConfigError(f"--allow_change={each}: this configuration has no such binding")
+    _check_own(workdir)
+    reached = _check_results(workdir, values["Experiment.steps"], resume)
+    found = _changes(cfg, workdir) if _results(workdir) else []
+    refused = [change for change in found if not any(_covers(each, change.name) for each in allowed)]
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise config.ConfigError(
+            f"{workdir / 'config.gin'}: the folder holds a run of another configuration: {refused[0]}{more}. Give "
+            "another --workdir, delete the folder to start over, or go on with the change: "
+            + " ".join(f"--allow_change={change.name}" for change in refused[:3])
+        )
+    return reached, found
 
 
 def _note(path: Path, step: int, changes: Sequence[Change]) -> None:

@@ -26,9 +26,10 @@ from ratiograph.core.types import Batch
 from ratiograph.training import parallel
 from ratiograph.training.checkpoint_manager import CheckpointManager, config_digest, graph_nodes, load_state
 from ratiograph.training.devices import autocast_dtype, choose_device
+from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.faults import REMEDY, Means, StepGuard, Watchdog, check_weights
-from ratiograph.training.loggers import TensorBoard
+from ratiograph.training.loggers import checked
 from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
 from ratiograph.training.memory_plan import explained, memory_plan, require_batch, shortage
@@ -67,9 +68,7 @@ class _Run:
         )
         self.samples_here = experiment.samples_each(distributed.ranks())  # of a step, on this process
         require_batch(self.task.sample_shape, self.samples_here)
-        self.loggers = (TensorBoard(),) if experiment.loggers is None else tuple(experiment.loggers)
-        for logger in self.loggers:
-            logger.check()
+        self.loggers = checked(experiment.loggers)
         self.task.accumulation = experiment.accumulation
         self.task.parallel = parallel.choose(mode, self.task, device, lambda parts: memory_plan(self.task).held(parts))
         self._generator = BatchGenerator(device, distributed.rank(), distributed.ranks())
@@ -299,7 +298,7 @@ def train(
     run = _Run(experiment, Path(workdir), choose_device(device), mode, check_held)
     run.workdir.mkdir(parents=True, exist_ok=True)
     short = shortage(run.task, experiment.precision, run.device, run.task.parallel.parts)
-    messages = [short] if short else []
+    messages = [*check_encoders(experiment), *([short] if short else [])]
     fits = explained(run.task, experiment.precision, experiment.batch_size, experiment.accumulation)
     with fits, Preemption() as preemption, run.checkpoints:
         done, samples = run.start(messages.append)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ratiograph.training.checkpoints import entry, latest, load_strict
+from ratiograph.core.files import Missing
+from ratiograph.training.checkpoints import entry, latest, load_strict, steps
 from ratiograph.training.parallel import spread_like
 
 __all__ = ["WarmStart"]
@@ -26,6 +27,12 @@ class WarmStart:
 
     def __init__(self, *, run: str, nodes: Sequence[str] | None = None):
         self.run, self.nodes = run, None if nodes is None else tuple(nodes)
+
+    @staticmethod
+    def locate(*, run: str) -> None:
+        """Raises a Missing that says what to do if ``run`` holds no checkpoint."""
+        if not steps(Path(run) / "checkpoints"):
+            raise Missing(run, f"{run} holds no checkpoint: run what it is to start from first")
 
     def load(self, networks: Mapping[str, nn.Module]) -> list[str]:
         """Loads the nodes into ``networks`` (by name); returns their names.

@@ -119,7 +119,8 @@ class EDMFromGrey(EDM):
             attention=len(network.middle) > 1,
         )
         load_weights(path, EDM(network=grey, sigma_data=self.sigma_data))
-        channels, tensors = network.image_channels, grey.state_dict()
+        channels, device = network.image_channels, network.stem.weight.device
+        tensors = {name: tensor.to(device) for name, tensor in grey.state_dict().items()}
         own = network.stem.weight.detach().unflatten(1, (channels, -1))
         differences = (own - own.mean(1, keepdim=True)).flatten(1, 2)
         tensors["stem.weight"] = tensors["stem.weight"].repeat(1, channels, 1, 1) / channels + differences

@@ -134,6 +134,14 @@ class TextUNet(nn.Module):
             draw_weights(self.unet.modules())
             self.filled = True
 
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`: the widths that its captions must have."""
+        config = self.unet.config
+        if not self.sized:
+            return {"text_width": self.text_width}
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"text_width": self.text_width, "pooled_width": pooled}
+
     @classmethod
     def find(cls, weights: str) -> list[Path]:
         """The files that ``load`` reads, fetched from the hub if they lie there. Raises as ``load``."""
@@ -175,6 +183,12 @@ class TextUNet(nn.Module):
             raise ValueError(f"{type(self).__name__} has no weights yet: call its load() or draw() first")
         if condition.text is None:
             raise ValueError(f"{type(self).__name__} needs captions: bind Distillation.conditions = @BatchConditions()")
+        if condition.text.shape[-1] != self.text_width:
+            raise ValueError(
+                f"the captions' states have {condition.text.shape[-1]} numbers a word, and {type(self).__name__} takes "
+                f"{self.text_width} (cross_attention_dim): they are of another text encoder; run "
+                "tools/cache_latents.py with this run's model"
+            )
         unet, text = self.unet, condition.text.to(x.dtype)
         embedding = unet.time_embedding(unet.get_time_embed(sample=x, timestep=c_noise))
         extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=self.added(condition))

@@ -25,6 +25,7 @@ from ratiograph.networks.teachers.scheduler_facts import (
     check_network,
     facts_of,
 )
+from ratiograph.networks.weights.encoder_files import model_facts
 
 __all__ = ["EpsilonPrediction", "Prediction", "SamplePrediction", "StableDiffusion", "VPrediction"]
 
@@ -97,6 +98,10 @@ class StableDiffusion(EDM):
             self.network.draw()
         else:
             self.network.load(self.weights)
+
+    def encoder_facts(self) -> dict[str, object]:
+        """As of `contracts.Encoded`: those of the model that ``weights`` are part of."""
+        return {} if self.weights is None else model_facts(self.weights)
 
     def native(self, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x' [B, ...], index [B], alpha' [B, 1, ...], sigma' [B, 1, ...]) of a noisy sample."""

@@ -20,6 +20,7 @@ from ratiograph.networks.weights.weight_files import plain_names, read_tensors, 
 
 __all__ = [
     "HUB",
+    "beside",
     "config_of",
     "fit",
     "folder_of",
@@ -76,6 +77,23 @@ def _stored(source: str, part: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def beside(source: str, part: str) -> Path | None:
+    """The folder ``part`` of the pipeline that a U-Net belongs to, if it is on this machine already, else None.
+
+    Args:
+        source: of the U-Net: a pipeline's folder, its ``unet`` or a file in that, or ``hf://OWNER/NAME``.
+        part: another part of the pipeline.
+    """
+    found = _stored(source, "unet")
+    found = found and found.absolute()
+    while found is not None and found.name != "unet" and found.parent.name == "unet":
+        found = found.parent
+    if found is None or found.is_file():
+        return None
+    there = (found.parent if found.name == "unet" else found) / part
+    return there if there.is_dir() else None
+
+
 def config_of(source: str | None, part: str) -> dict[str, object] | None:
     """The part's ``config.json``, if it is on this machine already, else None.
 
@@ -98,19 +116,10 @@ def _described(path: Path) -> dict[str, object]:
 
 
 def scheduler_of(source: str | None) -> tuple[Path, dict[str, object]] | None:
-    """(path, content) of the scheduler's configuration beside a U-Net, if it is on this machine already, else None.
-
-    Args:
-        source: of the U-Net: a pipeline's folder, its ``unet`` or a file in that, or ``hf://OWNER/NAME``.
-    """
-    unet = None if source is None else _stored(source, "unet")
-    unet = unet and unet.absolute()
-    while unet is not None and unet.name != "unet" and unet.parent.name == "unet":
-        unet = unet.parent
-    if unet is None or unet.name != "unet":
-        return None
-    path = unet.parent / "scheduler" / "scheduler_config.json"
-    return (path, _described(path)) if path.is_file() else None
+    """(path, content) of the scheduler's configuration beside a U-Net, if there is one; ``source`` as in `beside`."""
+    folder = None if source is None else beside(source, "scheduler")
+    path = None if folder is None else folder / "scheduler_config.json"
+    return (path, _described(path)) if path is not None and path.is_file() else None
 
 
 def folder_of(source: str, part: str, argument: str, *, weights: bool = True) -> Path:
