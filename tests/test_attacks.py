@@ -246,9 +246,11 @@ def test_a_run_never_ends_well_with_weights_that_are_not_finite(parameter, tmp_p
         assert not broken, line
 
 
-def test_a_run_whose_weights_overflow_ends_with_an_error_and_keeps_its_checkpoint(tmp_path):
+def test_a_run_whose_weights_overflow_ends_with_an_error_and_saves_nothing(tmp_path):
     file = next(file for file in RUNS if file.endswith("_scores.gin"))
     lines = [*TINY, "Experiment.checkpoint_every = 1", "student/Adam.lr = 1e20", "student/Adam.weight_decay = 1e30"]
-    with pytest.raises(ValueError, match=r"the weights of student, average are not finite at step \d.*Lower Adam.lr"):
+    message = "not finite: .*the weights of student, the weights of average; .*no checkpoint was due yet. Lower Adam.lr"
+    with pytest.raises(ValueError, match=message):
         trainer.train(config.build(config.parse([file], lines)), workdir=tmp_path, device="cpu")
     assert not (tmp_path / "student.safetensors").exists()
+    assert not list(tmp_path.glob("checkpoints/*.pt"))

@@ -103,7 +103,7 @@ def call(
     try:
         return main(arguments) or 0
     except Exception as error:
-        if flags.FLAGS["verbose_errors"].value:
+        if "verbose_errors" in flags.FLAGS and flags.FLAGS["verbose_errors"].value:
             traceback.print_exc()
         print(f"error: {_line(error, main.__code__.co_filename)}", file=sys.stderr)
         return code_of(error)
