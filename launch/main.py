@@ -60,9 +60,9 @@ def dry_run(config, cfg):
     import torch
 
     from ratiograph.config import tree
-    from ratiograph.training import memory_plan, trainer
+    from ratiograph.training import devices, memory_plan
 
-    trainer.named_device(FLAGS.device)  # a GPU need not be there where a job is only looked at
+    devices.named_device(FLAGS.device)  # a GPU need not be there where a job is only looked at
     with torch.device("meta"):
         experiment = config.build(cfg)
     print(tree.render_tree(tree.describe(experiment)))
@@ -77,11 +77,11 @@ def run(config, cfg):
     import ratiograph
     from ratiograph.core import distributed
     from ratiograph.reports.run_and_report import run_and_report
-    from ratiograph.training import parallel, trainer
+    from ratiograph.training import devices, parallel
     from ratiograph.training.run_folder import claimed
 
     folder = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[-1]).stem)
-    device, values = trainer.choose_device(FLAGS.device), config.to_dict(cfg)
+    device, values = devices.choose_device(FLAGS.device), config.to_dict(cfg)
     versions = {"ratiograph": ratiograph.__version__, "torch": torch.__version__}
     with distributed.joined(device), contextlib.ExitStack() as stack:
         distributed.check_same({**versions, "--parallel": FLAGS.parallel, "the device": device.type, **values})

@@ -70,7 +70,7 @@ def test_each_missing_part_is_a_line_of_its_own(there):
 
 def test_the_network_s_own_command_and_the_file_s_own_line(there, tmp_path):
     (line,) = lines(parsed({"DATA": there["DATA"]}, files=["gin/papers/dmd2/sdxl.gin"]))
-    assert line.startswith("STUDENT = 'teachers/stable-diffusion-xl-base-1.0' (gin/papers/dmd2/sdxl.gin:")
+    assert line.startswith("TEACHER = 'teachers/stable-diffusion-xl-base-1.0' (gin/base/sdxl.gin:")
     assert "hf download stabilityai/stable-diffusion-xl-base-1.0" in line
     cfg = parsed(there, "teacher/StableDiffusion.weights = 'x'", files=[TILT, "gin/base/sd15_lora.gin"])
     (line,) = lines(cfg)

@@ -12,7 +12,7 @@ import torch
 from ratiograph import config
 from ratiograph.networks.weights import weight_files
 from ratiograph.reports.run_and_report import run_and_report
-from ratiograph.training import checkpoints, trainer
+from ratiograph.training import checkpoints, devices, trainer
 from ratiograph.training.checkpoint_manager import CheckpointManager
 
 TINY = [
@@ -310,19 +310,19 @@ def test_seeds_are_stable_and_distinct():
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", None), ("bf16", torch.bfloat16)])
 def test_precision_by_name(precision, expected):
-    assert trainer.autocast_dtype(precision, torch.device("cpu")) is expected
+    assert devices.autocast_dtype(precision, torch.device("cpu")) is expected
 
 
 @pytest.mark.parametrize("has", [True, False])
 def test_auto_precision_takes_bf16_only_in_hardware(monkeypatch, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has, "amx_bf16": False})
     expected = torch.bfloat16 if has else None
-    assert trainer.autocast_dtype("auto", torch.device("cpu")) is expected
+    assert devices.autocast_dtype("auto", torch.device("cpu")) is expected
 
 
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="is no device"):
-        trainer.choose_device("gpu0")
+        devices.choose_device("gpu0")
 
 
 def test_what_is_lost_or_torn_of_a_finished_run_is_made_again(tmp_path, capsys):

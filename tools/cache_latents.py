@@ -99,7 +99,7 @@ def summary(folder, index, samples):
 def main(arguments):
     command_line.exactly(arguments, 2, "give two names: tools/cache_latents.py IN OUT")
     from preparation.latent_cache import cache_shards, encoder_of, write_empty_prompt
-    from ratiograph.training.trainer import choose_device
+    from ratiograph.training.devices import choose_device
 
     source, folder = arguments[0], Path(arguments[1])
     device = choose_device(FLAGS.device)

@@ -49,9 +49,9 @@ def draw():
     from ratiograph.evaluation.prompt_sheet import draw_sheet, sampler_of, teacher_name, teacher_of
     from ratiograph.networks.weights.weight_files import load_weights
     from ratiograph.tasks.student_files import WEIGHTS, read_experiment
-    from ratiograph.training import trainer
+    from ratiograph.training import devices
 
-    device, samplers = trainer.choose_device(FLAGS.device), {}
+    device, samplers = devices.choose_device(FLAGS.device), {}
     for run in FLAGS.run:
         name, _, folder = run.rpartition("=")
         name, folder = name or Path(folder).name, Path(folder)
@@ -61,7 +61,7 @@ def draw():
         task, encoder = experiment.task, getattr(experiment.evaluator, "encoder", None)
         if encoder is None:
             raise ValueError(f"{folder} is no run with captions: its evaluator is not CaptionsEvaluator")
-        task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
+        task.prepare(device, devices.autocast_dtype(experiment.precision, device))
         load_weights(folder / WEIGHTS, task.average)
         encoder.load()
         if FLAGS.evaluations and not samplers:

@@ -25,13 +25,13 @@ from ratiograph.config.locating import missing_files
 from ratiograph.data.remote import is_remote
 from ratiograph.data.stream import SampleStream
 from ratiograph.training import checkpoints
+from ratiograph.training.devices import autocast_dtype, choose_device
 from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.loggers import checked
 from ratiograph.training.memory import available_memory
 from ratiograph.training.memory_plan import memory_plan, shortage
 from ratiograph.training.run_folder import check_folder
-from ratiograph.training.trainer import autocast_dtype, choose_device
 from ratiograph.training.workdir import locked
 
 __all__ = ["Finding", "findings"]

@@ -30,7 +30,7 @@ def main(arguments):
     from ratiograph.core.files import write_atomically
     from ratiograph.reports.run_report import write_report
     from ratiograph.tasks import student_files
-    from ratiograph.training import trainer
+    from ratiograph.training import devices, trainer
 
     workdir = Path(FLAGS.workdir)
     out = Path(FLAGS.out or workdir / "evaluation.json")
@@ -41,9 +41,9 @@ def main(arguments):
     if evaluator is None:
         line = "--gin_param='Experiment.evaluator = @DigitsEvaluator()'"
         raise ValueError(f"{workdir} has no evaluator: add one, {line}")
-    device = trainer.choose_device(FLAGS.device)
+    device = devices.choose_device(FLAGS.device)
     torch.manual_seed(trainer.step_seed(experiment.seed, 0))  # as the trainer seeds random weights
-    task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
+    task.prepare(device, devices.autocast_dtype(experiment.precision, device))
     before = evaluator.before(task, device, experiment.seed)
     student_files.load_students(task, workdir, raw=getattr(evaluator, "raw", False))
     document = evaluator.after(task, device, experiment.seed, before, out.parent)

@@ -12,7 +12,7 @@ from benchmarks import changes, network, plan, printing, results_table, scaling,
 from benchmarks.data_wait import bench_data
 from marked_text import insert
 from ratiograph.reports.evaluation_file import fields_of
-from ratiograph.training import trainer
+from ratiograph.training import devices
 
 __all__ = ["MEASUREMENTS", "run"]
 
@@ -73,7 +73,7 @@ MEASUREMENTS = {
 
 def measure(kind: str) -> None:
     """Takes one measurement, writes its record and prints it."""
-    before, device = timing.load(), trainer.choose_device(FLAGS.device)
+    before, device = timing.load(), devices.choose_device(FLAGS.device)
     record = MEASUREMENTS[kind](device) | {"load": before}
     print(printing.shown(timing.append_record(Path(FLAGS.out), record, device)))
 
@@ -104,7 +104,7 @@ def table() -> None:
 def gpu() -> None:
     """Measures steps of all configurations until the time is up."""
     device = "cuda" if FLAGS.device == "auto" else FLAGS.device
-    trainer.choose_device(device)
+    devices.choose_device(device)
     flags_of_all = [f"--device={device}", f"--out={FLAGS.out}"]
     counts = suite.run(suite.steps(FLAGS.tiny), minutes=FLAGS.minutes, common=flags_of_all)
     print(", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -21,7 +21,7 @@ from benchmarks.timing import request
 from ratiograph import config
 from ratiograph.core.types import Batch
 from ratiograph.tasks.distillation import Distillation
-from ratiograph.training import trainer
+from ratiograph.training import devices
 from ratiograph.training.experiment import Experiment
 
 __all__ = ["bench_data", "delivery_seconds", "waits"]
@@ -101,7 +101,7 @@ def _measured(
     task, stream = experiment.task, experiment.data
     with closing(stream.batches(batch_size, 0)) as batches:
         delivery = delivery_seconds(batches, max(steps, 8 * _ahead(stream)))
-    randomised(task).prepare(device, trainer.autocast_dtype(precision, device))
+    randomised(task).prepare(device, devices.autocast_dtype(precision, device))
     generator = torch.Generator(device).manual_seed(0)
 
     def step(batch: Batch) -> None:

@@ -24,7 +24,7 @@ import torch
 from benchmarks import step
 from benchmarks.timing import request
 from ratiograph.core import distributed
-from ratiograph.training import trainer
+from ratiograph.training import devices
 
 __all__ = ["efficiencies", "step_seconds", "weak_scaling"]
 
@@ -113,7 +113,7 @@ def _take_steps(gin_file: Sequence[str], gin_param: Sequence[str], batch_size: i
     """This process's part of ``step_seconds``; the main one prints it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    place = trainer.choose_device(device)
+    place = devices.choose_device(device)
     distributed.start(place)
     bench = step.prepared(gin_file, gin_param, "auto", batch_size, place)
     marks = []

@@ -32,7 +32,7 @@ from ratiograph.core.contracts import Denoiser, Evaluation, Needs
 from ratiograph.core.types import Noisy
 from ratiograph.networks.checkpointing import Checkpointing
 from ratiograph.tasks.distillation import Distillation
-from ratiograph.training import trainer
+from ratiograph.training import devices
 from ratiograph.training.memory import peak_memory, require_memory
 from ratiograph.training.memory_plan import memory_plan
 
@@ -223,13 +223,13 @@ def prepared(
     if not isinstance(task, Distillation):
         raise ValueError(f"{gin_file[-1]} trains a {type(task).__name__}: give the gin file of a distillation")
     task.critic_steps = 0  # a step of the student too
-    randomised(task).prepare(device, trainer.autocast_dtype(precision, device))
+    randomised(task).prepare(device, devices.autocast_dtype(precision, device))
     return StepBench(task, batch_size, device)
 
 
 def kind_of(precision: str, device: torch.device) -> str:
     """What ``precision`` stands for on ``device``: "fp32" or "bf16"."""
-    return "bf16" if trainer.autocast_dtype(precision, device) else "fp32"
+    return "bf16" if devices.autocast_dtype(precision, device) else "fp32"
 
 
 def bench_step(

@@ -30,7 +30,7 @@ from ratiograph.networks.rewards.clip_rewards import AestheticReward
 from ratiograph.networks.rewards.preference_rewards import HPSv2Reward
 from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 from ratiograph.tasks import student_files
-from ratiograph.training import trainer
+from ratiograph.training import devices
 
 __all__ = ["judge"]
 
@@ -139,7 +139,7 @@ def student_samples() -> StudentSamples | CaptionedSamples:
 
 def start() -> torch.device:
     """The device of ``--device``; joins the other processes of a torchrun or srun launch."""
-    device = trainer.choose_device(FLAGS.device)
+    device = devices.choose_device(FLAGS.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", distributed.local_rank())
         torch.cuda.set_device(device)
@@ -169,7 +169,7 @@ def of_run(workdir: Path) -> dict:
     if not hasattr(task, "student_samples"):
         raise ValueError(f"{workdir} trained a {type(task).__name__}, which has no one-step student to evaluate")
     judge, device = evaluator(experiment.data, student_samples()), start()
-    task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
+    task.prepare(device, devices.autocast_dtype(experiment.precision, device))
     if task.conditions.needs_data:
         task.conditions.remember(experiment.data.batches(experiment.batch_size, experiment.seed))
     student_files.load_students(task, workdir, raw=FLAGS.raw)

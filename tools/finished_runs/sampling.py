@@ -13,6 +13,7 @@ from torch import Tensor
 from ratiograph.command_line import progress_bar
 from ratiograph.core import distributed
 from ratiograph.core.draws import SampleDraws
+from ratiograph.core.files import expanded
 from ratiograph.core.foreign import lines_of, read_text, shown
 from ratiograph.networks import denoisers, samplers
 from ratiograph.networks.autoencoder import Autoencoder
@@ -25,7 +26,7 @@ from ratiograph.networks.word_encoder import EncodedStream
 from ratiograph.reports import sample_files
 from ratiograph.tasks import student_files
 from ratiograph.tasks.distillation import Distillation
-from ratiograph.training import trainer
+from ratiograph.training import devices
 from ratiograph.training.experiment import Experiment
 
 __all__ = ["sample"]
@@ -48,7 +49,7 @@ def build(workdir: Path, device: torch.device) -> Distillation:
     task = experiment.task
     if not hasattr(task, "student_samples"):
         raise ValueError(f"{workdir} trained a {type(task).__name__}, which has no one-step student to sample")
-    dtype = trainer.autocast_dtype(FLAGS.precision, device)
+    dtype = devices.autocast_dtype(FLAGS.precision, device)
     task.average = task.student
     if with_student:
         task.average = student_files.load_student(task.student, student_weights(workdir))
@@ -114,7 +115,7 @@ def pipeline(student: OneStep) -> str | None:
     source = getattr(student.denoiser, "weights", None)
     if FLAGS.pipeline or not FLAGS.prompts or source is None or not hasattr(student.denoiser.network, "sized"):
         return FLAGS.pipeline
-    whole = source.startswith(HUB) or (Path(source).expanduser() / "text_encoder").is_dir()
+    whole = source.startswith(HUB) or (expanded(source) / "text_encoder").is_dir()
     return source if whole else None
 
 
@@ -194,7 +195,7 @@ def sample() -> None:
         FileNotFoundError: the run or a file is not there.
     """
     own = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
-    device = trainer.choose_device(own if FLAGS.device == "auto" else FLAGS.device)
+    device = devices.choose_device(own if FLAGS.device == "auto" else FLAGS.device)
     distributed.start(torch.device("cpu"))
     workdir = Path(FLAGS.workdir)
     task = build(workdir, device)

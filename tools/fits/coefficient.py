@@ -17,7 +17,7 @@ from ratiograph.algebra.objective import RewardAscent, Term
 from ratiograph.algebra.rewards import Reward
 from ratiograph.core.types import Condition
 from ratiograph.tasks.distillation import Distillation
-from ratiograph.training import trainer
+from ratiograph.training import devices
 from ratiograph.training.experiment import Experiment
 
 __all__ = ["Fit", "centred", "fit", "groups_of"]
@@ -102,9 +102,9 @@ def fit() -> Fit:
         ValueError: the configuration is wrong, its objective is another, or log R does not vary under any condition.
     """
     experiment = config.build(config.parse(FLAGS.gin_file, FLAGS.gin_param, {}))
-    task, device = experiment.task, trainer.choose_device(FLAGS.device)
+    task, device = experiment.task, devices.choose_device(FLAGS.device)
     ascent, term = terms_of(task)
-    task.prepare(device, trainer.autocast_dtype(experiment.precision, device))
+    task.prepare(device, devices.autocast_dtype(experiment.precision, device))
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
     images, condition = samples_of_p(experiment, generator)
     log_reward = ascent.reward.log_reward(images, condition).double().cpu()

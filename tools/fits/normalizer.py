@@ -20,7 +20,7 @@ from ratiograph.config.values import spell
 from ratiograph.core.types import Batch
 from ratiograph.data.embedded import resolve
 from ratiograph.data.shards import count_samples
-from ratiograph.training import trainer
+from ratiograph.training import devices
 
 __all__ = ["fit"]
 
@@ -78,7 +78,7 @@ def fit() -> str:
     """
     cfg = config.parse(FLAGS.gin_file, FLAGS.gin_param, overrides("data"))
     experiment = config.build(cfg)
-    device = trainer.choose_device(FLAGS.device)
+    device = devices.choose_device(FLAGS.device)
     targets = tilted_targets(cfg, experiment.task)
     experiment.task.to(device)
     for target in targets.values():

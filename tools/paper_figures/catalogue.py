@@ -13,7 +13,7 @@ from paper_figures import reward_tilts, run_curves
 from paper_figures import score_difference as scores
 from paper_figures import weighting_curves as weightings
 from paper_figures.drawing import save
-from ratiograph.training.trainer import choose_device
+from ratiograph.training.devices import choose_device
 
 __all__ = ["FIGURES", "draw"]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 
 from ratiograph.config.components import components
 from ratiograph.config.configuration import Config
 from ratiograph.config.values import Macro, Reference, expand, spell
+from ratiograph.core.files import expanded
 
 __all__ = ["check_files", "missing_files"]
 
@@ -52,7 +52,7 @@ def missing_files(cfg: Config) -> list[str]:
 
 def _absent(source: str | None) -> bool:
     """Whether ``source`` itself is missing, so that one line covers all parts that it should hold."""
-    return source is not None and "://" not in source and not Path(source).expanduser().exists()
+    return source is not None and "://" not in source and not expanded(source).exists()
 
 
 def _arguments(cfg: Config, locate: object, values: Mapping[str, object]) -> dict[str, object]:

@@ -18,6 +18,7 @@ from typing import Any
 from gin import config_parser
 
 from ratiograph.config.values import ConfigError, Macro, Reference, Statement, parts, spell, suggest
+from ratiograph.core.files import expanded
 from ratiograph.core.foreign import read_text, shown
 from ratiograph.core.tracebacks import described, own_line
 
@@ -208,7 +209,7 @@ def find(name: str, including: Path | None, where: str) -> Path:
     else:
         roots = [p for p in including.parents if p.name == "gin"]
         folders = [including.parent, *roots, Path.cwd(), CHECKOUT / "gin", CHECKOUT]
-    tried = dict.fromkeys((folder / Path(name).expanduser()).resolve() for folder in folders)
+    tried = dict.fromkeys((folder / expanded(name)).resolve() for folder in folders)
     for path in tried:
         if path.is_file():
             return path

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Missing", "clear_storage_errors", "remove_temporaries", "sync_folder", "write_atomically"]
+__all__ = ["Missing", "clear_storage_errors", "expanded", "remove_temporaries", "sync_folder", "write_atomically"]
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp", re.DOTALL)
 
@@ -33,6 +33,11 @@ class Missing(FileNotFoundError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def expanded(name: str | Path) -> Path:
+    """The path that a user named, ``~`` put in its place; ``~NAME`` of nobody stays, so that it is a missing file."""
+    return Path(os.path.expanduser(name))
 
 
 @contextmanager

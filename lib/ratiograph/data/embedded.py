@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from ratiograph.core.files import expanded
 from ratiograph.core.foreign import shown
 from ratiograph.data.coloured_digits import coloured_digits_samples
 from ratiograph.data.images import encode_png
@@ -107,7 +107,7 @@ def _shards(urls: str) -> list[Path | RemoteShard]:
         if not part.startswith("pipe:") and any(name.startswith("pipe:") for name in found):
             raise ValueError(f"'{shown(part)}' becomes a command by its braces: begin it with pipe: if it is one")
         names += found
-    return [RemoteShard(name) if is_remote(name) else Path(os.path.expanduser(name)) for name in names]
+    return [RemoteShard(name) if is_remote(name) else expanded(name) for name in names]
 
 
 def check_local(urls: str) -> None:

@@ -7,7 +7,6 @@ and returns [B] float32. Its mean over samples is the metric, and std / sqrt(N) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ratiograph.algebra.rewards import Reward
+from ratiograph.core.files import expanded
 from ratiograph.core.types import Condition
 from ratiograph.data import captions as captions_format
 from ratiograph.evaluation.features import to_pixels
@@ -69,7 +69,7 @@ class ClipScore(ImageScore):
     """The folder must have one file of each group."""
 
     def __init__(self, *, folder: str, repository: str = "openai/clip-vit-large-patch14"):
-        self.folder, self.repository = Path(folder).expanduser(), repository
+        self.folder, self.repository = expanded(folder), repository
 
     def load(self):
         if hasattr(self, "network"):

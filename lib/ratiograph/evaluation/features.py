@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ratiograph.core.domains import PositiveInt
+from ratiograph.core.files import expanded
 from ratiograph.data.remote import cache_folder
 from ratiograph.evaluation.result_cache import file_identity
 from ratiograph.networks.architectures.classifier import DigitClassifier
@@ -147,7 +148,7 @@ class TimmFeatures(FeatureExtractor):
         image_size: PositiveInt | None = None,
     ):
         self.model, self.name = model, model
-        self.weights = Path(weights).expanduser() if weights else cache_folder() / "weights" / f"{model}.safetensors"
+        self.weights = expanded(weights) if weights else cache_folder() / "weights" / f"{model}.safetensors"
         self.image_size = image_size
 
     def build(self) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from ratiograph.core.contracts import DataStream
 from ratiograph.core.domains import PositiveInt
 from ratiograph.core.draws import SampleDraws
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.core.foreign import lines_of, parse_json, read_text, shown
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data import captions as captions_format
@@ -235,7 +234,7 @@ class FolderStream:
         Raises:
             ValueError: nothing is there, or it is of another kind.
         """
-        path = Path(os.path.expanduser(self.path))
+        path = expanded(self.path)
         if path.suffix == ".npz":
             return _array(path)
         found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) if path.is_dir() else []

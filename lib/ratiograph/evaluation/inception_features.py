@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ratiograph.core.files import expanded
 from ratiograph.data.embedded import cache_folder
 from ratiograph.evaluation.features import FeatureExtractor, missing_weights
 from ratiograph.networks.weights.weight_files import read_state, require_finite
@@ -31,7 +31,7 @@ class InceptionFeatures(FeatureExtractor):
     url = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
     def __init__(self, *, weights: str | None = None):
-        self.weights = Path(weights).expanduser() if weights else cache_folder() / "weights" / self.file
+        self.weights = expanded(weights) if weights else cache_folder() / "weights" / self.file
 
     def read(self):
         if not self.weights.is_file():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Scale
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.core.foreign import parse_json, shown
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.compilation import compile_blocks
@@ -57,7 +57,7 @@ class EDM(Denoiser):
     @classmethod
     def locate(cls, *, weights: str | None) -> None:
         """Raises a FileNotFoundError that says where to get ``weights`` if there are none; reads nothing."""
-        if weights is not None and not shipped(weights).is_file() and not Path(weights).expanduser().exists():
+        if weights is not None and not shipped(weights).is_file() and not expanded(weights).exists():
             raise Missing(
                 weights,
                 f"no weights at {weights}. Give --teacher a safetensors file, a converted folder or an official EDM "

@@ -7,14 +7,13 @@ caption; an `Unconditional` gives the condition of the latter.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Positive
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.core.foreign import parse_json
 from ratiograph.core.types import Condition, Encoding, Noisy
 from ratiograph.data.latents import ENCODERS, shapes
@@ -82,7 +81,7 @@ class EmptyPrompt(_NoText):
     @staticmethod
     def locate(*, file: str) -> None:
         """Raises a FileNotFoundError that says how to make the file if there is none."""
-        if not Path(file).expanduser().is_file():
+        if not expanded(file).is_file():
             raise Missing(
                 file,
                 f"no file at EmptyPrompt.file={file!r}: save the text encoder's states of the prompt '' there, "
@@ -97,7 +96,7 @@ class EmptyPrompt(_NoText):
             ValueError: it does not hold the states.
         """
         self.locate(file=self.file)
-        tensors = read_tensors(Path(self.file).expanduser())[0]
+        tensors = read_tensors(expanded(self.file))[0]
         if "text" not in tensors or tensors["text"].ndim != 2:
             raise ValueError(f"EmptyPrompt.file={self.file!r} holds no tensor 'text' [L, E]: encode the prompt '' anew")
         self.text, self.pooled = tensors["text"].float(), tensors.get("pooled")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ratiograph.core import distributed
 from ratiograph.reports import graph_picture, teacher_grid
 from ratiograph.reports.run_report import write_report
-from ratiograph.training import trainer
+from ratiograph.training import devices, trainer
 from ratiograph.training.experiment import Experiment
 
 __all__ = ["run_and_report"]
@@ -42,7 +42,7 @@ def run_and_report(
     if distributed.is_main():
         graph_picture.save(experiment, workdir)
     trainer.train(experiment, workdir=workdir, device=device, mode=mode, check_held=check_held)
-    teacher_grid.draw_once(experiment, workdir, trainer.choose_device(device))
+    teacher_grid.draw_once(experiment, workdir, devices.choose_device(device))
     if distributed.is_main():
         write_report(workdir)
     return workdir / "report.html"

@@ -20,7 +20,7 @@ from ratiograph.data.latents import picture
 from ratiograph.reports.run_files import TEACHER, check_run
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.tasks.student_files import load_conditions
-from ratiograph.training import trainer
+from ratiograph.training import devices, trainer
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.logs import make_grid
 
@@ -49,13 +49,13 @@ def draw_teacher(workdir: Path, evaluations: int, device: str = "auto", *, bindi
     if not (workdir / "config.gin").is_file():
         raise ValueError(f"{workdir} has no config.gin, which says what its teacher is")
     experiment = config.build(config.parse([str(workdir / "config.gin")], bindings))
-    task, place = experiment.task, trainer.choose_device(device)
+    task, place = experiment.task, devices.choose_device(device)
     if getattr(task, "teacher", None) is None:
         raise ValueError(f"{workdir} has no teacher to draw: leave out --teacher_evaluations")
     torch.manual_seed(trainer.step_seed(experiment.seed, 0))
     if experiment.precision == "fp64":
         task.double()
-    task.prepare(place, trainer.autocast_dtype(experiment.precision, place))
+    task.prepare(place, devices.autocast_dtype(experiment.precision, place))
     load_conditions(task.conditions, workdir)
     generator = torch.Generator(place).manual_seed(trainer.step_seed(experiment.seed, PREVIEW))
     path = save_teacher(task.eval(), workdir, experiment.preview_samples, generator, evaluations)

@@ -58,6 +58,11 @@ class Task(nn.Module):
         """Estimates constants that need data before step 1 (such as Z); returns what to log. Not called on resume."""
         return {}
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample; () where no network says it."""
+        return next((tuple(each.shape) for _, each in _networks(self) if each.shape is not None), ())
+
     def check_shapes(self) -> None:
         """Raises a ValueError if two networks are for samples of different shapes."""
         shaped = [(name, each) for name, each in _networks(self) if each.shape is not None]

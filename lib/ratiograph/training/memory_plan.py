@@ -10,6 +10,7 @@ context, workspaces and fragmentation come on top of these numbers.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,20 @@ from torch.overrides import TorchFunctionMode
 from ratiograph.core.tracebacks import described, out_of_memory
 from ratiograph.core.types import Condition
 from ratiograph.networks.guidance import Guided
-from ratiograph.training.memory import available_memory
+from ratiograph.training.memory import available_memory, require_memory
 from ratiograph.training.optim import Adam
 
-__all__ = ["Activations", "MemoryPlan", "NodeMemory", "activations", "explained", "memory_plan", "render", "shortage"]
+__all__ = [
+    "Activations",
+    "MemoryPlan",
+    "NodeMemory",
+    "activations",
+    "explained",
+    "memory_plan",
+    "render",
+    "require_batch",
+    "shortage",
+]
 
 NODES = ("teacher", "student", "student_score", "ratio", "objective", "denoiser")
 AVERAGED = ("student", "denoiser")
@@ -237,6 +248,17 @@ def shortage(task: nn.Module, precision: str, device: torch.device, parts: int =
         f"{left:.1f} GB left: shard over several GPUs (--parallel=fsdp), train adapters (gin/base/sd15_lora.gin, "
         "sdxl_lora.gin), or hold moments in 8 bits (gin/base/adam_8bit.gin)"
     )
+
+
+def require_batch(shape: Sequence[int], samples: int) -> None:
+    """Raises a ValueError if a step's samples alone do not fit into memory: the system would kill the process.
+
+    Args:
+        shape: of one sample.
+        samples: of a step, on this process.
+    """
+    gigabytes = SINGLE * samples * math.prod(shape) / 1e9
+    require_memory(gigabytes, torch.device("cpu"), "take a smaller --batch_size, or more processes")
 
 
 @contextmanager

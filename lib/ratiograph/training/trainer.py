@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,58 +20,24 @@ import torch
 from ratiograph.config import tree
 from ratiograph.core import distributed
 from ratiograph.core.files import write_atomically
-from ratiograph.core.foreign import read_text, shown
+from ratiograph.core.foreign import read_text
 from ratiograph.core.randomness import BatchGenerator
 from ratiograph.core.types import Batch
 from ratiograph.training import parallel
 from ratiograph.training.checkpoint_manager import CheckpointManager, config_digest, graph_nodes, load_state
+from ratiograph.training.devices import autocast_dtype, choose_device
 from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.faults import REMEDY, Means, StepGuard, Watchdog, check_weights
 from ratiograph.training.loggers import checked
 from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
-from ratiograph.training.memory_plan import explained, memory_plan, shortage
+from ratiograph.training.memory_plan import explained, memory_plan, require_batch, shortage
 from ratiograph.training.preemption import Preemption
 from ratiograph.training.results import set_aside, whole, write_results
 from ratiograph.training.run_logger import RunLogger, SilentLogger
 
-__all__ = ["autocast_dtype", "choose_device", "named_device", "step_seed", "train"]
-
-
-def named_device(device: str) -> torch.device:
-    """The torch device of ``--device``, which need not exist here; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
-        raise ValueError(f"--device={shown(device)} is no device: give auto, cpu, cuda or cuda:N")
-    return torch.device(device)
-
-
-def choose_device(device: str) -> torch.device:
-    """As ``named_device``, but a ValueError unless it exists; "cuda" is another GPU for each process of a machine."""
-    chosen = named_device(device)
-    if chosen.type == "cpu":
-        return chosen
-    chosen = torch.device("cuda", distributed.local_rank() if chosen.index is None else chosen.index)
-    if chosen.index >= torch.cuda.device_count():
-        seen = f"{torch.cuda.device_count() or 'no'} GPU here"
-        raise ValueError(f"--device={device}, but torch sees {seen}: use --device=cpu or --device=auto")
-    return chosen
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The networks' autocast type; None is float32. "auto" is bf16 where the hardware computes in it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-        capabilities = torch.cpu.get_capabilities()
-        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
-    return {"fp32": None, "fp64": None, "bf16": torch.bfloat16}[precision]
+__all__ = ["step_seed", "train"]
 
 
 def step_seed(seed: int, *position: int) -> int:
@@ -102,6 +67,7 @@ class _Run:
             check_held=check_held,
         )
         self.samples_here = experiment.samples_each(distributed.ranks())  # of a step, on this process
+        require_batch(self.task.sample_shape, self.samples_here)
         self.loggers = checked(experiment.loggers)
         self.task.accumulation = experiment.accumulation
         self.task.parallel = parallel.choose(mode, self.task, device, lambda parts: memory_plan(self.task).held(parts))

@@ -52,7 +52,7 @@ class SD15UNet(TextUNet):
 
     source = (
         "3.4 GB, with the CLI of huggingface_hub: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 "
-        f"unet/{WEIGHTS} --local-dir FOLDER"
+        f"unet/{WEIGHTS} scheduler/scheduler_config.json --local-dir FOLDER"
     )
 
     def __init__(
@@ -94,7 +94,7 @@ class SDXLUNet(TextUNet):
     sized = True
     source = (
         "10.3 GB, with the CLI of huggingface_hub: hf download stabilityai/stable-diffusion-xl-base-1.0 "
-        f"unet/{WEIGHTS} --local-dir FOLDER"
+        f"unet/{WEIGHTS} scheduler/scheduler_config.json --local-dir FOLDER"
     )
 
     def __init__(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ratiograph.core.differentiation import recomputed_alike
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.core.types import Condition
 from ratiograph.networks.architectures.blocks import SkipEncoding
 from ratiograph.networks.weights.pipeline_files import (
@@ -145,7 +145,7 @@ class TextUNet(nn.Module):
     @classmethod
     def find(cls, weights: str) -> list[Path]:
         """The files that ``load`` reads, fetched from the hub if they lie there. Raises as ``load``."""
-        there = weights.startswith(HUB) or Path(weights).expanduser().exists()
+        there = weights.startswith(HUB) or expanded(weights).exists()
         files = weights_of(folder_of(weights, PART, "the U-Net's weights")) if there else []
         if not files:
             raise Missing(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.networks.rewards.image_rewards import (
     CaptionCache,
     PretrainedReward,
@@ -69,7 +69,7 @@ class _CLIPTowers(PretrainedReward):
     def __init__(self, *, weights: str):
         super().__init__()
         self.weights = weights
-        self.config = self._config(Path(weights).expanduser()) or self.standard
+        self.config = self._config(expanded(weights)) or self.standard
         self.network = self._empty()
         self.embed_captions, self.tokenizer = CaptionCache(self._embed_captions), None
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.rewards import Reward
 from ratiograph.core.domains import PositiveInt
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.core.types import Condition
 from ratiograph.data import captions
 from ratiograph.networks.autoencoder import Autoencoder
@@ -116,7 +116,7 @@ def path_of(source: str, argument: str, hint: str, patterns: Sequence[str]) -> P
         ValueError: the hub does not give it.
     """
     if not source.startswith(HUB):
-        path = Path(source).expanduser()
+        path = expanded(source)
         if not path.exists():
             raise Missing(source, f"nothing at {argument}={source!r}: {hint}")
         return path

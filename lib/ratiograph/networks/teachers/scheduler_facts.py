@@ -7,12 +7,14 @@ is an error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
+from ratiograph.core.files import expanded
 from ratiograph.core.foreign import shown
 from ratiograph.networks.weights.pipeline_files import config_of, scheduler_of
 
@@ -80,6 +82,13 @@ def facts_of(
     """
     found = scheduler_of(weights)
     if found is None:
+        there = weights is not None and (expanded(weights).exists() or config_of(weights, "unet") is not None)
+        if there and prediction is None:
+            warnings.warn(
+                f"{shown(weights)} has no scheduler/scheduler_config.json beside it: its network is taken to predict "
+                "the noise under Stable Diffusion's betas. Bind StableDiffusion.prediction if it does not",
+                stacklevel=2,
+            )
         return prediction or EpsilonPrediction(), process or ScaledLinearDDPM()
     path, said = found
     own_prediction, own_process = _prediction(path, said), _process(path, said)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, expanded
 from ratiograph.core.foreign import read_json, shown
 from ratiograph.networks.weights.weight_files import plain_names, read_tensors, require_fit
 
@@ -59,7 +59,7 @@ def gated(source: str, then: str) -> ValueError:
 
 def _local(source: str, part: str) -> Path | None:
     """The part's own folder, or the file that ``source`` is; None where there is neither."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         return None
     return path / part if (path / part).is_dir() else path
@@ -142,7 +142,7 @@ def folder_of(source: str, part: str, argument: str, *, weights: bool = True) ->
         raise Missing(
             source,
             f"no {part} at {argument}={source!r}: give a folder in diffusers' format, fetched with "
-            f"`hf download OWNER/NAME --include '{part}/*' --local-dir FOLDER`, or {HUB}OWNER/NAME",
+            f"`hf download OWNER/NAME --include '{part}/*' 'scheduler/*' --local-dir FOLDER`, or {HUB}OWNER/NAME",
         )
     return found
 
@@ -156,7 +156,7 @@ def _downloaded(name: str, part: str, argument: str, weights: bool) -> Path:
         raise missing_package("huggingface_hub", argument) from error
     small = ["scheduler/*.json", *(f"{part}/{pattern}" for pattern in SMALL_FILES)]
     wanted = [[*small, *(f"{part}/{stem}{variant}" for stem in WHOLE_FILES)] for variant in VARIANTS]
-    command = f"`hf download {name} --include '{part}/*' --local-dir FOLDER`, then {argument}=FOLDER"
+    command = f"`hf download {name} --include '{part}/*' 'scheduler/*' --local-dir FOLDER`, then {argument}=FOLDER"
     try:
         for offline in (True, False):
             for patterns in wanted if weights else [small]:

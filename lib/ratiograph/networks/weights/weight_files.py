@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ratiograph.core.files import Missing, write_atomically
+from ratiograph.core.files import Missing, expanded, write_atomically
 from ratiograph.core.foreign import shown
 from ratiograph.networks.weights.restricted_pickles import Refused
 from ratiograph.networks.weights.torch_files import load_torch
@@ -74,7 +74,7 @@ def locate_weights(name: str, denoiser: str | None = None) -> Path:
     """
     if shipped(name).is_file():
         return shipped(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path / "weights.safetensors"
     if path.suffix in _converters and path.is_file():
