@@ -204,4 +204,5 @@ def test_a_folder_in_diffusers_format_passes_and_what_it_lacks_is_said_as_a_laun
     assert len(missing) == 2
     assert "no autoencoder at Autoencoder.weights" in missing[0] + missing[1]
     assert "no file at EmptyPrompt.file" in missing[0] + missing[1]
-    assert all(f"\n  {line}\n" in launched().stderr for line in missing)
+    said = launched().stderr
+    assert all(f"\n  {line}\n" in said for line in missing)

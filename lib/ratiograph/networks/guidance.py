@@ -103,7 +103,7 @@ class EmptyPrompt(_NoText):
 
     def encoder_facts(self) -> dict[str, object]:
         """As of `contracts.Encoded`: the states' shapes, and the encoders that the file's header names."""
-        tensors, header = read_tensors(Path(self.file).expanduser())
+        tensors, header = read_tensors(expanded(self.file))
         named = parse_json(header.get(ENCODERS, "{}"), self.file)
         stated = named if isinstance(named, dict) else {}
         return stated | shapes({name: tensor.shape for name, tensor in tensors.items()})
