@@ -51,13 +51,18 @@ def material(folder: Path, kind: str) -> dict[str, str]:
     }
 
 
-def parse(files, macros, *more, steps=2):
-    """The configuration of ``files`` with only paths and sizes changed."""
+def bindings(files, macros, *more, steps=2):
+    """The lines after ``files`` that change paths and sizes only."""
     flat = config.to_dict(config.parse(files, more))
     built = {name.partition(".")[0].rpartition("/")[2] for name in flat}
-    bindings = [f"{name} = {value!r}" for name, value in macros.items() if name in flat]
-    bindings += [f"{k}.{p} = {v!r}" for k, values in SIZES.items() if k in built for p, v in values.items()]
-    return config.parse(files, [*more, *bindings, f"Experiment.steps = {steps}"])
+    lines = [f"{name} = {value!r}" for name, value in macros.items() if name in flat]
+    lines += [f"{k}.{p} = {v!r}" for k, values in SIZES.items() if k in built for p, v in values.items()]
+    return [*more, *lines, f"Experiment.steps = {steps}"]
+
+
+def parse(files, macros, *more, steps=2):
+    """The configuration of ``files`` with only paths and sizes changed."""
+    return config.parse(files, bindings(files, macros, *more, steps=steps))
 
 
 def train(cfg, workdir: Path):
@@ -78,4 +83,4 @@ def tool(name, *arguments):
     return done.stdout
 
 
-__all__ = ["CAPTIONS", "material", "parse", "tool", "train"]
+__all__ = ["CAPTIONS", "bindings", "material", "parse", "tool", "train"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
+from ratiograph.core.files import expanded
 from ratiograph.data.embedded import resolve
 from ratiograph.data.remote import is_remote
 
@@ -25,7 +26,7 @@ def input_shards(source: str) -> list[Path]:
 
 
 def _shards(part: str) -> list[Path]:
-    path = Path(part).expanduser()
+    path = expanded(part)
     if is_remote(part) or path.is_file():
         return resolve(part)
     if path.is_dir():

@@ -136,15 +136,12 @@ class CachedImages:
         """As `CachedPrompts.samples`; ``damage`` then has a line for each damaged sample of the shard."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + 2**20 * number)
         self.damage = []
-        try:
-            with ThreadPoolExecutor(self.workers) as pool:
-                raws = (pool.submit(self._prepared, raw) for raw in self._taken(source))
-                for futures in _one_ahead(raws, self.batch_size):
-                    samples = [sample for sample in (future.result() for future in futures) if sample is not None]
-                    if samples:
-                        yield from self._encoded(samples, generator)
-        except DamagedSample as error:
-            raise ValueError(f"{error} Or skip damaged samples and have them named: --max_damaged=0.01") from error
+        with ThreadPoolExecutor(self.workers) as pool:
+            raws = (pool.submit(self._prepared, raw) for raw in self._taken(source))
+            for futures in _one_ahead(raws, self.batch_size):
+                samples = [sample for sample in (future.result() for future in futures) if sample is not None]
+                if samples:
+                    yield from self._encoded(samples, generator)
         self._check()
 
     def _taken(self, source: Path) -> Iterator[object]:
@@ -174,8 +171,8 @@ class CachedImages:
     def _check(self) -> None:
         if self.damaged > self.stream.max_damaged * self.seen:
             raise ValueError(
-                f"{self.damaged} of {self.seen} samples are damaged, and --max_damaged={self.stream.max_damaged}, the "
-                f"last is: {self.damage[-1]} Or raise --max_damaged"
+                f"{self.damaged} of {self.seen} samples are damaged, more than --max_damaged={self.stream.max_damaged} "
+                f"allows; {self.damage[-1] if self.damage else 'earlier shards name them'}"
             )
 
     def _encoded(self, samples: Sequence[tuple], generator: torch.Generator | None) -> Iterator[dict[str, object]]:

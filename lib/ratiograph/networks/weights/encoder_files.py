@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ratiograph.core.files import expanded
 from ratiograph.core.foreign import read_json
 from ratiograph.networks.weights.pipeline_files import beside, config_of, read_part, weights_of
 
@@ -51,7 +52,7 @@ def autoencoder_config(source: str | None) -> Mapping[str, object]:
         ValueError: the file is no JSON.
     """
     config = config_of(source, "vae")
-    path = None if config is not None or source is None else Path(source).expanduser()
+    path = None if config is not None or source is None else expanded(source)
     with suppress(SafetensorError, OSError):  # who reads the weights will say what is wrong
         if path is not None and path.is_file():
             with safe_open(path, framework="pt") as file:
@@ -90,7 +91,7 @@ def model_facts(unet: str) -> dict[str, object]:
         unet: the source of the U-Net, see `pipeline_files`; a file may hold the autoencoder too.
     """
     found: dict[str, object] = {}
-    path = Path(unet).expanduser()
+    path = expanded(unet)
     place = beside(unet, "vae") or (path if path.is_file() else None)
     if place is not None:
         with suppress(ValueError):  # a configuration that is no JSON
