@@ -22,7 +22,7 @@ KL(q || p), and the same c tilts more. A Gaussian p of variance s^2 is moved by 
 
 instead of m + b s^2: one c fits one scale s; c = E[w] tilts too much, most so narrow directions and what lies within a
 mode, and hardly the masses of modes further apart than the largest sigma. Weights growing with sigma make it worse,
-and a large c collapses q, as even a point mass has a finite KL(q_t || p_t). ``tests/test_reward_ascent.py``: numbers.
+and a large c collapses q, as even a point mass has a finite KL(q_t || p_t). ``test_reward_ascent.py``: numbers.
 """
 
 from __future__ import annotations

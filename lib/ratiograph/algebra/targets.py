@@ -6,7 +6,7 @@ Differentiating D_h(r || r*) with r* = R_t/Z gives the field
     v = omega(r) (s_q - s_p) - omega(r*) grad_x log r*,
 
 so the correction is *subtracted*. Eq. 35 of Di-Bregman (arXiv 2510.16983) prints it with the opposite sign; the sign
-here is the derived one, and agrees with finite differences of the divergence (``tests/test_field.py``): for KL the
+here is the derived one, and agrees with finite differences of the divergence (``test_field.py``): for KL the
 field must be s_q - s_{p*} with s_{p*} = s_p + grad log R_t. Z is needed too: only for KL is omega(R_t/Z) free of it.
 
 What a reward without a gradient (a black box) allows. Every field at x_t whose rest is q = p* needs grad log r* there:
