@@ -288,6 +288,12 @@ def test_places_do_not_share_a_folder_and_names_stay_inside_it(cache):
     assert signed == {paths[0]}
 
 
-def test_braces_that_name_shards_without_end_are_refused():
+@pytest.mark.parametrize("urls", ["{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "a.tar::" + 30 * "{a,b}"])
+def test_braces_that_name_shards_without_end_are_refused(urls):
     with pytest.raises(ValueError, match=r"names more than 1,000,000 shards"):
-        check_local("{0..99999999999}.tar")
+        check_local(urls)
+
+
+def test_braces_of_many_names():
+    with pytest.raises(ValueError, match=r"1040 of 1040 shards do not exist, the first is a/3\.tar"):
+        check_local("{a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v,w,x,y,z}/{3..42}.tar")

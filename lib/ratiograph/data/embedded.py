@@ -7,8 +7,9 @@ digits take the same path through the code as any other collection of shards.
 from __future__ import annotations
 
 import difflib
-import itertools
 import logging
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = ["EMBEDDED", "check_local", "resolve", "sources"]
 
 log = logging.getLogger(__name__)
 
+BRACES = re.compile(r"\{([^{}]*)\}")
 MOST_SHARDS = 10**6  # LAION-5B has 232,000; braces can name any number
 
 
@@ -98,12 +100,18 @@ def _intact(paths: list[Path]) -> bool:
         return False
 
 
+def _alternatives(braces: str) -> int:
+    """How many names the content of a pair of braces stands for: '0..9' or 'a,b'."""
+    numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?", braces)
+    return abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else braces.count(",") + 1
+
+
 def _shards(urls: str) -> list[Path | RemoteShard]:
     names = []
     for part in urls.split("::"):
-        found = list(itertools.islice(braceexpand.braceexpand(part), MOST_SHARDS + 1))
-        if len(found) > MOST_SHARDS:
+        if math.prod(map(_alternatives, BRACES.findall(part))) > MOST_SHARDS:  # the package makes a list of all at once
             raise ValueError(f"'{shown(part)}' names more than {MOST_SHARDS:,} shards: check the numbers in its braces")
+        found = list(braceexpand.braceexpand(part))
         if not part.startswith("pipe:") and any(name.startswith("pipe:") for name in found):
             raise ValueError(f"'{shown(part)}' becomes a command by its braces: begin it with pipe: if it is one")
         names += found
