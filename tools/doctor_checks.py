@@ -197,8 +197,8 @@ def _workdir(workdir: Path, cfg: config.Config, steps: int, allowed: Sequence[st
         raise ValueError(f"{folder}: {error.strerror}. Check its permissions, or choose another --workdir") from error
     if not workdir.is_dir():
         return f"{workdir} will be made"
+    reached, changes = check_folder(workdir, cfg, allowed=allowed)
     with locked(workdir) if (workdir / ".lock").is_file() else nullcontext():  # none is left where there was none
-        reached, changes = check_folder(workdir, cfg, allowed=allowed)
         checkpoints.latest(workdir / "checkpoints")
     changed = f" with {len(changes)} changes" if changes else ""
     if reached == steps:

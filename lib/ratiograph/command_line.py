@@ -124,7 +124,15 @@ def _line(error: Exception, program: str) -> str:
             f"memory does not suffice ({described(error)}). Lower the batch size or the number of samples, take fewer "
             "processes, or use a machine with more"
         )
-    return f"this is a fault of ratiograph: {described(error)}. Please report it with the file {_report(error)}"
+    return f"this is a fault of {_suspects()}: {described(error)}. Please report it with the file {_report(error)}"
+
+
+def _suspects() -> str:
+    """'ratiograph', or with a user's own modules, whose components it may have called in a way that they don't allow."""
+    components = sys.modules.get("ratiograph.config.components")
+    modules = components.known_modules() if components else ()
+    own = sorted(module for module in modules if not module.startswith("ratiograph."))
+    return " or ".join(["ratiograph", *own])
 
 
 def _report(error: Exception) -> Path:

@@ -481,11 +481,6 @@ def test_log_mean_reward_and_its_standard_error():
     assert abs(float(log_mean) - 800 - 0.125) < 4 * float(error)
 
 
-def test_no_probe_is_refused():
-    with pytest.raises(ValueError, match="probes=0"):
-        RewardTiltedCumulant(reward=Curved(), probes=0)
-
-
 def test_the_normaliser_is_of_all_ranks(monkeypatch):
     """Two ranks with 50 samples each estimate what one does from the 100."""
     from ratiograph.algebra import targets

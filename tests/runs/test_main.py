@@ -138,7 +138,44 @@ def test_a_change_that_is_allowed_is_taken_and_recorded(main, capsys, allowed):
     page = Path("out/report.html").read_text()
     assert "<p>from step 10: Adam.lr = [&#x27;0.0002&#x27;, &#x27;0.5&#x27;]</p>" in page
     assert main("--workdir=out", "--allow_change=Adm.lr")[0] == 2
-    assert "--allow_change=Adm.lr: this configuration has no such binding" in capsys.readouterr().err
+    assert (
+        "--allow_change=Adm.lr: neither this configuration nor the run's has such a binding" in capsys.readouterr().err
+    )
+
+
+def test_a_component_may_change_to_another(main, capsys):
+    main("--workdir=out", "--gin_param=LogNormalSigma.mean=-1.0")
+    finished("out")
+    change = ("--workdir=out", "--gin_param=DenoiserTraining.times=@KarrasIndex()")
+    assert main(*change)[0] == 2
+    allowed = re.findall(r"--allow_change=(\S+)", capsys.readouterr().err)
+    assert "DenoiserTraining.times" in allowed
+    assert any(name.startswith("LogNormalSigma.") for name in allowed)
+    names = ("DenoiserTraining.times", "LogNormalSigma", "KarrasIndex")
+    assert main(*change, *(f"--allow_change={name}" for name in names))[0] == 0
+
+
+def test_a_change_that_ends_before_a_checkpoint_leaves_no_trace(main, monkeypatch):
+    main("--workdir=out")
+    finished("out")
+    before = Path("out/config.gin").read_bytes(), Path("out/history.jsonl").read_bytes()
+
+    def refused(*_, **__):
+        raise ValueError("a checkpoint of another graph")
+
+    monkeypatch.setattr(trainer, "train", refused)
+    change = ("--workdir=out", "--gin_param=Adam.lr=0.5", "--allow_change=Adam.lr")
+    assert main(*change)[0] == 1
+    assert (Path("out/config.gin").read_bytes(), Path("out/history.jsonl").read_bytes()) == before
+
+    def saved(*_, check_held, **__):
+        check_held()
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(trainer, "train", saved)
+    assert main(*change)[0] == 1
+    assert "Adam.lr = 0.5\n" in Path("out/config.gin").read_text()
+    assert [entry["changes"] for entry in logs.read_history(Path("out"))] == [{}, {"Adam.lr": ["0.0002", "0.5"]}]
 
 
 @pytest.mark.parametrize("name", ["config.gin", "report.html", "student.safetensors", "samples/step_00000000.png"])

@@ -69,7 +69,7 @@ def test_a_lock_that_was_removed_is_no_longer_held(tmp_path, replaced):
         (tmp_path / ".lock").rename(tmp_path / "elsewhere")
         if replaced:
             (tmp_path / ".lock").write_text("")
-        with pytest.raises(ValueError, match=r"\.lock was removed or replaced while this run held it"):
+        with pytest.raises(ValueError, match=r"\.lock was removed, replaced or taken while this run held it"):
             check_held()
 
 
@@ -77,3 +77,41 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write .*\.lock: File exists"), locked(tmp_path / "file"):
         pass
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from ratiograph import config
+from ratiograph.training.run_folder import claimed
+cfg = config.parse(["gin/mixture2d_scores.gin"])
+with claimed(Path(sys.argv[1]), cfg) as check_held:
+    check_held()
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_claimed_folder_is_refused_to_a_second_run(tmp_path):
+    command = [sys.executable, "-c", CLAIM, tmp_path / "run"]
+    first = subprocess.Popen([*command, "60"], stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"held\n"
+    try:
+        second = subprocess.run([*command, "0"], capture_output=True, text=True)
+        assert f"run: process {first.pid} on {socket.gethostname()}" in second.stderr
+        assert second.stdout == ""
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_lock_that_another_process_has_taken_is_no_longer_held(tmp_path):
+    with locked(tmp_path) as check_held:
+        open(tmp_path / ".lock").close()  # which frees the lock
+        process = holder(tmp_path)
+        try:
+            with pytest.raises(ValueError, match="taken while this run held it"):
+                check_held()
+        finally:
+            process.kill()
+            process.wait()

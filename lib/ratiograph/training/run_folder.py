@@ -49,13 +49,35 @@ def claimed(
     Raises:
         ConfigError, ValueError: as `check_folder`; another process holds the folder, or it cannot be written.
     """
-    _check_own(workdir)
-    with locked(workdir) as check_held:
+    _check_own(workdir)  # before the lock, which ends when its file is read and closed
+    with locked(workdir) as check_held, _undone_without_checkpoint(workdir, check_held) as check_and_keep:
         remove_temporaries(workdir)
-        reached, found = check_folder(workdir, cfg, resume=resume, allowed=allowed)
+        reached, found = _check_run(workdir, cfg, resume, allowed)
         _note(workdir / HISTORY, reached, found)
         config.save(cfg, workdir / "config.gin")
-        yield check_held
+        yield check_and_keep
+
+
+@contextmanager
+def _undone_without_checkpoint(workdir: Path, check_held: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Puts config.gin and history.jsonl back if the body ends with an error before it asks to save a checkpoint.
+
+    Yields ``check_held``, which is called before each save. Without it a change that does not fit the checkpoint, and
+    is refused when that is loaded, would stay in the folder.
+    """
+    paths = [path for path in (workdir / "config.gin", workdir / HISTORY) if path.is_file()]
+    before, saved = {path: path.read_bytes() for path in paths if _results(workdir)}, []
+
+    def check_and_keep() -> None:
+        check_held()
+        saved.append(True)
+
+    try:
+        yield check_and_keep
+    except BaseException:
+        for path, data in before.items() if not saved else ():
+            write_atomically(path, data)
+        raise
 
 
 def check_folder(
@@ -63,16 +85,24 @@ def check_folder(
 ) -> tuple[int, list[Change]]:
     """(step that a run of ``cfg`` goes on from, how its configuration differs); arguments as of `claimed`.
 
+    Do not call it while this process holds the folder.
+
     Raises:
         ConfigError: the folder holds results of another run, of a longer one, or files that no run has written.
     """
-    values = config.to_dict(cfg)
-    for each in allowed:
-        if not any(_covers(each, name) for name in values):
-            raise config.ConfigError(f"--allow_change={each}: this configuration has no such binding")
     _check_own(workdir)
+    return _check_run(workdir, cfg, resume, allowed)
+
+
+def _check_run(workdir: Path, cfg: config.Config, resume: bool, allowed: Sequence[str]) -> tuple[int, list[Change]]:
+    values = config.to_dict(cfg)
     reached = _check_results(workdir, values["Experiment.steps"], resume)
     found = _changes(cfg, workdir) if _results(workdir) else []
+    for each in allowed:
+        if not any(_covers(each, name) for name in (*values, *(change.name for change in found))):
+            raise config.ConfigError(
+                f"--allow_change={each}: neither this configuration nor the run's has such a binding"
+            )
     refused = [change for change in found if not any(_covers(each, change.name) for each in allowed)]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""

@@ -34,7 +34,7 @@ from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
 from ratiograph.training.memory_plan import explained, memory_plan, require_batch, shortage
 from ratiograph.training.preemption import Preemption
-from ratiograph.training.results import set_aside, whole, write_results
+from ratiograph.training.final_files import set_aside, whole, write_results
 from ratiograph.training.run_logger import RunLogger, SilentLogger
 
 __all__ = ["step_seed", "train"]

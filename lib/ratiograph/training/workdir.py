@@ -1,7 +1,8 @@
 """The lock of a run's folder, so that two runs never write into one.
 
 It is a lock of the operating system on ``WORKDIR/.lock``; the file's text names the process that holds it. The lock
-ends with that process, even if it is killed, and is not inherited by processes that it starts.
+ends with that process, even if it is killed, and is not inherited by processes that it starts. It also ends when the
+process closes any other handle of the file: while it is held, nothing else may open ``.lock``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["locked"]
 def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds the lock of ``workdir`` while the body runs; the folder is made if missing.
 
-    Yields a function that raises a ValueError if ``.lock`` was removed or replaced, so that another run may have begun.
+    Yields a function that raises a ValueError if the lock is no longer this process's, or ``.lock`` was removed or
+    replaced: another run may have begun.
 
     Do not nest uses for one folder in one process: leaving the inner one frees the lock.
 
@@ -41,7 +43,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closing it must write nothing: the disk may be full
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
@@ -49,9 +51,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
                 raise ValueError(
                     f"another run is using {workdir}: {holder}. Wait for it, end it, or give this run another --workdir"
                 ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise ValueError(f"cannot lock {path}: {error.strerror}. Choose another --workdir") from error
-            warnings.warn(f"{path}: this file system has no locks; see to it that one run uses {workdir}", stacklevel=3)
+            raise ValueError(f"cannot lock {path}: {error.strerror}. Choose another --workdir") from error
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with clear_storage_errors(path):
             file.truncate(0)
@@ -59,14 +59,25 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         yield functools.partial(_check_held, file, path)
 
 
+def _take(file: BinaryIO) -> None:
+    """Takes the lock, or keeps it; OSError if another process has it. A warning where the file system has none."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        warnings.warn(f"{file.name}: this file system has no locks; see to it that one run uses it", stacklevel=4)
+
+
 def _check_held(file: BinaryIO, path: Path) -> None:
     held = os.fstat(file.fileno())
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         there = os.stat(path)
         if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
+            _take(file)
             return
     raise ValueError(
-        f"{path} was removed or replaced while this run held it, so that another run may write into the folder: "
+        f"{path} was removed, replaced or taken while this run held it, so that another run may write into the folder: "
         "this one ends without a further checkpoint. The same command goes on from the last one"
     )
 
