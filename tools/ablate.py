@@ -56,6 +56,8 @@ flags.DEFINE_integer("task", None, "Run this cell only.", lower_bound=0)
 
 def main(arguments):
     command_line.no_arguments(arguments, "grid")
+    if not FLAGS.device:
+        raise command_line.UsageError("--device is empty: give auto, cpu, or cuda:0,cuda:1")
     from ablations import session
 
     return session.ablate()

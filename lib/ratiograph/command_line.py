@@ -128,7 +128,7 @@ def _line(error: Exception, program: str) -> str:
 
 
 def _suspects() -> str:
-    """'ratiograph', or with a user's own modules, whose components it may have called in a way that they don't allow."""
+    """'ratiograph', or with a user's own modules, whose components may not allow the calls that it makes."""
     components = sys.modules.get("ratiograph.config.components")
     modules = components.known_modules() if components else ()
     own = sorted(module for module in modules if not module.startswith("ratiograph."))

@@ -29,12 +29,12 @@ from ratiograph.training.devices import autocast_dtype, choose_device
 from ratiograph.training.encoder_check import check_encoders
 from ratiograph.training.experiment import Experiment
 from ratiograph.training.faults import REMEDY, Means, StepGuard, Watchdog, check_weights
+from ratiograph.training.final_files import set_aside, whole, write_results
 from ratiograph.training.loggers import checked
 from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
 from ratiograph.training.memory_plan import explained, memory_plan, require_batch, shortage
 from ratiograph.training.preemption import Preemption
-from ratiograph.training.final_files import set_aside, whole, write_results
 from ratiograph.training.run_logger import RunLogger, SilentLogger
 
 __all__ = ["step_seed", "train"]
