@@ -8,8 +8,7 @@ One step, for z ~ N(0, I):
     x0.backward(field / batch size)                    exact gradient of the objective, no pseudo-loss
     student score: denoising loss on x0 at its own times;  ratio: loss of real against x0 at its own times
 
-When the backward runs, no graph but the student's exists, so the peak memory is one network's activations. A step in
-micro-batches (``Experiment.accumulation``) is the same step: random numbers and weights are those of the whole batch.
+When the backward runs, only the student's graph exists. Micro-batches (``Experiment.accumulation``) change no step.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ class Distillation(Task):
         objective: the sum of terms that moves its samples.
         noising: forward process.
         times: p(t) of the objective.
-        student_optimizer: recipe of the student's optimiser.
-        ema: recipe of the student's average, which is the result.
+        student_optimizer, ema: recipes of the student's optimiser, and of its average, which is the result.
         averages: recipes of further averages by name, such as 'short' and 'long', which are evaluated and saved too.
         teacher: denoiser of p, frozen; None for score-free objectives.
         student_score: denoiser of q, trained online; None for score-free objectives.
@@ -67,7 +65,7 @@ class Distillation(Task):
         student_score_optimizer: recipe of its optimiser.
         student_score_updates: its updates a step; the first uses the samples that the student learned from.
         student_score_weight: lambda(s) of its loss; EDM's for its ``sigma_data`` by default.
-        ratio: estimator of log p/q, trained online; None where every weighting is KL's and no direction needs it.
+        ratio: estimator of log p/q, trained online; None where no weighting or direction needs it.
         ratio_times: p(t) of its loss; None, for an estimator on the student score, shares that network's noisy samples.
         ratio_optimizer: recipe of its optimiser.
         ratio_updates: its updates a step.
@@ -77,9 +75,9 @@ class Distillation(Task):
         warm_start: an earlier run whose networks this one starts from.
         critic_steps: first steps in which only the critics learn and the student does not change.
         conditions: what the student's samples are conditioned on; uniform labels by default.
-        augmentation: of the critics' images, student's and real ones; none by default. Terms see samples without it.
-        recompute: whether the student's samples are first made without a graph and then again for their gradient, so
-            that two networks never hold activations at once; accumulation over micro-batches always does so.
+        augmentation: of the critics' images, student's and real ones; none by default.
+        recompute: whether samples are made without a graph and again for their gradient, as under accumulation, so that
+            two networks never hold activations at once.
         cuda_graphs: whether passes without gradients are recorded on a GPU and replayed, see `cuda_graphs`.
 
     Raises:
@@ -142,7 +140,6 @@ class Distillation(Task):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the ratio's positives are real samples, or the student's conditions theirs."""
         return self.conditions.needs_data or (self.ratio is not None and self.positives.needs_data)
 
     @property

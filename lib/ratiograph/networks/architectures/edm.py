@@ -1,6 +1,5 @@
-"""The U-Nets of EDM: DDPM++ and NCSN++ (Song et al. 2021) and ADM (Dhariwal & Nichol 2021).
+"""EDM's U-Nets: DDPM++, NCSN++ (Song et al. 2021), ADM (Dhariwal & Nichol 2021), as Karras et al. 2022 (App. F) train.
 
-As Karras et al. 2022 (EDM, Appendix F) train them, so that the official weights fit after ``tools/convert_edm.py``.
 Shapes: x and F [B, C, H, W], c_noise [B]. Levels are numbered from the finest, 0; level k has the resolution H / 2^k.
 """
 
@@ -304,9 +303,7 @@ class ADM(EDMUNet):
     """ADM, the network of EDM's ImageNet-64 model, whose values are the defaults.
 
     Args:
-        resolution, image_channels, channels, multipliers, blocks, attention_resolutions, dropout: as in ``DDPMPP``.
-        head_channels: a level of width w has floor(w / head_channels) heads, as in the official code.
-        classes, augment_labels, label_dropout, checkpointing: as in ``DDPMPP``.
+        head_channels: a level of width w has floor(w / head_channels) heads. The others: as in ``DDPMPP``.
 
     Raises:
         ValueError: as ``DDPMPP``; a level with attention is narrower than a head, or its heads do not divide its width.
@@ -334,9 +331,9 @@ class ADM(EDMUNet):
                 raise ValueError(f"ADM: width {outputs} is no multiple of its {heads} heads: change head_channels")
             return ScaleShiftBlock(inputs, outputs, 4 * channels, heads=heads, resample=resample, dropout=dropout)
 
-        for level in attended_levels(resolution, len(multipliers), attention_resolutions):
-            if (width := channels * multipliers[level]) < head_channels:
-                raise ValueError(f"ADM: width {width} of an attended level is less than head_channels={head_channels}")
+        attended = attended_levels(resolution, len(multipliers), attention_resolutions)
+        if any((width := channels * multipliers[level]) < head_channels for level in attended):
+            raise ValueError(f"ADM: width {width} of an attended level is less than head_channels={head_channels}")
         known = ClassEmbedding(classes, 4 * channels, scale=1.0, bias=False, dropout=label_dropout) if classes else None
         super().__init__(
             resolution=resolution,
