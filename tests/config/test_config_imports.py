@@ -146,6 +146,104 @@ def test_a_module_that_registers_nothing_or_a_taken_name_or_is_not_there_says_so
         assert str(raised.value) == f"flag --gin_param 'import {module}': {message}"
 
 
+HEAD = """
+from __future__ import annotations
+import math
+from dataclasses import dataclass
+from typing import Annotated
+import annotated_types as at
+from ratiograph.algebra.weightings import Weighting
+__all__ = ["Own"]
+"""
+DECLARED = {
+    "own_unit": ("Annotated[float, at.Unit('m')]", "Own.a: its annotation has Unit(unit='m'): a marker that is not"),
+    "own_zone": ("list[Annotated[int, at.Timezone(None)]] | None", "Own.a: its annotation has Timezone(tz=None): a"),
+    "own_word": ("Annotated[float, at.Gt('a')]", "Own.a: its annotation has Gt(gt='a'): the bound is no number."),
+    "own_part": (
+        "Annotated[float, at.Interval(le='b')]",
+        "Own.a: its annotation has Le(le='b'): the bound is no number.",
+    ),
+    "own_zero": (
+        "Annotated[int, at.MultipleOf(0)]",
+        "Own.a: its annotation has MultipleOf(multiple_of=0): the unit is no",
+    ),
+    "own_below": (
+        "Annotated[float, at.Gt(0)] = -1.0",
+        "Own.a: its default -1.0 is not a finite number above 0, which it",
+    ),
+    "own_inf": ("float = math.inf", "Own.a: its default inf is not float, which it takes: numbers are finite."),
+    "own_attribute": ("math.nothing", "Own.a: its annotation math.nothing cannot be evaluated: AttributeError: module"),
+}
+
+
+@pytest.mark.parametrize("module", DECLARED)
+def test_a_declaration_that_cannot_be_checked_names_class_and_parameter(module, tmp_path, monkeypatch):
+    annotation, message = DECLARED[module]
+    module_of(
+        tmp_path, monkeypatch, module, f"{HEAD}class Own:\n    def __init__(self, *, a: {annotation}):\n        pass\n"
+    )
+    for _ in range(2):  # a second try says the same
+        with pytest.raises(config.ConfigError) as raised:
+            config.parse(["gin/mnist_sba.gin"], [f"import {module}"])
+        assert str(raised.value).startswith(f"flag --gin_param 'import {module}': {message}")
+        assert "\n" not in str(raised.value)
+
+
+def test_markers_of_other_libraries_and_names_for_type_checkers_are_ignored(tmp_path, monkeypatch):
+    text = f"""{HEAD.replace("Own", "Lenient")}
+class Lenient(Weighting):
+    def __init__(self, *, a: Annotated[float, "words", at.doc("more")] = 1.0, b: NotImported = 3, c: float = None):
+        super().__init__()
+"""
+    module_of(tmp_path, monkeypatch, "own_lenient", text)
+    cfg = config.parse(["gin/mnist_sba.gin"], ["import own_lenient", "WEIGHTING = @Lenient()", "Lenient.a = -2.0"])
+    assert config.to_dict(cfg)["Lenient.a"] == -2.0
+
+
+def test_what_a_component_of_ones_own_raises_is_told_with_its_line(tmp_path, monkeypatch):
+    text = f"{HEAD.replace('Own', 'Raising')}class Raising(Weighting):\n    def __init__(self, *, how: str):\n"
+    text += "        super().__init__()\n        {'key': lambda: {}['b'], 'name': lambda: self.nothing}[how]()\n"
+    module_of(tmp_path, monkeypatch, "own_raising", text)
+    lines = ["import own_raising", "WEIGHTING = @Raising()"]
+    for how, error in {
+        "key": "KeyError: 'b'",
+        "name": "AttributeError: 'Raising' object has no attribute 'nothing'",
+    }.items():
+        with pytest.raises(config.ConfigError) as raised, torch.device("meta"):
+            config.build(config.parse(["gin/mnist_sba.gin"], [*lines, f"Raising.how = '{how}'"]))
+        place = f"{tmp_path / 'own_raising.py'}:12 (in <lambda>)"
+        assert f"= @Raising(): cannot be built with these values: {place}: {error}" in str(raised.value)
+
+
+def test_a_dataclass_that_torch_cannot_hash_says_what_to_write(tmp_path, monkeypatch):
+    text = f"{HEAD.replace('Own', 'Equal')}@dataclass(kw_only=True)\nclass Equal(Weighting):\n    a: float = 1.0\n"
+    module_of(tmp_path, monkeypatch, "own_equal", text)
+    with pytest.raises(config.ConfigError, match=r"own_equal: Equal compares by value, .*@dataclass\(eq=False\)"):
+        config.parse(["gin/mnist_sba.gin"], ["import own_equal"])
+
+
+@pytest.mark.parametrize("line", ["TOKEN = abc secret", "secret", "{'a': [secret", 'x = """secret'])
+def test_lines_of_a_file_that_is_no_gin_file_are_not_quoted(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("passwords").write_text(f"\n{line}\n")
+    Path("outer.gin").write_text("include 'passwords'\n")
+    for file in ("passwords", "outer.gin"):
+        with pytest.raises(config.ConfigError, match=r"^passwords:\d: ") as raised:
+            config.parse([file])
+        assert "secret" not in str(raised.value)
+    Path("shown.gin").write_text("\nTOKEN = abc secret\n")
+    with pytest.raises(config.ConfigError, match=r"shown\.gin:2: .*`TOKEN = abc secret`"):
+        config.parse(["shown.gin"])
+
+
+def test_lines_that_are_not_trusted_are_read_between_files_and_flags():
+    lines = {"some.toml": ["SBA.lam = 2.0", "Experiment.steps = 7"]}
+    values = config.to_dict(config.parse(["gin/mnist_sba.gin"], ["SBA.lam = 4.0"], untrusted=lines))
+    assert (values["SBA.lam"], values["Experiment.steps"]) == (4.0, 7)
+    with pytest.raises(config.ConfigError, match=r"^some\.toml, 'SBA\.lm = 1': SBA has no parameter 'lm'"):
+        config.parse(["gin/mnist_sba.gin"], untrusted={"some.toml": ["SBA.lm = 1"]})
+
+
 def test_a_value_of_the_wrong_type_names_the_macro_s_own_line():
     with pytest.raises(config.ConfigError) as raised:
         config.parse(["gin/mnist_sba.gin"], ["WEIGHTING = @UNet()"])

@@ -10,11 +10,12 @@ from typing import Annotated
 
 import pytest
 import torch
-from annotated_types import Interval, Len, MinLen, MultipleOf
+from annotated_types import Gt, Interval, Len, Lt, MinLen, MultipleOf, Predicate
 
 from ratiograph import config
 from ratiograph.config.components import components, load_components
 from ratiograph.config.signatures import accepts, describe_type
+from ratiograph.config.values import Reference
 from ratiograph.core.domains import (
     Exponent,
     Fraction,
@@ -72,6 +73,14 @@ def test_every_default_is_in_its_domain():
             assert p.required or p.default is None or accepts(p.annotation, p.default, {}), f"{name}.{parameter}"
 
 
+def is_odd(value):
+    return value % 2 == 1
+
+
+def is_sorted(values):
+    return list(values) == sorted(values)
+
+
 @pytest.mark.parametrize(
     ("annotation", "inside", "outside"),
     [
@@ -87,6 +96,16 @@ def test_every_default_is_in_its_domain():
         (NonNegativeInt, [0], [-1]),
         (Annotated[float, Interval(gt=0), OrInfinite()], [1, INF], [-INF, 0, math.nan]),
         (Annotated[int, MultipleOf(8)], [16], [12]),
+        (Annotated[float, MultipleOf(0.1)], [0.3, 0.7, -0.2, 0, 1], [0.35, 0.30001, 1e-20]),
+        (Annotated[Sequence[float], Gt(0)], [(1.0, 2), []], [(1.0, 0.0), [-1]]),
+        (Annotated[list, Gt(0)], [["a", 1]], [["a", 0]]),
+        (Annotated[dict[int, tuple[float, ...]], Lt(1)], [{5: (0.5,)}], [{0: (0.5, 1)}]),
+        (Annotated[Sequence[float] | None, OrInfinite(), Gt(0)], [None, (INF, 1)], [(-INF,), (math.nan,)]),
+        (Annotated[int, Predicate(is_odd)], [3], [4]),
+        (Annotated[float | None, Predicate(is_odd)], [3], [None, 2.5]),
+        (Annotated[Sequence[float], Predicate(is_sorted)], [(1, 2), ()], [(2, 1)]),
+        (Annotated[typing.Any, Predicate(is_sorted)], [Reference("", "KL"), [Reference("", "KL"), 1]], [(2, 1)]),
+        (typing.Sequence, [(1, "a")], [3]),
         (Annotated[Sequence[Fraction], Len(2, 2)], [(0.0, 0.9), [0, 0]], [(), (0.9,), (0.9, 1.5), (0.1, 0.2, 0.3)]),
         (Annotated[Sequence[PositiveInt], MinLen(1)] | None, [None, (1,)], [(), (0,)]),
     ],
@@ -104,6 +123,7 @@ def test_domain(annotation, inside, outside):
         (Scale, "a finite number at least 1e-15 and at most 1e+15"),
         (Annotated[float, Interval(ge=0), OrInfinite()], "a finite number at least 0 or infinite"),
         (Annotated[Sequence[Fraction], Len(2, 2)], "list of a finite number at least 0 and below 1, 2 entries"),
+        (Annotated[int, Predicate(is_odd)], "a whole number such that is_odd holds"),
         (Annotated[Sequence[PositiveInt], MinLen(1)], "list of a whole number at least 1, not fewer than 1 entries"),
     ],
 )

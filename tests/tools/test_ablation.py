@@ -87,6 +87,7 @@ def test_a_grid_file_gives_rows_axes_and_columns(tmp_path):
     read = grids.read_grid(path)
     assert read == Grid(
         name="some",
+        source=str(path),
         title="Some",
         rows=(
             Row(name="first", gin_files=("a.gin",), bindings=("A.x = 1",), steps=7),
@@ -190,8 +191,59 @@ def test_only_brings_what_it_needs():
 @pytest.mark.parametrize("path", sorted((ROOT / "gin" / "ablations").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_row_of_a_shipped_grid_can_be_built(path):
     cells = grids.cells_of(grids.read_grid(path), "runs")
-    configurations = [config.to_dict(grids.check(cell)) for cell in cells]
+    configurations = [config.to_dict(execution.check(cell)) for cell in cells]
     assert len({str(sorted(c.items(), key=str)) for c in configurations}) == len(cells) > 1, "two rows are the same run"
+
+
+PIPE = "'pipe:touch trace; cat y.tar'"
+HOSTILE = {
+    'bindings = ["import evilmod"]\n[[rows]]\nname = "a"': "import evilmod",
+    '[[rows]]\nname = "a"\nbindings = ["import evilmod"]': "import evilmod",
+    f'bindings = ["DATA = {PIPE}"]\n[[rows]]\nname = "a"': f"DATA = {PIPE}",
+    f'[[rows]]\nname = "a"\nbindings = ["ShardStream.urls = {PIPE}"]': f"ShardStream.urls = {PIPE}",
+    f'[[rows]]\nname = "a"\n[axes]\nDATA = ["{PIPE}"]': f"DATA = {PIPE}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_grid_s_file_runs_nothing_that_the_command_line_does_not_name(text, tmp_path, monkeypatch):
+    named = HOSTILE[text]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evilmod.py").write_text("open('trace', 'w')\n__all__ = []\n")
+    read = grids.read_grid(write_grid(tmp_path, f'gin_file = "gin/mnist_sba.gin"\n{text}'))
+    (cell,) = grids.cells_of(read, "runs", bindings=["SBA.lam = 1.0"])
+    with pytest.raises(
+        ValueError, match=r"^row 'a.*some\.toml, .*the file asks to run (code, import evil|a command, 'p)"
+    ):
+        execution.check(cell)
+    assert not Path("trace").exists()
+    (cell,) = grids.cells_of(read, "runs", bindings=[named])
+    execution.check(cell)
+    assert Path("trace").exists() == (named == "import evilmod")  # a check reads no data
+    sys.modules.pop("evilmod", None)
+
+
+def test_ablate_refuses_a_hostile_grid_before_it_starts_anything(tmp_path):
+    (tmp_path / "evilmod.py").write_text("open('trace', 'w')\n__all__ = []\n")
+    (tmp_path / "evil.toml").write_text(
+        "gin_file = 'gin/mnist_sba.gin'\ntitle = '$(touch trace)'\n[[rows]]\nname = '$(touch trace)'\n"
+        "bindings = ['import evilmod']\npublished = {'$(touch trace)' = 1}\n"
+    )
+    for more in ("--dry_run", "--task=0", "--slurm_dry_run", "--steps=1"):
+        code, output, errors = tool("--grid=evil.toml", more, cwd=tmp_path, PYTHONPATH=f"{ROOT / 'lib'}:{tmp_path}")
+        assert (code, output) == (1, "")
+        assert errors == (
+            "error: row '$(touch trace)': evil.toml, 'import evilmod': the file asks to run code, import evilmod. "
+            "If you know and trust that module, name it: --gin_param='import evilmod'.\n"
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.toml", "evilmod.py"]
+
+
+def test_control_characters_of_a_grid_do_not_reach_the_terminal(tmp_path):
+    path = write_grid(tmp_path, 'gin_file = "a.gin"\n[[rows]]\nname = "a\\u001b[2J"')
+    with pytest.raises(ValueError, match=r"row 'a\\\\x1b\[2J': its name, files or bindings hold control characters"):
+        grids.cells_of(grids.read_grid(path), "runs")
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -619,7 +671,7 @@ def test_a_run_is_finished_at_its_last_step_and_of_its_own_configuration_only(ab
 
     def finished(*lines, **more):
         cell = grids.cells_of(made, folder / "runs", bindings=["Experiment.batch_size = 16", *lines], **more)[2]
-        return grids.is_finished(cell, grids.check(cell))
+        return execution.is_finished(cell, execution.check(cell))
 
     assert finished()
     assert not finished(steps=4)  # launch/main.py goes on from step 3
@@ -636,7 +688,7 @@ def test_one_typo_is_said_before_anything_runs(tmp_path):
     code, output, errors = tool("--grid=typo.toml", "--folder=runs", cwd=tmp_path)
     assert code == 1
     assert output == ""
-    assert errors.startswith("error: row 'row 2': flag --gin_param 'SBA.lamda = 2.0': SBA has no parameter 'lamda'")
+    assert errors.startswith("error: row 'row 2': typo.toml, 'SBA.lamda = 2.0': SBA has no parameter 'lamda'")
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 

@@ -1,7 +1,8 @@
 """Running the cells of a grid: on this machine, several at a time, or as job arrays of a SLURM cluster.
 
 Notation as in `grids`. Every cell is a process of its own running launch/main.py, so that an interrupted one resumes
-by main's rule. A *wave* is the cells that need nothing but cells of earlier waves.
+by main's rule. A *wave* is the cells that need nothing but cells of earlier waves. A *finished* run has its
+evaluation.json or, without an evaluator, its final weights.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ablations.grids import Cell
+from ratiograph import config
 from ratiograph.core.files import clear_storage_errors
 from ratiograph.core.foreign import shown
+from ratiograph.training.logs import read_metrics
 
 __all__ = [
     "Ended",
     "array_indices",
+    "check",
     "command",
     "environment",
+    "is_finished",
     "last_error",
     "run_cells",
     "spell_command",
@@ -75,6 +82,48 @@ def last_error(log: Path) -> str:
     return shown(
         next((line for line in reversed(lines) if line.startswith("error:")), (lines or ["no output"])[-1]), 1000
     )
+
+
+def check(cell: Cell) -> config.Config:
+    """The cell's configuration, built once without memory for its weights to find what parsing cannot.
+
+    The run's own process takes every line from its command line and so trusts it: what a grid's file asks to run is
+    refused here, before that process starts.
+
+    Raises:
+        ValueError: a mistake in it, or its grid's file asks to run code or a command that this command line does not
+            name; the message names the row.
+    """
+    try:
+        cfg = config.parse(cell.row.gin_files, cell.typed, untrusted={cell.source: cell.lines})
+        with torch.device("meta"):
+            config.build(cfg)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"row '{cell.name}': {error}") from error
+    return cfg
+
+
+def is_finished(cell: Cell, cfg: config.Config) -> bool:
+    """Whether the cell's folder holds this very run, to its last step.
+
+    Raises:
+        ValueError: the folder holds results of another configuration, or of a longer run.
+    """
+    weights = list(cell.folder.glob("*.safetensors"))
+    results = [*weights, *cell.folder.glob("checkpoints/*.pt"), *cell.folder.glob("evaluation.json")]
+    saved = cell.folder / "config.gin"
+    if not results or not saved.exists():
+        return False
+    remedy = "Give another --folder or row name, or delete the folder"
+    if differing := config.changes(cfg, saved):
+        raise ValueError(f"row '{cell.name}': {cell.folder} holds another run: {differing[0]}. {remedy}")
+    values = config.to_dict(cfg)
+    logged = read_metrics(cell.folder / "metrics.jsonl")
+    done, steps = (logged[-1]["step"] if logged else 0), values["Experiment.steps"]
+    if done > steps:
+        raise ValueError(f"row '{cell.name}': {cell.folder} holds {done} steps, and {steps} are asked for. {remedy}")
+    ended = (cell.folder / "evaluation.json").exists() if values.get("Experiment.evaluator") else bool(weights)
+    return ended and done == steps
 
 
 # --- here ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ the table. A *cell* is a line at a seed: one run, in a folder of its own,
     FOLDER/seed_<seed>/<setting>/<row>         without the parts that the grid does not have
 
 ``{runs}`` in a binding stands for the folder above ``<row>``, where a row finds what the rows it needs have left, at
-the same seed and setting. A *finished* run has its evaluation.json or, without an evaluator, its final weights.
+the same seed and setting.
 """
 
 from __future__ import annotations
@@ -23,13 +23,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from ratiograph import config
 from ratiograph.core.foreign import read_text, shown
-from ratiograph.training.logs import read_metrics
 
-__all__ = ["Cell", "Grid", "Row", "cells_of", "check", "is_finished", "parse_axis", "read_grid", "slug", "with_needs"]
+__all__ = ["Cell", "Grid", "Row", "cells_of", "parse_axis", "read_grid", "slug", "with_needs"]
 
 _LONGEST = 100  # characters of a slug; file systems allow 255 bytes
 
@@ -66,6 +62,7 @@ class Grid:
         title: of the table and the figure.
         columns: metrics of evaluation.json, "seconds" and "steps"; all of them when empty.
         curve: metric of metrics.jsonl that the figure draws over the samples seen; '' draws the first column instead.
+        source: the file that it was read from; '' for one that the command line spells out.
 
     Raises:
         ValueError: two rows of one name, a needed row that is missing, or rows that need each other in a circle.
@@ -77,6 +74,7 @@ class Grid:
     title: str = ""
     columns: tuple[str, ...] = ()
     curve: str = ""
+    source: str = ""
 
     def __post_init__(self):
         names = [row.name for row in self.rows]
@@ -104,15 +102,26 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run. ``index`` is its place in the grid, ``needs`` are the folders of runs that must finish first."""
+    """One run. ``index`` is its place in the grid, ``needs`` are the folders of runs that must finish first.
+
+    ``lines`` are those of the grid's file ``source``, which somebody else may have written; ``typed`` are the command
+    line's own, which follow them.
+    """
 
     index: int
     row: Row
     setting: Mapping[str, str]
     seed: int | None
     folder: Path
-    bindings: tuple[str, ...]
+    source: str
+    lines: tuple[str, ...]
+    typed: tuple[str, ...]
     needs: tuple[Path, ...]
+
+    @property
+    def bindings(self) -> tuple[str, ...]:
+        """Every line of gin after the files."""
+        return (*self.lines, *self.typed)
 
     @property
     def name(self) -> str:
@@ -161,14 +170,14 @@ def read_grid(path: str | Path) -> Grid:
     """
     path = Path(path)
     try:
-        return _grid(path.stem, tomllib.loads(read_text(path)))
+        return _grid(path, tomllib.loads(read_text(path)))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is no TOML: {shown(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _grid(name: str, document: Mapping) -> Grid:
+def _grid(path: Path, document: Mapping) -> Grid:
     _check_keys(document, _GRID_KEYS, "the grid")
     axes = {}
     for key, values in document.get("axes", {}).items():
@@ -179,7 +188,8 @@ def _grid(name: str, document: Mapping) -> Grid:
     if not rows:
         raise ValueError("it has neither [[rows]] nor [axes]: there is nothing to run")
     return Grid(
-        name=name,
+        name=path.stem,
+        source=str(path),
         title=document.get("title", ""),
         rows=tuple(_row(row, document, number) for number, row in enumerate(rows, 1)),
         axes=axes,
@@ -270,7 +280,7 @@ def cells_of(
         steps: in place of the rows' own.
 
     Raises:
-        ValueError: two runs would share a folder.
+        ValueError: two runs would share a folder, or what a terminal would show holds control characters.
     """
     cells, taken = [], {}
     for seed, row, setting in itertools.product(seeds or [None], grid.rows, grid.settings()):
@@ -278,21 +288,28 @@ def cells_of(
         if setting and row.name:
             above /= slug(label(Row(name="", gin_files=()), setting))
         run_steps = steps or row.steps
+        lines = (
+            *(line.replace("{runs}", above.as_posix()) for line in row.bindings),
+            *(f"{key} = {value}" for key, value in setting.items()),
+        )
+        typed = (
+            *([f"Experiment.steps = {run_steps}"] if run_steps else []),
+            *([] if seed is None else [f"Experiment.seed = {seed}"]),
+            *bindings,
+        )
         cell = Cell(
             index=len(cells),
             row=row,
             setting=setting,
             seed=seed,
             folder=above / slug(row.name or label(row, setting)),
-            bindings=(
-                *(line.replace("{runs}", above.as_posix()) for line in row.bindings),
-                *(f"{key} = {value}" for key, value in setting.items()),
-                *([f"Experiment.steps = {run_steps}"] if run_steps else []),
-                *([] if seed is None else [f"Experiment.seed = {seed}"]),
-                *bindings,
-            ),
+            source=grid.source,
+            lines=lines if grid.source else (),
+            typed=typed if grid.source else (*lines, *typed),
             needs=tuple(above / slug(name) for name in row.needs),
         )
+        if not re.sub(r"[\n\t]", "", "".join((cell.name, *row.gin_files, *lines))).isprintable():
+            raise ValueError(f"row {shown(cell.name)!r}: its name, files or bindings hold control characters")
         other = taken.setdefault(str(cell.folder).casefold(), cell)  # some file systems ignore case
         if other is not cell:
             raise ValueError(f"'{other.name}' and '{cell.name}' would share the folder {cell.folder}: rename one row")
@@ -310,41 +327,3 @@ def with_needs(wanted: Sequence[Cell], cells: Sequence[Cell]) -> list[Cell]:
             found.add(folder)
             waiting += by_folder[folder].needs
     return [cell for cell in cells if cell.folder in found]
-
-
-def check(cell: Cell) -> config.Config:
-    """The cell's configuration, built once without memory for its weights to find what parsing cannot.
-
-    Raises:
-        ValueError: a mistake in it; the message names the row.
-    """
-    try:
-        cfg = config.parse(cell.row.gin_files, cell.bindings, {})
-        with torch.device("meta"):
-            config.build(cfg)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"row '{cell.name}': {error}") from error
-    return cfg
-
-
-def is_finished(cell: Cell, cfg: config.Config) -> bool:
-    """Whether the cell's folder holds this very run, to its last step.
-
-    Raises:
-        ValueError: the folder holds results of another configuration, or of a longer run.
-    """
-    weights = list(cell.folder.glob("*.safetensors"))
-    results = [*weights, *cell.folder.glob("checkpoints/*.pt"), *cell.folder.glob("evaluation.json")]
-    saved = cell.folder / "config.gin"
-    if not results or not saved.exists():
-        return False
-    remedy = "Give another --folder or row name, or delete the folder"
-    if differing := config.changes(cfg, saved):
-        raise ValueError(f"row '{cell.name}': {cell.folder} holds another run: {differing[0]}. {remedy}")
-    values = config.to_dict(cfg)
-    logged = read_metrics(cell.folder / "metrics.jsonl")
-    done, steps = (logged[-1]["step"] if logged else 0), values["Experiment.steps"]
-    if done > steps:
-        raise ValueError(f"row '{cell.name}': {cell.folder} holds {done} steps, and {steps} are asked for. {remedy}")
-    ended = (cell.folder / "evaluation.json").exists() if values.get("Experiment.evaluator") else bool(weights)
-    return ended and done == steps

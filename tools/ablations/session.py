@@ -16,7 +16,7 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
-from ablations import grids, plots, tables
+from ablations import execution, grids, plots, tables
 from ablations.execution import Ended, command, run_cells, spell_command, submit
 from ablations.grids import Cell, Grid
 from marked_text import insert, replaced
@@ -91,7 +91,7 @@ def this_command(*dropped: str) -> str:
 
 def is_finished(cell: Cell) -> bool:
     """Whether the cell, once it is known to be right, has been run to its end."""
-    return grids.is_finished(cell, grids.check(cell))
+    return execution.is_finished(cell, execution.check(cell))
 
 
 def selected(cells: Sequence[Cell]) -> list[Cell]:

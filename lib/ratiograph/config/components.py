@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable
 
 import gin
+from torch import nn
 
 import ratiograph
 from ratiograph.config.signatures import Component
@@ -35,14 +36,16 @@ def register(*made: Callable) -> None:
 
     Raises:
         AssertionError: two different components of one name.
+        ConfigError: a signature that cannot be checked, see `Component.of`.
     """
     for make in made:
         name = make.__name__
         known = components.get(name)
         assert known is None or known.make is make, f"two components named {name}: {known.make} and {make}"
         if known is None:
+            component = Component.of(make)
             gin.register(name, module="ratiograph")(make)
-            components[name] = Component.of(make)
+            components[name] = component
 
 
 def is_component(make: Callable) -> bool:
@@ -60,7 +63,8 @@ def register_module(module: str) -> None:
     """Imports a user's module and registers what its ``__all__`` lists.
 
     Raises:
-        ConfigError: it has no ``__all__``, or a component with the name of another module's.
+        ConfigError: it has no ``__all__``, a component with the name of another module's, a network that cannot be
+            hashed, as torch does, or a signature that cannot be checked.
         Exception: whatever the module raises while it is imported.
     """
     imported = importlib.import_module(module)
@@ -76,6 +80,11 @@ def register_module(module: str) -> None:
             raise ConfigError(
                 f"{module} has a component {make.__name__}, which is the name of one of {known.make.__module__}: "
                 "call it something else."
+            )
+        if inspect.isclass(make) and issubclass(make, nn.Module) and make.__hash__ is None:
+            raise ConfigError(
+                f"{module}: {make.__name__} compares by value, and torch needs modules that can be hashed: write "
+                "@dataclass(eq=False), or define no __eq__."
             )
     register(*own)
 

@@ -40,6 +40,7 @@ from ratiograph.config.values import (
 )
 from ratiograph.core.files import write_atomically
 from ratiograph.core.foreign import shown
+from ratiograph.core.tracebacks import own_line
 
 __all__ = ["Config", "build", "parse", "save", "text", "to_dict"]
 
@@ -85,6 +86,7 @@ def parse(
     bindings: Sequence[str] = (),
     overrides: Mapping[str, object] | None = None,
     *,
+    untrusted: Mapping[str, Sequence[str]] | None = None,
     root: str = "Experiment",
 ) -> Config:
     """Reads and checks a configuration; a later line wins over an earlier one.
@@ -94,6 +96,8 @@ def parse(
         bindings: lines such as ``"SBA.lam = 3.0"`` from the command line, read after the files.
         overrides: values that flags give, read last: ``{"Experiment.steps": 400, "DATA": "mnist"}``. The
             flag is named after the last part in small letters.
+        untrusted: further lines by the name of the file that they come from, read between files and ``bindings``; as
+            those of gin files, they run no code and no command that ``bindings`` or ``overrides`` do not name.
         root: the component that `build` builds.
 
     Raises:
@@ -103,6 +107,9 @@ def parse(
     reader = Reader(register_module, imported(bindings) | known_modules())
     for name in gin_files:
         reader.file(find(str(name), None, "flag --gin_file"))
+    for source, lines in (untrusted or {}).items():
+        for line in lines:
+            reader.text(line, f"{shown(source)}, '{shown(line)}'", typed=False)
     for line in bindings:
         reader.text(line, f"flag --gin_param '{line}'")
     for key, value in (overrides or {}).items():
@@ -139,8 +146,11 @@ def build(cfg: Config) -> Any:
             gin.bind_parameter((scope, name, parameter), gin.config.parse_value(text))
     try:
         built = gin.get_configurable(cfg.root)()
-    except REFUSALS as error:
-        raise ConfigError(_refusal(cfg, error)) from error
+    except Exception as error:
+        own = own_line(error)
+        if not isinstance(error, REFUSALS) and not own:
+            raise
+        raise ConfigError(_refusal(cfg, error, own)) from error
     operative = {(scope, selector.rpartition(".")[2]) for scope, selector in gin.config._OPERATIVE_CONFIG}
     for node, given in cfg.graph.instances.items():
         if node not in operative and node not in cfg.graph.unbuilt:
@@ -149,12 +159,16 @@ def build(cfg: Config) -> Any:
     return built
 
 
-def _refusal(cfg: Config, error: Exception) -> str:
-    """A constructor's own message after the place that built it, without what gin adds to it per caller."""
+def _refusal(cfg: Config, error: Exception, own: str) -> str:
+    """A constructor's own message after the place that built it, without what gin adds to it per caller.
+
+    ``own`` is the line of a user's own module that raised it, if any.
+    """
     message, *callers = re.split(r"\n  In call to configurable '", str(error))
     message = message.strip().partition("\n")[0]  # torch goes on with frames of C++
     if not isinstance(error, ValueError | OSError):  # of a library, in its own words
-        message = f"cannot be built with these values: {type(error).__name__}: {shown(message)}"
+        own = f"{own}: " if own else ""
+        message = f"cannot be built with these values: {own}{type(error).__name__}: {shown(message)}"
     if not callers:
         return message
     found = re.match(r"(\w+)' .*?(?: in scope '(.*)')?$", callers[0])

@@ -63,25 +63,26 @@ class Reader:
                     raise ConfigError(f"{where}: files include each other in a circle: {chain}. Remove one include.")
                 if included not in self.done:
                     self.file(included, (*stack, path))
-            elif isinstance(statement, config_parser.ImportStatement) and statement.module not in self.known:
-                raise ConfigError(
-                    f"{where}: the file asks to run code, import {shown(statement.module)}. If you know and trust that "
-                    f"module, name it: --gin_param='import {shown(statement.module)}'."
-                )
             else:
                 self.add(statement, where)
 
-    def text(self, text: str, where: str) -> None:
-        found = list(parse_text(text, where))
+    def text(self, text: str, where: str, typed: bool = True) -> None:
+        """Reads a line of the command line or, where it is not ``typed``, one that somebody else may have written."""
+        found = list(parse_text(text, where, is_file=False))
         if not found:
             raise ConfigError(f"{where}: holds no binding. Write Component.parameter=value or MACRO=value.")
         for statement, _ in found:
             if isinstance(statement, config_parser.IncludeStatement):
                 raise ConfigError(f"{where}: a flag cannot include a file; use --gin_file={statement.filename}.")
-            self.add(statement, where, typed=True)
+            self.add(statement, where, typed)
 
     def add(self, statement: Any, where: str, typed: bool = False) -> None:
         if isinstance(statement, config_parser.ImportStatement):
+            if not typed and statement.module not in self.known:
+                raise ConfigError(
+                    f"{where}: the file asks to run code, import {shown(statement.module)}. If you know and trust that "
+                    f"module, name it: --gin_param='import {shown(statement.module)}'."
+                )
             self.imports.append(self.run_module(statement.module, where))
         elif isinstance(statement, config_parser.BindingStatement):
             if not statement.arg_name and statement.scope:
@@ -141,11 +142,14 @@ def _commands(value: object) -> list[str]:
     return [command for part in parts(value) if isinstance(part, str) for command in COMMAND.findall(part)]
 
 
-def parse_text(text: str, source: str) -> Iterator[tuple[Any, str]]:
-    """Statements of gin text with where each stands; ``source`` is a file's name or the whole flag."""
+def parse_text(text: str, source: str, is_file: bool = True) -> Iterator[tuple[Any, str]]:
+    """Statements of gin text with where each stands; ``source`` is a file's name, or says where a single line is from.
+
+    A file may include any other that can be read, such as one of passwords: messages quote lines of .gin files alone.
+    """
 
     def at(line: int) -> str:
-        return source if source.startswith("flag ") else f"{source}:{line}"
+        return f"{source}:{line}" if is_file else source
 
     parser = None
     try:
@@ -165,7 +169,9 @@ def parse_text(text: str, source: str) -> Iterator[tuple[Any, str]]:
         line = parser.current_token.start[0]
         raise ConfigError(f"{at(line)}: {error}: a dict's keys are numbers or strings.") from error
     except SyntaxError as error:
-        raise ConfigError(f"{at(error.lineno or 1)}: {_explain(error, text)}") from error
+        quoted = not is_file or source.endswith(".gin")
+        why = _explain(error, text) if quoted else "cannot be read as gin. Name gin files *.gin to see the line here."
+        raise ConfigError(f"{at(error.lineno or 1)}: {why}") from error
 
 
 def _check_size(value: object, where: str) -> None:
@@ -231,5 +237,5 @@ def short(path: Path) -> str:
 
 def imported(bindings: Iterable[str]) -> frozenset[str]:
     """The modules that the command line imports."""
-    statements = (s for line in bindings for s, _ in parse_text(line, f"flag --gin_param '{line}'"))
+    statements = (s for line in bindings for s, _ in parse_text(line, f"flag --gin_param '{line}'", is_file=False))
     return frozenset(s.module for s in statements if isinstance(s, config_parser.ImportStatement))

@@ -13,8 +13,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from annotated_types import Predicate
+
 from ratiograph.config.values import REQUIRED, ConfigError, Macro, Reference, Statement, expand, parts, suggest
-from ratiograph.core.domains import describe_domain, in_domain, unheld
+from ratiograph.core.domains import OrInfinite, describe_domain, fault_of, in_domain, unheld
+from ratiograph.core.tracebacks import described
 
 __all__ = ["Component", "Parameter", "accepts", "check_values", "describe_type"]
 
@@ -41,23 +44,31 @@ class Component:
 
     @classmethod
     def of(cls, make: Callable) -> Component:
-        """Reads the signature; an annotation that cannot be resolved is not checked."""
+        """Reads the signature; an annotation whose names are imported for type checkers alone is not checked.
+
+        Raises:
+            ConfigError: an annotation that cannot be evaluated or checked, or a default that it does not take.
+        """
         function = make.__init__ if inspect.isclass(make) else make
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         signature = list(inspect.signature(function).parameters.values())[1 if inspect.isclass(make) else 0 :]
         parameters = {
-            p.name: Parameter(_resolve(p.annotation, function), p.default) for p in signature if p.kind in named
+            p.name: Parameter(_resolve(p.annotation, function, f"{make.__name__}.{p.name}"), p.default)
+            for p in signature
+            if p.kind in named
         }
+        for name, parameter in parameters.items():
+            _check_declared(f"{make.__name__}.{name}", parameter)
         return cls(make.__name__, make, parameters)
 
     def product(self) -> object:
         """The type of what it builds, or ``Any`` where a function does not say."""
         if inspect.isclass(self.make):
             return self.make
-        return _resolve(self.make.__annotations__.get("return", typing.Any), self.make)
+        return _resolve(self.make.__annotations__.get("return", typing.Any), self.make, f"{self.name}'s result")
 
 
-def _resolve(annotation: object, function: Callable) -> object:
+def _resolve(annotation: object, function: Callable, what: str) -> object:
     if annotation is inspect.Parameter.empty:
         return typing.Any
     if not isinstance(annotation, str):
@@ -66,6 +77,26 @@ def _resolve(annotation: object, function: Callable) -> object:
         return eval(annotation, getattr(function, "__globals__", {}))
     except NameError:  # imported under TYPE_CHECKING only
         return typing.Any
+    except Exception as error:
+        raise ConfigError(f"{what}: its annotation {annotation} cannot be evaluated: {described(error)}.") from error
+
+
+def _check_declared(what: str, parameter: Parameter) -> None:
+    """ConfigError for markers that cannot be checked, and a default that a configuration could not write back."""
+    level = [parameter.annotation]
+    while level:
+        annotation = level.pop()
+        arguments = typing.get_args(annotation)
+        marked = typing.get_origin(annotation) is typing.Annotated
+        if marked and (fault := fault_of(arguments[1:])):
+            raise ConfigError(f"{what}: its annotation has {fault}.")
+        level += arguments[:1] if marked else arguments
+    value = parameter.default
+    plain = all(isinstance(part, bool | int | float | str | list | tuple | Mapping) for part in parts(value))
+    if plain and not accepts(parameter.annotation, value, {}):
+        why = next(filter(None, map(unheld, parts(value))), "")
+        takes = describe_type(parameter.annotation)
+        raise ConfigError(f"{what}: its default {value!r} is not {takes}, which it takes{why and f': {why}'}.")
 
 
 def describe_type(annotation: object) -> str:
@@ -89,15 +120,19 @@ def describe_type(annotation: object) -> str:
     return "None" if annotation in (None, type(None)) else getattr(annotation, "__name__", str(annotation))
 
 
-def accepts(annotation: object, value: object, components: Mapping[str, Component]) -> bool:
-    """Whether ``value`` (macros expanded) has the type and domain of ``annotation``; an int is a float."""
+def accepts(annotation: object, value: object, components: Mapping[str, Component], markers: tuple = ()) -> bool:
+    """Whether ``value`` (macros expanded) has the type and domain of ``annotation``; an int is a float.
+
+    ``markers`` stand beside the annotation that this one is part of.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is typing.Any or isinstance(annotation, typing.TypeVar):
         return True
     if origin is typing.Annotated:
-        return _accepts_marked(arguments[0], arguments[1:], value, components)
+        inside = (*markers, *arguments[1:])
+        return accepts(arguments[0], value, components, inside) and _fulfils(value, arguments[1:], markers)
     if origin in (typing.Union, types.UnionType):
-        return any(accepts(a, value, components) for a in arguments)
+        return any(accepts(a, value, components, markers) for a in arguments)
     if isinstance(value, Reference):
         return _accepts_reference(annotation, value, components)
     if annotation is None or annotation is type(None):
@@ -105,26 +140,32 @@ def accepts(annotation: object, value: object, components: Mapping[str, Componen
     if origin is typing.Literal:
         return any(type(a) is type(value) and a == value for a in arguments)
     if annotation in (int, float):
-        return _is_number(annotation, value) and in_domain(value)
-    if origin is None:
-        return isinstance(value, annotation) if inspect.isclass(annotation) else True
-    return _accepts_container(origin, arguments, value, components)
+        return _is_number(annotation, value) and not unheld(value, markers)
+    kind = origin or annotation
+    if not inspect.isclass(kind):
+        return True
+    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        return False  # structural types of our own are for components
+    return _accepts_container(origin, arguments, value, components, markers) if arguments else isinstance(value, kind)
 
 
-def _accepts_marked(annotation: object, markers: tuple, value: object, components: Mapping[str, Component]) -> bool:
-    if annotation in (int, float):
-        return _is_number(annotation, value) and in_domain(value, markers)
-    return accepts(annotation, value, components) and in_domain(value, markers)
+def _fulfils(value: object, own: tuple, outer: tuple) -> bool:
+    """Whether ``value`` fulfils its ``own`` markers; a predicate is not asked about what is not built yet."""
+    unbuilt = any(isinstance(part, Reference) for part in parts(value))
+    infinite = tuple(m for m in outer if isinstance(m, OrInfinite))
+    return in_domain(value, (*(m for m in own if not (unbuilt and isinstance(m, Predicate))), *infinite))
 
 
 def _is_number(annotation: type, value: object) -> bool:
     return isinstance(value, (int, float) if annotation is float else int) and not isinstance(value, bool)
 
 
-def _accepts_container(origin: type, arguments: tuple, value: object, components: Mapping[str, Component]) -> bool:
+def _accepts_container(
+    origin: type, arguments: tuple, value: object, components: Mapping[str, Component], markers: tuple
+) -> bool:
     if isinstance(value, str) or not isinstance(value, origin):
         return False
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and len(arguments) == 2:
         pairs = [(arguments[0], k) for k in value] + [(arguments[1], v) for v in value.values()]
     elif origin is tuple and Ellipsis not in arguments:
         pairs = list(zip(arguments, value, strict=False))
@@ -132,7 +173,7 @@ def _accepts_container(origin: type, arguments: tuple, value: object, components
             return False
     else:
         pairs = [(arguments[0], v) for v in value]
-    return all(accepts(annotation, item, components) for annotation, item in pairs)
+    return all(accepts(annotation, item, components, markers) for annotation, item in pairs)
 
 
 def _accepts_reference(annotation: object, value: Reference, components: Mapping[str, Component]) -> bool:

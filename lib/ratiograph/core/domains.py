@@ -2,19 +2,32 @@
 
 A parameter ``lr: Positive`` takes numbers above 0; ``betas: Annotated[Sequence[Fraction], Len(2, 2)]`` two in [0, 1);
 ``share: Annotated[float, Interval(gt=0, le=1)]`` is a domain of one's own. The markers ``Gt, Ge, Lt, Le, Interval, Len,
-MultipleOf`` are those of the package annotated-types; components of a user's own may use them alike. With or without a
-marker a ``float`` is 0 or a number that float32 holds, as networks compute in it, and an ``int`` has 64 bits.
+MultipleOf, Predicate`` are those of the package annotated-types; components of a user's own may use them alike. Bounds
+beside a container hold for the numbers in it, lengths and predicates for the container. With or without a marker a
+``float`` is 0 or a number that float32 holds, as networks compute in it, and an ``int`` has 64 bits.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen, MultipleOf
+from annotated_types import (
+    BaseMetadata,
+    Ge,
+    GroupedMetadata,
+    Gt,
+    Interval,
+    Le,
+    Lt,
+    MaxLen,
+    MinLen,
+    MultipleOf,
+    Predicate,
+)
 
 __all__ = [
     "Depth",
@@ -28,6 +41,7 @@ __all__ = [
     "Scale",
     "UnitInterval",
     "describe_domain",
+    "fault_of",
     "in_domain",
     "unheld",
 ]
@@ -61,6 +75,7 @@ _WORDS = {
     MultipleOf: ("multiple_of", "a multiple of {}"),
     MinLen: ("min_length", "not fewer than {} entries"),
     MaxLen: ("max_length", "not more than {} entries"),
+    Predicate: ("func", "such that {} holds"),
     OrInfinite: ("__class__", "or infinite"),
 }
 
@@ -92,7 +107,7 @@ def unheld(value: object, markers: tuple = ()) -> str:
 
 
 def in_domain(value: object, markers: tuple = ()) -> bool:
-    """Whether ``value`` fulfils the markers of its annotation; what is no number is only measured by its length.
+    """Whether ``value`` fulfils the markers of its annotation: bounds are for numbers, itself or those in a container.
 
     Args:
         value: of a configuration.
@@ -102,27 +117,58 @@ def in_domain(value: object, markers: tuple = ()) -> bool:
 
 
 def _fulfils(value: object, marker: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     match marker:
-        case Gt(gt=bound):
-            return not number or value > bound
-        case Ge(ge=bound):
-            return not number or value >= bound
-        case Lt(lt=bound):
-            return not number or value < bound
-        case Le(le=bound):
-            return not number or value <= bound
-        case MultipleOf(multiple_of=unit):
-            return not number or value % unit == 0
+        case Predicate(func=holds):
+            return _holds(holds, value)
         case MinLen(min_length=least):
             return not hasattr(value, "__len__") or len(value) >= least
         case MaxLen(max_length=most):
             return not hasattr(value, "__len__") or len(value) <= most
+    if isinstance(value, list | tuple | Mapping):
+        return all(_fulfils(item, marker) for item in (value.values() if isinstance(value, Mapping) else value))
+    if not _is_number(value):
+        return True
+    match marker:
+        case Gt(gt=bound):
+            return value > bound
+        case Ge(ge=bound):
+            return value >= bound
+        case Lt(lt=bound):
+            return value < bound
+        case Le(le=bound):
+            return value <= bound
+        case MultipleOf(multiple_of=unit) if isinstance(value, int) and isinstance(unit, int):
+            return value % unit == 0
+        case MultipleOf(multiple_of=unit):  # 0.3 / 0.1 is not 3 in floating point
+            return not math.isfinite(value) or math.isclose(value, round(value / unit) * unit, rel_tol=1e-9)
     return True  # a marker of another library
 
 
-def _short(bound: object) -> object:
-    return f"{bound:g}" if isinstance(bound, float) else bound
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _holds(predicate: Callable[[object], object], value: object) -> bool:
+    try:
+        return bool(predicate(value))
+    except Exception:  # a predicate for other values, such as str.isupper for a number
+        return False
+
+
+def fault_of(markers: tuple) -> str:
+    """Why a marker cannot be checked: 'Gt('a'): the bound is no number'; '' where all can or are another library's."""
+    for marker in _flat(markers):
+        known = [field for kind, (field, _) in _WORDS.items() if isinstance(marker, kind)]
+        if isinstance(marker, BaseMetadata) and not known:
+            return f"{marker!r}: a marker that is not checked here"
+        if not known or isinstance(marker, Predicate | OrInfinite):
+            continue
+        bound = getattr(marker, known[0])
+        if not _is_number(bound) or math.isnan(bound):
+            return f"{marker!r}: the bound is no number"
+        if isinstance(marker, MultipleOf) and (bound <= 0 or unheld(bound)):
+            return f"{marker!r}: the unit is no finite number above 0"
+    return ""
 
 
 def describe_domain(markers: tuple) -> str:
@@ -134,4 +180,4 @@ def describe_domain(markers: tuple) -> str:
 
 
 def _short(bound: object) -> object:
-    return f"{bound:g}" if isinstance(bound, float) else bound
+    return f"{bound:g}" if isinstance(bound, float) else getattr(bound, "__name__", bound)
