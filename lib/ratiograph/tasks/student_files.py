@@ -20,6 +20,7 @@ from ratiograph.networks.weights.weight_files import load_weights, read_tensors
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Experiment
+from ratiograph.training.run_facts import check_facts, network_facts, stated_facts
 
 __all__ = ["CONDITIONS", "WEIGHTS", "load_conditions", "load_student", "load_students", "read_experiment"]
 
@@ -63,7 +64,8 @@ def load_student(student: OneStep, weights: Path) -> OneStep:
     """``student`` with ``weights``, frozen and on the CPU; the base of a LoRA is loaded from its own file.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, as in a run that has not finished, or they are another network's.
+        FileNotFoundError, ValueError: there are none, as in a run that has not finished; they are another network's, or
+            the files beside the teacher say of it something else than when it was trained.
     """
     if not weights.is_file() and weights.name == WEIGHTS and any(weights.parent.glob("checkpoints/*.pt")):
         raise FileNotFoundError(
@@ -72,7 +74,8 @@ def load_student(student: OneStep, weights: Path) -> OneStep:
     _give_memory(student)
     if isinstance(getattr(student.denoiser, "network", None), LoRA):
         student.denoiser.load()
-    load_weights(weights, student)
+    stated = stated_facts(load_weights(weights, student), weights)
+    check_facts(network_facts(student), stated, weights, "bind the values that it was made with")
     return student.requires_grad_(False).eval()
 
 

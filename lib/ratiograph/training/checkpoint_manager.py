@@ -2,7 +2,7 @@
 
 A checkpoint's state is {"step", "task": `Task.training_state`, "run": the state of the run itself}. ``run`` holds
 ``samples`` (read from the stream), ``config`` (digest of the configuration), ``graph`` (class and own weights of every
-node, by path) and ``best`` ([step, value] of the best evaluation so far, or None).
+node, by path), ``files`` (see `run_facts`) and ``best`` ([step, value] of the best evaluation so far, or None).
 
 The run waits only until the state is copied to the CPU; a thread writes the copy. The next save waits for that thread,
 and the next `CheckpointManager.poll` raises its error in the run.
