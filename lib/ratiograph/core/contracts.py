@@ -121,7 +121,9 @@ class Identified(Protocol):
     """What reads files on which every step of a run depends; a run that goes on needs the same ones."""
 
     def file_facts(self) -> dict[str, object]:
-        """Plain values by name that differ between different files; cheap, no large file is read whole.
+        """Plain values that differ between different files; cheap, no large file is read whole.
+
+        Their names hold the argument that gives the file, so that files of two paths are not compared.
 
         Raises:
             OSError, ValueError: a file is missing or damaged, as who reads it will say.

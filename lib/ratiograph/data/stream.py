@@ -97,7 +97,9 @@ class SampleStream:
         paths = [] if self.urls in EMBEDDED else [path for path in named(self.urls) if isinstance(path, Path)]
         sizes = [(path.name, path.stat().st_size) for path in paths]
         entries = [dict(entry) for path in paths if (entry := index_entry(path))]
-        return {name: _digest(found) for name, found in (("shards", sizes), ("index", entries)) if found}
+        return {
+            f"{name} {self.urls}": _digest(found) for name, found in (("shards", sizes), ("index of", entries)) if found
+        }
 
     def raw(self, path: Path, members: Mapping[str, object]) -> RawSample:
         """The undecoded sample of a shard's members by suffix; DamagedSample where one is missing."""

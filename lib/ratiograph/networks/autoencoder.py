@@ -121,7 +121,7 @@ class Autoencoder(nn.Module):
 
     def file_facts(self) -> dict[str, object]:
         """As of `contracts.Identified`."""
-        return {"weights": sampled_digest(self.locate(weights=self.weights))} if self.weights else {}
+        return {f"weights {self.weights}": sampled_digest(self.locate(weights=self.weights))} if self.weights else {}
 
     def encoder_facts(self) -> dict[str, object]:
         """As of `contracts.Encoded`."""

@@ -110,7 +110,7 @@ class EmptyPrompt(_NoText):
 
     def file_facts(self) -> dict[str, object]:
         """As of `contracts.Identified`."""
-        return {"file": sampled_digest([expanded(self.file)])}
+        return {f"file {self.file}": sampled_digest([expanded(self.file)])}
 
     def forward(self, condition):
         return replace(condition, **{name: self._empty(name, part) for name, part in self.parts(condition).items()})

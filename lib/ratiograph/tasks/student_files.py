@@ -60,6 +60,12 @@ def _give_memory(module: nn.Module) -> None:
                     tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 
+def _load(weights: Path, network: nn.Module) -> None:
+    """Loads final weights, whose header and the files beside the teacher must agree on what the network means."""
+    stated = stated_facts(load_weights(weights, network), weights)
+    check_facts(network_facts(network), stated, weights, "name the folder that it was trained with")
+
+
 def load_student(student: OneStep, weights: Path) -> OneStep:
     """``student`` with ``weights``, frozen and on the CPU; the base of a LoRA is loaded from its own file.
 
@@ -74,8 +80,7 @@ def load_student(student: OneStep, weights: Path) -> OneStep:
     _give_memory(student)
     if isinstance(getattr(student.denoiser, "network", None), LoRA):
         student.denoiser.load()
-    stated = stated_facts(load_weights(weights, student), weights)
-    check_facts(network_facts(student), stated, weights, "bind the values that it was made with")
+    _load(weights, student)
     return student.requires_grad_(False).eval()
 
 
@@ -110,7 +115,7 @@ def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> No
     """
     for name, network in task.weights().items():
         if name.startswith("student"):
-            load_weights(workdir / f"{name}.safetensors", network)
+            _load(workdir / f"{name}.safetensors", network)
     if not (raw or task.averaged):
         return
     found = checkpoints.latest(workdir / "checkpoints")

@@ -26,6 +26,7 @@ from ratiograph.core.files import write_atomically
 from ratiograph.networks.weights.weight_files import listed
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Task
+from ratiograph.training.run_facts import Facts, check_facts
 
 __all__ = ["CheckpointManager", "check_graph", "config_digest", "graph_nodes", "load_state"]
 
@@ -53,13 +54,22 @@ def check_graph(here: Mapping[str, str], there: Mapping[str, str], source: Path 
         )
 
 
-def load_state(task: Task, nodes: Mapping[str, str], state: Mapping[str, Any], source: Path) -> Mapping[str, Any]:
-    """Loads a checkpoint's state into ``task``, whose `graph_nodes` are ``nodes``; returns the state of the run itself.
+def load_state(
+    task: Task, nodes: Mapping[str, str], files: Facts, state: Mapping[str, Any], source: Path
+) -> Mapping[str, Any]:
+    """Loads a checkpoint's state into ``task``; returns the state of the run itself.
+
+    Args:
+        task: of `graph_nodes` ``nodes`` and of a run with the `run_facts` ``files``.
+        nodes, files: as said.
+        state: the checkpoint's.
+        source: its folder, for errors.
 
     Raises:
-        ValueError: the checkpoint is of another graph or of another version of this program.
+        ValueError: the checkpoint is of another graph, of other files or of another version of this program.
     """
     run, held = (checkpoints.entry(state, name, source=source) for name in ("run", "task"))
+    check_facts(files, run.get("files"), source, "give this run another --workdir")
     check_graph(nodes, run.get("graph", nodes), source)
     try:
         task.load_training_state(held)

@@ -15,7 +15,7 @@ from ratiograph.core.contracts import Denoiser, Identified
 from ratiograph.core.foreign import parse_json, shown
 from ratiograph.training.experiment import Experiment
 
-__all__ = ["NETWORK", "check_facts", "network_facts", "run_facts", "stated_facts"]
+__all__ = ["NETWORK", "Facts", "check_facts", "network_facts", "run_facts", "stated_facts"]
 
 NETWORK = "network"
 """The key of `network_facts` in the header of final weights."""
@@ -59,13 +59,13 @@ def check_facts(here: Facts, there: object, source: object, remedy: str) -> None
         here: the facts of this run's components.
         there: the stored ones, of any version; a component or fact that only one side has is not compared.
         source: what holds them, for the message.
-        remedy: what to do, after "put back the file that was there, or".
+        remedy: what to do, after "Put back the file that was there, or".
     """
     for component, facts in here.items():
         stored = there.get(component) if isinstance(there, Mapping) else None
         for name, value in facts.items() if isinstance(stored, Mapping) else ():
             if stored.get(name, value) != value:
                 raise ValueError(
-                    f"{shown(source)} was made with {name} {shown(stored[name])} of {component}, and here it is "
-                    f"{shown(value)}: a file was replaced. Put back the one that was there, or {remedy}"
+                    f"{shown(source)}: {shown(name)} of {component} was {shown(stored[name])} and is {shown(value)}. "
+                    f"Put back the file that was there, or {remedy}"
                 )

@@ -35,7 +35,7 @@ from ratiograph.training.memory import peak_memory
 from ratiograph.training.memory_plan import explained, memory_plan, require_batch, shortage
 from ratiograph.training.preemption import Preemption
 from ratiograph.training.results import set_aside, whole, write_results
-from ratiograph.training.run_facts import check_facts, run_facts
+from ratiograph.training.run_facts import run_facts
 from ratiograph.training.run_logger import RunLogger, SilentLogger
 
 __all__ = ["step_seed", "train"]
@@ -132,8 +132,7 @@ class _Run:
 
     def resume(self, done: int, state: dict, tell: Callable[[str], None]) -> tuple[int, int]:
         """Loads a checkpoint; returns (steps done, samples read)."""
-        run = load_state(self.task, self.nodes, state, self.checkpoints.folder)
-        check_facts(self.files, run.get("files"), self.checkpoints.folder, "give this run another --workdir")
+        run = load_state(self.task, self.nodes, self.files, state, self.checkpoints.folder)
         check_weights(self.task, done, lambda: "delete that checkpoint to go on from the one before it")
         if distributed.is_main():
             whole(self.workdir / "diagnostics.json", dict, tell)

@@ -119,7 +119,7 @@ class _CLIPTowers(PretrainedReward):
 
     def file_facts(self) -> dict[str, object]:
         """As of `contracts.Identified`."""
-        return {"weights": sampled_digest(weights_of(self._folder(self.weights)))}
+        return {f"weights {self.weights}": sampled_digest(weights_of(self._folder(self.weights)))}
 
     @classmethod
     def _hint(cls) -> str:
@@ -222,7 +222,7 @@ class AestheticReward(_CLIPTowers):
         fill(self.layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, path)
 
     def file_facts(self) -> dict[str, object]:
-        return super().file_facts() | {"head": sampled_digest([expanded(self.head)])}
+        return super().file_facts() | {f"head {self.head}": sampled_digest([expanded(self.head)])}
 
     def score(self, images, condition):
         return self.layers(self.embed_images(images)).squeeze(1)

@@ -75,7 +75,7 @@ class HPSv2Reward(PretrainedReward):
 
     def file_facts(self) -> dict[str, object]:
         """As of `contracts.Identified`."""
-        return {"weights": sampled_digest([self.locate(weights=self.weights)])}
+        return {f"weights {self.weights}": sampled_digest([self.locate(weights=self.weights)])}
 
     def load(self) -> None:
         """Reads the weights.
@@ -185,7 +185,7 @@ class ImageReward(PretrainedReward):
 
     def file_facts(self) -> dict[str, object]:
         """As of `contracts.Identified`."""
-        return {"weights": sampled_digest(self.locate(weights=self.weights, tokenizer=self.tokenizer))}
+        return {f"weights {self.weights}": sampled_digest(self.locate(weights=self.weights, tokenizer=self.tokenizer))}
 
     def load(self) -> None:
         """Reads the weights and the vocabulary.

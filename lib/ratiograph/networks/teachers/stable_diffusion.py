@@ -107,7 +107,7 @@ class StableDiffusion(EDM):
     def file_facts(self) -> dict[str, object]:
         """As of `contracts.Identified`."""
         return self.network_facts() | (
-            {} if self.weights is None else {"weights": sampled_digest(self.network.find(self.weights))}
+            {} if self.weights is None else {f"weights {self.weights}": sampled_digest(self.network.find(self.weights))}
         )
 
     def network_facts(self) -> dict[str, str]:

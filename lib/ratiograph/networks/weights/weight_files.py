@@ -89,7 +89,7 @@ def weights_facts(name: str | None) -> dict[str, object]:
         return {}
     path = expanded(name)  # an official file itself, which need not be converted for this
     named = path.is_file() and not shipped(name).is_file()
-    return {"weights": sampled_digest([path if named else locate_weights(name)])}
+    return {f"weights {name}": sampled_digest([path if named else locate_weights(name)])}
 
 
 def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
