@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ratiograph import config
+from ratiograph.core.foreign import parse_json
 from ratiograph.networks.conditions import Conditions
 from ratiograph.networks.lora import LoRA
 from ratiograph.networks.students import OneStep
@@ -20,7 +21,7 @@ from ratiograph.networks.weights.weight_files import load_weights, read_tensors
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Experiment
-from ratiograph.training.run_facts import check_facts, network_facts, stated_facts
+from ratiograph.training.run_facts import NETWORK, check_facts, network_facts
 
 __all__ = ["CONDITIONS", "WEIGHTS", "load_conditions", "load_student", "load_students", "read_experiment"]
 
@@ -62,7 +63,7 @@ def _give_memory(module: nn.Module) -> None:
 
 def _load(weights: Path, network: nn.Module) -> None:
     """Loads final weights, whose header and the files beside the teacher must agree on what the network means."""
-    stated = stated_facts(load_weights(weights, network), weights)
+    stated = parse_json(load_weights(weights, network).get(NETWORK, "{}"), weights)
     check_facts(network_facts(network), stated, weights, "name the folder that it was trained with")
 
 

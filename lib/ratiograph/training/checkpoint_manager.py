@@ -59,11 +59,7 @@ def load_state(
 ) -> Mapping[str, Any]:
     """Loads a checkpoint's state into ``task``; returns the state of the run itself.
 
-    Args:
-        task: of `graph_nodes` ``nodes`` and of a run with the `run_facts` ``files``.
-        nodes, files: as said.
-        state: the checkpoint's.
-        source: its folder, for errors.
+    ``nodes`` are the task's `graph_nodes`, ``files`` the `run_facts` of its experiment.
 
     Raises:
         ValueError: the checkpoint is of another graph, of other files or of another version of this program.

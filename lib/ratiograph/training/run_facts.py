@@ -5,17 +5,16 @@ Notation: facts are plain values by name, those of a run by component: ``data``,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 
 from torch import nn
 
 from ratiograph.core.contracts import Denoiser, Identified
-from ratiograph.core.foreign import parse_json, shown
+from ratiograph.core.foreign import shown
 from ratiograph.training.experiment import Experiment
 
-__all__ = ["NETWORK", "Facts", "check_facts", "network_facts", "run_facts", "stated_facts"]
+__all__ = ["NETWORK", "Facts", "check_facts", "network_facts", "run_facts"]
 
 NETWORK = "network"
 """The key of `network_facts` in the header of final weights."""
@@ -41,15 +40,6 @@ def network_facts(module: nn.Module) -> dict[str, dict[str, object]]:
     """`Denoiser.network_facts` of every denoiser in ``module`` that has some."""
     parts = [(name, part) for name, part in module.named_modules() if isinstance(part, Denoiser)]
     return {_named(name, part): part.network_facts() for name, part in parts if part.network_facts()}
-
-
-def stated_facts(header: Mapping[str, str], source: object) -> object:
-    """The `network_facts` in the header of final weights; {} where they state none.
-
-    Raises:
-        ValueError: the header is damaged.
-    """
-    return parse_json(header.get(NETWORK, json.dumps({})), source)
 
 
 def check_facts(here: Facts, there: object, source: object, remedy: str) -> None:
