@@ -1,5 +1,6 @@
 """weight_files.py: safetensors in and out."""
 
+import json
 import zipfile
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ratiograph.networks.weights import weight_files
+from ratiograph.networks.weights.pipeline_files import weights_of
 
 
 def net(width: int = 4) -> nn.Module:
@@ -78,3 +80,57 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "wide.pt")
     with pytest.raises(ValueError, match="the tensor a, which is larger than its storage"):
         weight_files.read_state(tmp_path / "wide.pt")
+
+
+# --- which files of a pipeline's part ---------------------------------------------------------------------------------
+
+STEM = "diffusion_pytorch_model"
+PLAIN, HALF = ([f"{STEM}-0000{k}-of-00002{variant}.safetensors" for k in (1, 2)] for variant in ("", ".fp16"))
+OLD_HALF = [f"{STEM}.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
+NON_EMA = [f"{STEM}.non_ema-0000{k}-of-00002.safetensors" for k in (1, 2)]
+WHOLE = [f"{STEM}.safetensors"]
+
+
+def part(folder, files, indexes):
+    folder.mkdir(exist_ok=True)
+    for name in files:
+        save_file({name: torch.zeros(1)}, folder / name)
+    for name, weight_map in indexes.items():
+        (folder / f"{STEM}.safetensors.index{name}.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "indexes", "taken"),
+    [
+        (PLAIN + HALF + OLD_HALF + NON_EMA, {}, PLAIN),
+        (HALF + NON_EMA, {}, HALF),
+        (OLD_HALF + NON_EMA, {}, OLD_HALF),
+        (NON_EMA, {}, []),
+        (PLAIN + WHOLE, {}, WHOLE),
+        (PLAIN + WHOLE, {"": {"a": PLAIN[1], "b": PLAIN[0], "c": PLAIN[1]}}, PLAIN),
+        (PLAIN + NON_EMA, {"": {"a": NON_EMA[0]}}, NON_EMA[:1]),
+        (HALF + OLD_HALF, {".fp16": dict(enumerate(OLD_HALF))}, OLD_HALF),
+        (PLAIN + HALF, {".fp16": dict(enumerate(HALF))}, PLAIN),
+        ([], {}, []),
+    ],
+)
+def test_one_variant_of_a_part_is_taken(tmp_path, files, indexes, taken):
+    assert [path.name for path in weights_of(part(tmp_path, files, indexes))] == taken
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": PLAIN[0], "b": "gone.safetensors"}, r"index\.json names gone\.safetensors, which is no file beside it"),
+        ({"a": "../outside.safetensors"}, r"names \.\./outside\.safetensors, which"),
+        ({"a": 5}, "names 5, which"),
+        ({"a": "b\nc.safetensors"}, r"names b\\nc\.safetensors, which"),
+        ({}, "names no files"),
+        ([PLAIN[0]], "names no files"),
+    ],
+)
+def test_an_index_that_names_other_than_files_beside_it_is_refused(tmp_path, weight_map, message):
+    save_file({"a": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    with pytest.raises(ValueError, match=message):
+        weights_of(part(tmp_path / "unet", PLAIN, {"": weight_map}))

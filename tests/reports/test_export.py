@@ -13,7 +13,13 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 import tiny_pipelines
 import tiny_runs
@@ -30,7 +36,7 @@ from ratiograph.networks.teachers.stable_diffusion import (
 )
 from ratiograph.networks.text_encoders import SD15CaptionEncoder, SDXLCaptionEncoder
 from ratiograph.networks.weights import weight_files
-from ratiograph.reports.export import export_lora, export_pipeline, load_student, scheduler_config
+from ratiograph.reports.export import _copy_part, export_lora, export_pipeline, load_student, scheduler_config
 
 PROMPTS = ["ab cab", "two CATS"]
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -218,3 +224,14 @@ def test_the_tool(sd15, tmp_path):
         (line,) = done.stderr.strip().splitlines()
         assert line.startswith("error: ")
         assert told in line
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_part_in_pieces_is_copied_for_diffusers(tmp_path, variant):
+    vae = tiny_pipelines.autoencoder().half()
+    vae.save_pretrained(tmp_path / "vae", variant=variant, max_shard_size="20KB")
+    assert len(list((tmp_path / "vae").glob("*-of-*.safetensors"))) > 1
+    assert _copy_part(tmp_path / "vae", tmp_path / "made")
+    found = AutoencoderKL.from_pretrained(tmp_path / "made").state_dict()
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(found[name], tensor.float()), name

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ratiograph.core.differentiation import twice_differentiable
 from ratiograph.core.types import Batch, Condition, Encoding, Noisy
 
-__all__ = ["DataStream", "Denoiser", "Encoded", "Evaluation", "Needs", "Nodes", "RatioEstimator"]
+__all__ = ["DataStream", "Denoiser", "Encoded", "Evaluation", "Identified", "Needs", "Nodes", "RatioEstimator"]
 
 
 class Denoiser(nn.Module):
@@ -36,6 +36,10 @@ class Denoiser(nn.Module):
 
     def load(self) -> None:
         """Loads pretrained weights, if the denoiser has any. Never called in a dry run."""
+
+    def network_facts(self) -> dict[str, str]:
+        """What small files beside the weights say of the network's output, by name; without it weights mean nothing."""
+        return {}
 
     def encode(self, noisy: Noisy, condition: Condition) -> Encoding:
         """Features of ``noisy``, and all that ``decode`` needs."""
@@ -109,6 +113,20 @@ class Encoded(Protocol):
         """Plain values by name, as far as they are known: those of `encoder_files`, and the captions' shapes.
 
         ``text_tokens`` L and ``text_width`` E of ``text`` [B, L, E], ``pooled_width`` P of ``pooled`` [B, P].
+        """
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """What reads files on which every step of a run depends; a run that goes on needs the same ones."""
+
+    def file_facts(self) -> dict[str, object]:
+        """Plain values that differ between different files; cheap, no large file is read whole.
+
+        Their names hold the argument that gives the file, so that files of two paths are not compared.
+
+        Raises:
+            OSError, ValueError: a file is missing or damaged, as who reads it will say.
         """
 
 

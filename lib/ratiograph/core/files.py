@@ -7,14 +7,23 @@ nothing between.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Missing", "clear_storage_errors", "expanded", "remove_temporaries", "sync_folder", "write_atomically"]
+__all__ = [
+    "Missing",
+    "clear_storage_errors",
+    "expanded",
+    "remove_temporaries",
+    "sampled_digest",
+    "sync_folder",
+    "write_atomically",
+]
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp", re.DOTALL)
 
@@ -54,6 +63,25 @@ def clear_storage_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}. Free space there, check its permissions, or "
             "choose another folder; earlier files are intact, and the same command continues from them"
         ) from error
+
+
+def sampled_digest(paths: Iterable[Path]) -> str:
+    """16 digits of a SHA-256 of the files' sizes, their first MiB and 64 blocks of 16 KiB spread over each.
+
+    Two trained networks differ everywhere, so that this tells their files apart, and takes milliseconds for 10 GB.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size}:".encode() + file.read(2**20))
+            for block in range(64 if size > 2**20 else 0):
+                file.seek(block * (size - 2**14) // 63)
+                digest.update(file.read(2**14))
+    return digest.hexdigest()[:16]
 
 
 def sync_folder(folder: Path) -> None:

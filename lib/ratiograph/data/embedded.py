@@ -24,7 +24,7 @@ from ratiograph.data.images import encode_png
 from ratiograph.data.remote import RemoteShard, cache_folder, fetch_indexes, is_remote, local
 from ratiograph.data.shards import read_shard, verify_shard, write_shards
 
-__all__ = ["EMBEDDED", "check_local", "resolve", "sources"]
+__all__ = ["EMBEDDED", "check_local", "named", "resolve", "sources"]
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def _alternatives(braces: str) -> int:
     return abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else braces.count(",") + 1
 
 
-def _shards(urls: str) -> list[Path | RemoteShard]:
+def named(urls: str) -> list[Path | RemoteShard]:
+    """The shards that ``urls``, no embedded data set, names; they may be missing."""
     names = []
     for part in urls.split("::"):
         if math.prod(map(_alternatives, BRACES.findall(part))) > MOST_SHARDS:  # the package makes a list of all at once
@@ -124,7 +125,7 @@ def check_local(urls: str) -> None:
     Raises:
         ValueError: a shard does not exist.
     """
-    shards = [] if urls in EMBEDDED else _shards(urls)
+    shards = [] if urls in EMBEDDED else named(urls)
     missing = [shard for shard in shards if isinstance(shard, Path) and not shard.is_file()]
     if not missing:
         return
@@ -154,7 +155,7 @@ def sources(urls: str) -> list[Path | RemoteShard]:
     if urls in EMBEDDED:
         return list(_embedded_shards(urls))
     check_local(urls)
-    shards = _shards(urls)
+    shards = named(urls)
     fetch_indexes(shards)
     return shards
 

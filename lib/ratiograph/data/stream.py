@@ -7,6 +7,8 @@ workers, or on restarts (`sample_order`, `loader`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,13 +22,13 @@ from torch import Tensor
 
 from ratiograph.core.domains import Fraction, NonNegativeInt, PositiveInt
 from ratiograph.core.types import Batch, Condition
-from ratiograph.data.embedded import check_local, resolve, sources
+from ratiograph.data.embedded import EMBEDDED, check_local, named, resolve, sources
 from ratiograph.data.images import PILLOW_MODES, to_tensor
 from ratiograph.data.loader import Account, Batches, deliver
 from ratiograph.data.raw_samples import DamagedSample, RawImage, RawSample, decode, decode_label, raw_image
 from ratiograph.data.remote import forgetting, samples_in
 from ratiograph.data.sample_order import Order, mix
-from ratiograph.data.shards import count_items, count_samples, read_samples, read_shard
+from ratiograph.data.shards import count_items, count_samples, index_entry, read_samples, read_shard
 
 __all__ = ["ShardStream", "load_all"]
 
@@ -89,6 +91,15 @@ class SampleStream:
             ValueError: a local shard does not exist.
         """
         check_local(urls)
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`: names and sizes of local shards, and what the indexes beside them say."""
+        paths = [] if self.urls in EMBEDDED else [path for path in named(self.urls) if isinstance(path, Path)]
+        sizes = [(path.name, path.stat().st_size) for path in paths]
+        entries = [dict(entry) for path in paths if (entry := index_entry(path))]
+        return {
+            f"{name} {self.urls}": _digest(found) for name, found in (("shards", sizes), ("index of", entries)) if found
+        }
 
     def raw(self, path: Path, members: Mapping[str, object]) -> RawSample:
         """The undecoded sample of a shard's members by suffix; DamagedSample where one is missing."""
@@ -255,6 +266,10 @@ class ShardStream(SampleStream):
         size = f"{self.resolution}x{self.resolution}" if self.resolution else "images of their own size"
         colour = "grey" if self.channels == 1 else "RGB"
         return f"{self.urls}: {size}, {colour}{', classes' if self.labels else ''}{', flips' if self.flip else ''}"
+
+
+def _digest(found: list) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _collated(raw: Sequence[RawImage], prepared: Sequence[tuple[np.ndarray, int]], *, labels: bool) -> Batch:

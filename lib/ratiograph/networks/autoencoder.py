@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.core.domains import Positive, PositiveInt
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, sampled_digest
 from ratiograph.networks.checkpointing import directly, recomputed
 from ratiograph.networks.weights.encoder_files import autoencoder_config, autoencoder_facts
 from ratiograph.networks.weights.frozen import save_only
@@ -118,6 +118,10 @@ class Autoencoder(nn.Module):
         if {k: v for k, v in config.items() if not k.startswith("_")} != self.config:
             self._build(config)  # a model of the hub, whose configuration came with the weights
         fit("Autoencoder", self.vae.state_dict(keep_vars=True), read_part(files, PART, self.config), str(files[0]))
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return {f"weights {self.weights}": sampled_digest(self.locate(weights=self.weights))} if self.weights else {}
 
     def encoder_facts(self) -> dict[str, object]:
         """As of `contracts.Encoded`."""

@@ -20,7 +20,7 @@ from ratiograph.core.files import Missing, expanded
 from ratiograph.core.foreign import parse_json, shown
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.compilation import compile_blocks
-from ratiograph.networks.weights.weight_files import load_weights, locate_weights, read_header, shipped
+from ratiograph.networks.weights.weight_files import load_weights, locate_weights, read_header, shipped, weights_facts
 
 __all__ = ["EDM"]
 
@@ -79,6 +79,10 @@ class EDM(Denoiser):
         if described is not None:
             self._check_description(path, parse_json(described, f"the header of {path}"))
         load_weights(path, self)
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return weights_facts(self.weights)
 
     def _check_description(self, path: Path, described: object) -> None:
         """ValueError unless the file describes this denoiser and network; widths are checked by the tensors' shapes."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ratiograph.core.contracts import Denoiser
 from ratiograph.core.domains import Positive
-from ratiograph.core.files import Missing, expanded
+from ratiograph.core.files import Missing, expanded, sampled_digest
 from ratiograph.core.foreign import parse_json
 from ratiograph.core.types import Condition, Encoding, Noisy
 from ratiograph.data.latents import ENCODERS, shapes
@@ -107,6 +107,10 @@ class EmptyPrompt(_NoText):
         named = parse_json(header.get(ENCODERS, "{}"), self.file)
         stated = named if isinstance(named, dict) else {}
         return stated | shapes({name: tensor.shape for name, tensor in tensors.items()})
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return {f"file {self.file}": sampled_digest([expanded(self.file)])}
 
     def forward(self, condition):
         return replace(condition, **{name: self._empty(name, part) for name, part in self.parts(condition).items()})

@@ -20,7 +20,7 @@ from ratiograph.core.types import Noisy, expand
 from ratiograph.networks.architectures.blocks import NoiseEmbedding, group_norm, zero_
 from ratiograph.networks.compilation import compile_blocks
 from ratiograph.networks.denoisers import autocast
-from ratiograph.networks.weights.weight_files import load_part, load_weights, locate_weights
+from ratiograph.networks.weights.weight_files import load_part, load_weights, locate_weights, weights_facts
 
 __all__ = [
     "EncoderRatio",
@@ -45,6 +45,10 @@ class PretrainedRatio(RatioEstimator):
     def load(self) -> None:
         if self.weights is not None:
             load_weights(locate_weights(self.weights), self)
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return weights_facts(self.weights)
 
 
 class _Head(nn.Module):
@@ -219,6 +223,12 @@ class EncoderRatio(PretrainedRatio):
         if self.encoder_weights is not None:
             load_part(locate_weights(self.encoder_weights), self.network, prefix="network.")
         super().load()
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return {"encoder_" + name: fact for name, fact in weights_facts(self.encoder_weights).items()} | (
+            super().file_facts()
+        )
 
     def log_ratio(self, evaluation: Evaluation) -> Tensor:
         y, s = evaluation.noisy.rescaled()

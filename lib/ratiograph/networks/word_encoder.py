@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ratiograph.core.contracts import DataStream
+from ratiograph.core.contracts import DataStream, Identified
 from ratiograph.core.domains import PositiveInt
 from ratiograph.core.types import Batch, Condition
 from ratiograph.data.captions import unpack
@@ -77,6 +77,10 @@ class EncodedStream:
         self.encoder.load()
         batches = self.stream.batches(batch_size, seed, start, rank, ranks)
         return (Batch(batch.images, self._encoded(batch.condition)) for batch in batches)
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`: those of ``stream``."""
+        return self.stream.file_facts() if isinstance(self.stream, Identified) else {}
 
     def _encoded(self, condition: Condition) -> Condition:
         if condition.caption is None:

@@ -252,11 +252,18 @@ def _copy_part(source: Path, target: Path) -> bool:
         return False
     target.mkdir()
     for path in (path for pattern in SMALL_FILES for path in source.glob(pattern)):
-        shutil.copyfile(path, target / path.name)
-    for path in weights_of(source):
+        if ".safetensors.index." not in path.name:
+            shutil.copyfile(path, target / path.name)
+    placed, files = {}, weights_of(source)
+    for path in files:
         tensors = read_tensors(path)[0]
         single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        safetensors.torch.save_file(single, target / path.name.replace(".fp16.", "."), metadata={"format": "pt"})
+        name = path.name.replace(".fp16", "")
+        safetensors.torch.save_file(single, target / name, metadata={"format": "pt"})
+        placed |= dict.fromkeys(single, name)
+    if len(files) > 1:
+        index = target / f"{files[0].name.partition('-')[0].removesuffix('.fp16')}.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": placed}, indent=2) + "\n")
     written = target / "config.json"
     if written.is_file():
         described = read_json(written)

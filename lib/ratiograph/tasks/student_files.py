@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ratiograph import config
+from ratiograph.core.foreign import parse_json
 from ratiograph.networks.conditions import Conditions
 from ratiograph.networks.lora import LoRA
 from ratiograph.networks.students import OneStep
@@ -20,6 +21,7 @@ from ratiograph.networks.weights.weight_files import load_weights, read_tensors
 from ratiograph.tasks.distillation import Distillation
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Experiment
+from ratiograph.training.run_facts import NETWORK, check_facts, network_facts
 
 __all__ = ["CONDITIONS", "WEIGHTS", "load_conditions", "load_student", "load_students", "read_experiment"]
 
@@ -59,11 +61,18 @@ def _give_memory(module: nn.Module) -> None:
                     tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 
+def _load(weights: Path, network: nn.Module) -> None:
+    """Loads final weights, whose header and the files beside the teacher must agree on what the network means."""
+    stated = parse_json(load_weights(weights, network).get(NETWORK, "{}"), weights)
+    check_facts(network_facts(network), stated, weights, "name the folder that it was trained with")
+
+
 def load_student(student: OneStep, weights: Path) -> OneStep:
     """``student`` with ``weights``, frozen and on the CPU; the base of a LoRA is loaded from its own file.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, as in a run that has not finished, or they are another network's.
+        FileNotFoundError, ValueError: there are none, as in a run that has not finished; they are another network's, or
+            the files beside the teacher say of it something else than when it was trained.
     """
     if not weights.is_file() and weights.name == WEIGHTS and any(weights.parent.glob("checkpoints/*.pt")):
         raise FileNotFoundError(
@@ -72,7 +81,7 @@ def load_student(student: OneStep, weights: Path) -> OneStep:
     _give_memory(student)
     if isinstance(getattr(student.denoiser, "network", None), LoRA):
         student.denoiser.load()
-    load_weights(weights, student)
+    _load(weights, student)
     return student.requires_grad_(False).eval()
 
 
@@ -107,7 +116,7 @@ def load_students(task: Distillation, workdir: Path, *, raw: bool = False) -> No
     """
     for name, network in task.weights().items():
         if name.startswith("student"):
-            load_weights(workdir / f"{name}.safetensors", network)
+            _load(workdir / f"{name}.safetensors", network)
     if not (raw or task.averaged):
         return
     found = checkpoints.latest(workdir / "checkpoints")

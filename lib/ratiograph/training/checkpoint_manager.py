@@ -2,7 +2,7 @@
 
 A checkpoint's state is {"step", "task": `Task.training_state`, "run": the state of the run itself}. ``run`` holds
 ``samples`` (read from the stream), ``config`` (digest of the configuration), ``graph`` (class and own weights of every
-node, by path) and ``best`` ([step, value] of the best evaluation so far, or None).
+node, by path), ``files`` (see `run_facts`) and ``best`` ([step, value] of the best evaluation so far, or None).
 
 The run waits only until the state is copied to the CPU; a thread writes the copy. The next save waits for that thread,
 and the next `CheckpointManager.poll` raises its error in the run.
@@ -26,6 +26,7 @@ from ratiograph.core.files import write_atomically
 from ratiograph.networks.weights.weight_files import listed
 from ratiograph.training import checkpoints
 from ratiograph.training.experiment import Task
+from ratiograph.training.run_facts import Facts, check_facts
 
 __all__ = ["CheckpointManager", "check_graph", "config_digest", "graph_nodes", "load_state"]
 
@@ -53,13 +54,18 @@ def check_graph(here: Mapping[str, str], there: Mapping[str, str], source: Path 
         )
 
 
-def load_state(task: Task, nodes: Mapping[str, str], state: Mapping[str, Any], source: Path) -> Mapping[str, Any]:
-    """Loads a checkpoint's state into ``task``, whose `graph_nodes` are ``nodes``; returns the state of the run itself.
+def load_state(
+    task: Task, nodes: Mapping[str, str], files: Facts, state: Mapping[str, Any], source: Path
+) -> Mapping[str, Any]:
+    """Loads a checkpoint's state into ``task``; returns the state of the run itself.
+
+    ``nodes`` are the task's `graph_nodes`, ``files`` the `run_facts` of its experiment.
 
     Raises:
-        ValueError: the checkpoint is of another graph or of another version of this program.
+        ValueError: the checkpoint is of another graph, of other files or of another version of this program.
     """
     run, held = (checkpoints.entry(state, name, source=source) for name in ("run", "task"))
+    check_facts(files, run.get("files"), source, "give this run another --workdir")
     check_graph(nodes, run.get("graph", nodes), source)
     try:
         task.load_training_state(held)

@@ -17,6 +17,7 @@ from ratiograph.core.foreign import read_json
 from ratiograph.networks.weights import weight_files
 from ratiograph.training import parallel
 from ratiograph.training.experiment import Experiment
+from ratiograph.training.run_facts import NETWORK, network_facts
 
 __all__ = ["set_aside", "whole", "write_results"]
 
@@ -62,9 +63,11 @@ def write_results(
     for name, module in experiment.task.weights().items():
         path = workdir / f"{name}.safetensors"
         if distributed.from_main(anew or not weight_files.is_whole(path)):
+            facts = network_facts(module)
+            header = ({"config": config} if config else {}) | ({NETWORK: json.dumps(facts)} if facts else {})
             gathered = parallel.Gathered(module)
             if distributed.is_main():
-                weight_files.save_weights(path, gathered, {"config": config} if config else {})
+                weight_files.save_weights(path, gathered, header)
     path = workdir / "evaluation.json"
     if experiment.evaluator and distributed.from_main(anew or whole(path, dict, tell) is None):
         tell("evaluating")

@@ -35,6 +35,7 @@ from ratiograph.training.logs import make_grid, significant
 from ratiograph.training.memory import peak_memory
 from ratiograph.training.memory_plan import explained, memory_plan, require_batch, shortage
 from ratiograph.training.preemption import Preemption
+from ratiograph.training.run_facts import run_facts
 from ratiograph.training.run_logger import RunLogger, SilentLogger
 
 __all__ = ["step_seed", "train"]
@@ -73,6 +74,7 @@ class _Run:
         self.task.parallel = parallel.choose(mode, self.task, device, lambda parts: memory_plan(self.task).held(parts))
         self._generator = BatchGenerator(device, distributed.rank(), distributed.ranks())
         self._common_generator = torch.Generator(device)
+        self.files = run_facts(experiment)  # before the networks are wrapped, which changes their names
         self.nodes = graph_nodes(tree.describe(experiment.task))
         config = workdir / "config.gin"
         self.config = read_text(config) if config.exists() else ""
@@ -130,7 +132,7 @@ class _Run:
 
     def resume(self, done: int, state: dict, tell: Callable[[str], None]) -> tuple[int, int]:
         """Loads a checkpoint; returns (steps done, samples read)."""
-        run = load_state(self.task, self.nodes, state, self.checkpoints.folder)
+        run = load_state(self.task, self.nodes, self.files, state, self.checkpoints.folder)
         check_weights(self.task, done, lambda: "delete that checkpoint to go on from the one before it")
         if distributed.is_main():
             whole(self.workdir / "diagnostics.json", dict, tell)
@@ -156,9 +158,8 @@ class _Run:
         state = self.task.training_state()
         if not distributed.is_main():
             return
-        self.checkpoints.save(
-            step, state, {"samples": samples, "config": config_digest(self.config), "graph": self.nodes}
-        )
+        run = {"samples": samples, "config": config_digest(self.config), "graph": self.nodes, "files": self.files}
+        self.checkpoints.save(step, state, run)
         summary = self.task.summary()
         if summary:
             text = json.dumps({"step": step, **summary}, indent=1)

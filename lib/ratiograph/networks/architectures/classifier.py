@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ratiograph.core.domains import PositiveInt
-from ratiograph.networks.weights.weight_files import load_weights, shipped
+from ratiograph.networks.weights.weight_files import load_weights, shipped, weights_facts
 
 __all__ = ["DigitClassifier"]
 
@@ -67,6 +67,10 @@ class DigitClassifier(nn.Module):
         """
         load_weights(self.weights, self)
         return self.requires_grad_(False).eval()
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return weights_facts(str(self.weights))
 
     def features(self, x: Tensor) -> Tensor:
         """Images [B, 1, 28, 28] in [-1, 1] -> features [B, feature_size]."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ratiograph.core.files import Missing, expanded
+from ratiograph.core.files import Missing, expanded, sampled_digest
 from ratiograph.networks.rewards.image_rewards import (
     CaptionCache,
     PretrainedReward,
@@ -117,6 +117,10 @@ class _CLIPTowers(PretrainedReward):
         fill(self.network, {k: v for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
         self.embed_captions, self.loaded = CaptionCache(self._embed_captions), True
 
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return {f"weights {self.weights}": sampled_digest(weights_of(self._folder(self.weights)))}
+
     @classmethod
     def _hint(cls) -> str:
         return (
@@ -216,6 +220,9 @@ class AestheticReward(_CLIPTowers):
         super().load()
         tensors = read_state(path)
         fill(self.layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, path)
+
+    def file_facts(self) -> dict[str, object]:
+        return super().file_facts() | {f"head {self.head}": sampled_digest([expanded(self.head)])}
 
     def score(self, images, condition):
         return self.layers(self.embed_images(images)).squeeze(1)

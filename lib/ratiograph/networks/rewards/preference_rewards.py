@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ratiograph.core.domains import Depth, PositiveInt
-from ratiograph.core.files import Missing
+from ratiograph.core.files import Missing, sampled_digest
 from ratiograph.networks.rewards.clip_rewards import score_head
 from ratiograph.networks.rewards.image_rewards import (
     CaptionCache,
@@ -72,6 +72,10 @@ class HPSv2Reward(PretrainedReward):
     def locate(cls, *, weights: str) -> Path:
         """The file that ``load`` reads; that of a model of the hub is downloaded. Errors as of ``load``."""
         return _file(weights, "HPSv2Reward.weights", cls.hint, cls.published)
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return {f"weights {self.weights}": sampled_digest([self.locate(weights=self.weights)])}
 
     def load(self) -> None:
         """Reads the weights.
@@ -178,6 +182,10 @@ class ImageReward(PretrainedReward):
         """The files that ``load`` reads; those of a model of the hub are downloaded. Errors as of ``load``."""
         words = _file(tokenizer, "ImageReward.tokenizer", cls.words_hint, "vocab.txt")
         return _file(weights, "ImageReward.weights", cls.hint, cls.published), words
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return {f"weights {self.weights}": sampled_digest(self.locate(weights=self.weights, tokenizer=self.tokenizer))}
 
     def load(self) -> None:
         """Reads the weights and the vocabulary.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ratiograph.algebra.noising import ScaledLinearDDPM
 from ratiograph.core.domains import Scale
+from ratiograph.core.files import sampled_digest
 from ratiograph.core.types import Condition, Encoding, Noisy, expand
 from ratiograph.networks.denoisers import EDM, autocast
 from ratiograph.networks.teachers.scheduler_facts import (
@@ -102,6 +103,15 @@ class StableDiffusion(EDM):
     def encoder_facts(self) -> dict[str, object]:
         """As of `contracts.Encoded`: those of the model that ``weights`` are part of."""
         return {} if self.weights is None else model_facts(self.weights)
+
+    def file_facts(self) -> dict[str, object]:
+        """As of `contracts.Identified`."""
+        return self.network_facts() | (
+            {} if self.weights is None else {f"weights {self.weights}": sampled_digest(self.network.find(self.weights))}
+        )
+
+    def network_facts(self) -> dict[str, str]:
+        return {"prediction": self.prediction.name, "process": str(self.process)}
 
     def native(self, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x' [B, ...], index [B], alpha' [B, 1, ...], sigma' [B, 1, ...]) of a noisy sample."""

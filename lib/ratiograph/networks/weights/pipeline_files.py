@@ -8,6 +8,7 @@ Only safetensors, JSON and text files are ever read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ __all__ = [
 HUB = "hf://"
 WHOLE_FILES = ("diffusion_pytorch_model", "model")
 VARIANTS = (".safetensors", ".fp16.safetensors")
+PLAIN = re.compile(r"\w[\w.+-]*\.safetensors")
+"""A name that is no path."""
 SMALL_FILES = ("*.json", "*.txt")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -182,12 +185,40 @@ def _downloaded(name: str, part: str, argument: str, weights: bool) -> Path:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The safetensors files that hold the part in ``folder`` (or that file itself): one, or numbered pieces of one."""
+    """The safetensors files that hold the part in ``folder`` (or that file itself): one, or the pieces of one.
+
+    Of several variants the one in single precision is taken, else that in half precision; a variant's index is believed
+    before the names of its files.
+
+    Raises:
+        ValueError: an index is damaged, or a piece that it names is missing.
+    """
     if folder.is_file():
         return [folder]
-    names = [f"{stem}{variant}" for variant in VARIANTS for stem in WHOLE_FILES]
-    whole = next((folder / name for name in names if (folder / name).is_file()), None)
-    return sorted(folder.glob("*-of-*.safetensors")) if whole is None else [whole]
+    for variant in VARIANTS:
+        half = variant.removesuffix(".safetensors")  # '.fp16', or nothing; older files have it before the numbers
+        for stem in WHOLE_FILES:
+            index, whole = folder / f"{stem}.safetensors.index{half}.json", folder / f"{stem}{variant}"
+            if index.is_file():
+                return _indexed(index)
+            if whole.is_file():
+                return [whole]
+            names = re.compile(rf"{stem}({half}-\d+-of-\d+|-\d+-of-\d+{half})\.safetensors")
+            pieces = [path for path in sorted(folder.glob("*-of-*.safetensors")) if names.fullmatch(path.name)]
+            if pieces:
+                return pieces
+    return []
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files beside an index that it names."""
+    names = _described(index).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    missing = [name for name in names if not PLAIN.fullmatch(name) or not (index.parent / name).is_file()]
+    if missing or not names:
+        told = f"names {shown(missing[0])}, which is no file beside it" if missing else "names no files"
+        raise ValueError(f"{shown(index)} {told}: copy the folder again")
+    return [index.parent / name for name in names]
 
 
 def read_part(files: Sequence[Path], part: str, config: Mapping[str, object]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ratiograph.core.files import Missing, expanded, write_atomically
+from ratiograph.core.files import Missing, expanded, sampled_digest, write_atomically
 from ratiograph.core.foreign import shown
 from ratiograph.networks.weights.restricted_pickles import Refused
 from ratiograph.networks.weights.torch_files import load_torch
@@ -36,6 +36,7 @@ __all__ = [
     "require_fit",
     "save_weights",
     "state_dict",
+    "weights_facts",
 ]
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -80,6 +81,15 @@ def locate_weights(name: str, denoiser: str | None = None) -> Path:
     if path.suffix in _converters and path.is_file():
         return _converters[path.suffix](path, denoiser)
     return path
+
+
+def weights_facts(name: str | None) -> dict[str, object]:
+    """As of `contracts.Identified`: of the weights that ``name`` stands for in `locate_weights`; {} of None."""
+    if name is None:
+        return {}
+    path = expanded(name)  # an official file itself, which need not be converted for this
+    named = path.is_file() and not shipped(name).is_file()
+    return {f"weights {name}": sampled_digest([path if named else locate_weights(name)])}
 
 
 def differences(name: str, here: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
