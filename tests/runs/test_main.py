@@ -136,7 +136,7 @@ def test_a_change_that_is_allowed_is_taken_and_recorded(main, capsys, allowed):
     found = [(entry["step"], entry["changes"]) for entry in logs.read_history(Path("out"))]
     assert found == [(0, {}), (10, {"Adam.lr": ["0.0002", "0.5"]}), (10, {})]
     page = Path("out/report.html").read_text()
-    assert "<p>from step 10: Adam.lr = [&#x27;0.0002&#x27;, &#x27;0.5&#x27;]</p>" in page
+    assert "<p>from step 10: Adam.lr 0.0002 → 0.5</p>" in page
     assert main("--workdir=out", "--allow_change=Adm.lr")[0] == 2
     assert (
         "--allow_change=Adm.lr: neither this configuration nor the run's has such a binding" in capsys.readouterr().err

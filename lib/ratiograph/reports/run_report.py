@@ -155,11 +155,11 @@ def _trust(body: str) -> str:
 def _changes(workdir: Path) -> str:
     """The bindings that were changed on the way, with the step from which they hold."""
     lines = [
-        f"<p>from step {escape(str(entry.get('step')))}: {escape(shown(name))} = {escape(shown(values))}</p>"
+        f"<p>from step {escape(shown(entry.get('step')))}: {escape(shown(name))} {escape(shown(' → '.join(values)))}</p>"
         for entry in read_history(workdir)
         for name, values in entry["changes"].items()
     ]
-    hint = "Values of the configuration that this run was told to go on with: before and after."
+    hint = "Values of the configuration that were changed with --allow_change: before and after."
     return section("Changes on the way", "".join(lines), hint) if lines else ""
 
 

@@ -129,6 +129,12 @@ def read_history(workdir: Path) -> list[dict[str, Any]]:
         for line in lines_of(read_text(workdir / HISTORY)):
             with suppress(ValueError):
                 entry = parse_json(line, HISTORY)
-                if isinstance(entry, dict) and "ratiograph" in entry and isinstance(entry.get("changes"), dict):
+                if isinstance(entry, dict) and "ratiograph" in entry and _are_changes(entry.get("changes")):
                     found.append(entry)
     return found
+
+
+def _are_changes(value: object) -> bool:
+    """Whether it is a dict of lists of texts."""
+    lists = [*value.values()] if isinstance(value, dict) else [None]
+    return all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists)
