@@ -154,11 +154,12 @@ def _trust(body: str) -> str:
 
 def _changes(workdir: Path) -> str:
     """The bindings that were changed on the way, with the step from which they hold."""
-    lines = [
-        f"<p>from step {escape(shown(entry.get('step')))}: {escape(shown(name))} {escape(shown(' → '.join(values)))}</p>"
+    changes = [
+        f"from step {entry.get('step')}: {name} {' → '.join(values)}"
         for entry in read_history(workdir)
         for name, values in entry["changes"].items()
     ]
+    lines = [f"<p>{escape(shown(change))}</p>" for change in changes]
     hint = "Values of the configuration that were changed with --allow_change: before and after."
     return section("Changes on the way", "".join(lines), hint) if lines else ""
 
