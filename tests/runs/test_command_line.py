@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,13 +65,19 @@ def test_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "the same command continues\n"
 
 
-def test_any_other_error_is_a_fault_with_a_report(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("modules", "suspects"),
+    [({"ratiograph.algebra.times"}, "ratiograph"), ({"ratiograph.data.stream", "mine"}, "ratiograph or mine")],
+)
+def test_any_other_error_is_a_fault_with_a_report(modules, suspects, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    known = SimpleNamespace(known_modules=lambda: modules)  # of this process other tests have registered some
+    monkeypatch.setitem(sys.modules, "ratiograph.config.components", known)
     assert call(raising(KeyError("width")), []) == 1
     line = capsys.readouterr().err
     (report,) = tmp_path.iterdir()
     assert line == (
-        f"error: this is a fault of ratiograph: KeyError: 'width'. Please report it with the file {report}\n"
+        f"error: this is a fault of {suspects}: KeyError: 'width'. Please report it with the file {report}\n"
     )
     text = report.read_text()
     assert text.startswith(f"ratiograph {ratiograph.__version__}, Python 3")
