@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,9 +163,12 @@ def run_cells(
         ended.append(Ended(cell, error, seconds))
         report(ended[-1])
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with _noted_signals() as asked:
         while waiting or running:
+            if asked:
+                asked.clear()  # a second one is noted while the runs are stopped
+                _stop(list(running), asked)
+                raise KeyboardInterrupt
             for cell in [cell for cell in waiting if failed.intersection(cell.needs)]:
                 waiting.remove(cell)
                 end(cell, f"it needs {next(f for f in cell.needs if f in failed)}, which failed", 0.0)
@@ -180,12 +183,20 @@ def run_cells(
                 slots.append(slot)
                 error = last_error(cell.folder / "log.txt") if process.returncode else ""
                 end(cell, error, time.monotonic() - started)
-    except KeyboardInterrupt:
-        _stop(list(running))
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return ended
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Notes SIGINT and SIGTERM in a list in place of raising at once, which may be between a start and its record."""
+    asked: list[int] = []
+    taken = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in taken}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start(cell: Cell, device: str, threads: int) -> subprocess.Popen:
@@ -205,20 +216,17 @@ def _start(cell: Cell, device: str, threads: int) -> subprocess.Popen:
         )
 
 
-def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks every run to end and waits; kills those still running then, or at a second Ctrl-C, with their children."""
+def _stop(processes: Sequence[subprocess.Popen], asked: Sequence[int]) -> None:
+    """Asks every run to end and waits; kills those still running then, or once ``asked`` again, with their children."""
     deadline = time.monotonic() + GRACE
-    try:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0.1))
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    for process in processes:
+        process.terminate()
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline and not asked:
+        time.sleep(POLL)
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # --- on a cluster -------------------------------------------------------------------------------------------
