@@ -166,7 +166,7 @@ def _data(experiment: Experiment) -> str:
     stream = experiment.data
     if stream is None:
         return "none is needed"
-    told = "; ".join(check_encoders(experiment))
+    warned = "; ".join(check_encoders(experiment))
     if isinstance(stream, SampleStream):
         if any(map(is_remote, stream.urls.split("::"))):
             return f"{stream.describe()}: fetched while training, not looked at"
@@ -178,7 +178,8 @@ def _data(experiment: Experiment) -> str:
     batches.close()
     experiment.task.check_samples(batch)
     shape = "x".join(map(str, batch.images.shape[1:]))
-    return f"{told and told + '; '}{stream.describe()}; {samples} samples {shape} in {time.monotonic() - started:.1f} s"
+    seconds = time.monotonic() - started
+    return f"{warned and warned + '; '}{stream.describe()}; {samples} samples {shape} in {seconds:.1f} s"
 
 
 def _existing(path: Path) -> Path:

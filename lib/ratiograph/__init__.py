@@ -2,7 +2,7 @@
 
 The rooms, from the lowest floor up; each imports from lower floors alone, and `lint-imports` keeps it so:
 
-1. `core` (values and contracts), `config` (all that knows gin)
+1. `core` (values and contracts); on it `config` (all that knows gin)
 2. `algebra` (the field and its parts), `data` (what reads samples)
 3. `networks` (denoisers, students, ratios, samplers, weights)
 4. `training` (a run: loop, optimisers, processes, checkpoints)

@@ -216,8 +216,8 @@ def _indexed(index: Path) -> list[Path]:
     names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
     missing = [name for name in names if not PLAIN.fullmatch(name) or not (index.parent / name).is_file()]
     if missing or not names:
-        told = f"names {shown(missing[0])}, which is no file beside it" if missing else "names no files"
-        raise ValueError(f"{shown(index)} {told}: copy the folder again")
+        fault = f"names {shown(missing[0])}, which is no file beside it" if missing else "names no files"
+        raise ValueError(f"{shown(index)} {fault}: copy the folder again")
     return [index.parent / name for name in names]
 
 
