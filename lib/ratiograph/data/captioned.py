@@ -60,9 +60,8 @@ class RawCaptioned(RawSample):
                 "captions into the shards, or read the images alone with ShardStream"
             )
         text = (self.fields["caption"] or "") if self.txt is None else self.decoded_caption(self.txt)
-        return (
-            text.encode(errors="replace").decode().removeprefix("\ufeff").strip()
-        )  # json can hold halves of characters
+        text = text.encode(errors="replace").decode()  # json can hold halves of characters
+        return text.removeprefix("\ufeff").strip()
 
 
 class CaptionStream(SampleStream):
